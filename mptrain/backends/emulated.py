@@ -1,0 +1,118 @@
+"""Numerics of FP8, FP16 and TF32 on any machine: real rounding, FP8 activations really in 8 bits, speed not real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from mptrain import kernels
+from mptrain.convert import ConversionReport, select, swap
+from mptrain.distributed import Agree
+from mptrain.emulation.delayed import DelayedScaling
+from mptrain.emulation.fp8 import EmulatedLinear, Quantizers
+from mptrain.emulation.gemm import carrier_dtype
+from mptrain.emulation.mode import RoundedOperands
+from mptrain.formats import Format
+from mptrain.kernels.counters import Counters
+from mptrain.policy import PrecisionPolicy, Scaling
+
+
+class Backend:
+    """See :class:`mptrain.backends.base.Backend`."""
+
+    name = "emulated"
+    emulated = True
+
+    def __init__(self, policy: PrecisionPolicy, device: torch.device, agree: Agree) -> None:
+        self._policy, self._device, self._agree = policy, device, agree
+        self._counters = Counters()
+        self._delayed: DelayedScaling | None = None
+        self._depth = 0
+        self._carrier = carrier_dtype(device.type) if policy.quantized else torch.float32
+        carried = str(self._carrier).removeprefix("torch.")
+        self.carrier = f"{carried} GEMMs on exact operands, {kernels.implementation(device)} quantizer"
+
+    @staticmethod
+    def missing(policy: PrecisionPolicy, device: torch.device, *, auto: bool) -> str | None:
+        if policy.quantized:
+            if policy.quantization.scaling not in (Scaling.current, Scaling.delayed):
+                wanted = policy.quantization.scaling.value
+                return f"it has no {wanted} scaling; use precision.quantization.scaling=current or delayed"
+            return None
+        if policy.compute in (Format.fp16, Format.tf32):
+            return None
+        return f"{policy.compute} needs no emulation; use precision.backend=autocast"
+
+    def convert(self, model: nn.Module, counters: Counters) -> ConversionReport:
+        self._counters = counters
+        if not self._policy.quantized:
+            return ConversionReport()
+        config = self._policy.quantization
+        chosen, kept = select(model, self._policy.keep, multiple=16)
+        slots = {name: counters.add(name) for name in chosen}
+        counters.allocate(self._device)
+        if config.scaling is Scaling.delayed:
+            self._delayed = DelayedScaling(config, counters, self._device, self._agree)
+
+        def make(name: str, layer: nn.Linear) -> nn.Module:
+            books = Quantizers(config, slots[name], counters, self._delayed, self._carrier)
+            return EmulatedLinear.sharing(layer, books)
+
+        swap(model, chosen, make)
+        return ConversionReport(tuple(chosen), kept)
+
+    def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
+        if not policy_on:
+            return self._bypass()
+        if not self._policy.quantized:
+            return RoundedOperands(self._policy.compute)
+        if self._delayed is not None and self._depth == 0 and not self._counters.quiet:
+            self._delayed.rotate()
+        return self._nested(self._casts())
+
+    def replay(self) -> AbstractContextManager[object]:
+        if not self._policy.quantized:
+            return RoundedOperands(self._policy.compute)
+        return self._replaying()
+
+    def _casts(self) -> AbstractContextManager[object]:
+        """What the layers left alone run in: the policy's `compute`."""
+        if self._policy.compute is Format.bf16:
+            return torch.autocast(self._device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    @contextmanager
+    def _nested(self, casts: AbstractContextManager[object]) -> Iterator[None]:
+        self._depth += 1
+        try:
+            with casts:
+                yield
+        finally:
+            self._depth -= 1
+
+    @contextmanager
+    def _replaying(self) -> Iterator[None]:
+        self._counters.replaying = True
+        try:
+            with self._casts():
+                yield
+        finally:
+            self._counters.replaying = False
+
+    @contextmanager
+    def _bypass(self) -> Iterator[None]:
+        self._counters.bypassed = True
+        try:
+            yield
+        finally:
+            self._counters.bypassed = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self._delayed is None else self._delayed.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self._delayed is not None:
+            self._delayed.load_state_dict(state)

@@ -1,0 +1,135 @@
+"""A linear layer whose three GEMMs take FP8 operands, exactly, on any machine.
+
+    output      = input (E4M3)            x weight (E4M3)
+    grad_input  = grad_output (E5M2)      x weight (E4M3)
+    grad_weight = grad_output (E5M2)^T    x input (E4M3)
+
+The input and the weight are kept for backward as real 8-bit tensors with their scales, as FP8 hardware keeps them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mptrain import kernels
+from mptrain.emulation.delayed import DelayedScaling
+from mptrain.emulation.gemm import scaled_mm
+from mptrain.kernels.counters import Counters
+from mptrain.policy import Quantization
+
+
+class Quantizers:
+    """Quantizes the three operands of one layer and keeps their books (counts, amax, scale)."""
+
+    def __init__(
+        self,
+        config: Quantization,
+        slots: dict[str, int],
+        counters: Counters,
+        delayed: DelayedScaling | None,
+        carrier: torch.dtype,
+    ) -> None:
+        self._config, self._slots, self._counters, self._delayed = config, slots, counters, delayed
+        self.carrier = carrier
+
+    @property
+    def bypassed(self) -> bool:
+        return self._counters.bypassed
+
+    def __call__(self, x: Tensor, role: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(8-bit tensor, the same values unscaled in the carrier's dtype, FP32 scale) of an operand."""
+        books = self._counters
+        slot, fmt = self._slots[role], self._config.format_of(role)
+        # In a recomputed forward the operands were booked before; grad_output is seen once and only in backward.
+        booked = not books.quiet and not (books.replaying and role != "grad_output")
+        counts = books.counts[slot] if booked and books.counting else None
+        if self._delayed is None:
+            amax = kernels.amax(x)
+            scale = kernels.current_scale(amax, fmt, self._config.margin)
+            quantized, carried = kernels.quantize(x, scale, fmt, carrier=self.carrier, counts=counts)
+        else:
+            quantized, carried, scale, amax = self._quantize_delayed(x, slot, counts, booked)
+        if booked:
+            books.amax[slot] = amax
+            if books.counting:
+                books.scale[slot] = scale
+        assert carried is not None
+        return quantized, carried, scale
+
+    def _quantize_delayed(
+        self, x: Tensor, slot: int, counts: Tensor | None, booked: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        table = self._delayed
+        assert table is not None
+        fmt = self._config.format_of(self._counters.slots[slot][1])
+        scale = table.scale[slot]
+        if table.cold[slot] and not table.ran[slot]:
+            scale = table.warm(slot, kernels.amax(x))
+        scale = scale.clone()  # backward must divide by this micro-batch's scale after the table has moved on
+        amax = torch.empty((), dtype=torch.float32, device=x.device)
+        quantized, carried = kernels.quantize(x, scale, fmt, carrier=self.carrier, counts=counts, amax=amax)
+        if booked:
+            table.staged[slot] = amax
+            table.stage(slot)
+        return quantized, carried, scale, amax
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Quantizers) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        x8, x_values, x_scale = quantize(rows, "input")
+        w8, w_values, w_scale = quantize(weight, "weight")
+        out = scaled_mm(x_values, w_values.t(), x_scale, w_scale, bias, x.dtype)
+        ctx.save_for_backward(x8, w8, x_scale, w_scale)
+        ctx.quantize, ctx.has_bias = quantize, bias is not None
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (grad_output,) = grad_outputs
+        x8, w8, x_scale, w_scale = ctx.saved_tensors
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        _, g_values, g_scale = ctx.quantize(rows, "grad_output")
+        grad_x = grad_w = grad_b = None
+        dtype = grad_output.dtype
+        if ctx.needs_input_grad[0]:
+            w_values = kernels.decode(w8, g_values.dtype)
+            grad_x = scaled_mm(g_values, w_values, g_scale, w_scale, None, dtype)
+            grad_x = grad_x.view(*grad_output.shape[:-1], w8.shape[1])
+        if ctx.needs_input_grad[1]:
+            x_values = kernels.decode(x8, g_values.dtype)
+            grad_w = scaled_mm(g_values.t(), x_values, g_scale, x_scale, None, dtype).float()
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_b = rows.sum(0, dtype=torch.float32)  # from grad_output before the cast, as Transformer Engine
+        return grad_x, grad_w, grad_b, None
+
+
+class EmulatedLinear(nn.Linear):
+    """``nn.Linear`` with FP8 operands; parameters are those of the layer it replaces, FP32 masters."""
+
+    quantizers: Quantizers
+
+    @classmethod
+    def sharing(cls, layer: nn.Linear, quantizers: Quantizers) -> EmulatedLinear:
+        with torch.device("meta"):
+            made = cls(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        made.weight, made.bias = layer.weight, layer.bias
+        made.quantizers = quantizers
+        return made
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.quantizers.bypassed:
+            return super().forward(input)
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        with torch.autocast(input.device.type, enabled=False):  # an FP32 carrier must stay FP32
+            out: Tensor = _Linear.apply(input, self.weight, self.bias, self.quantizers)
+        return out
+
+    def extra_repr(self) -> str:
+        q = self.quantizers._config
+        return f"{super().extra_repr()}, forward={q.forward}, backward={q.backward}, scaling={q.scaling.value}"

@@ -1,0 +1,117 @@
+"""The kernels in plain torch operations: about ten passes over memory, available on every device.
+
+This is the readable definition that the other implementations match bit for bit, and what runs where no compiler is
+found. It trusts torch's own casts, after clamping: torch 2.13 saturates Inf to 448 in E4M3 but makes 61440 an Inf in
+E5M2, and earlier releases differ. NaNs are replaced by the one canonical positive NaN at the end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mptrain.formats import Format
+
+FLT_MAX = Format.fp32.value.max
+
+
+def missing(device: torch.device) -> str:
+    """Why this implementation cannot serve ``device``; empty if it can (it always can)."""
+    return ""
+
+
+def amax(x: Tensor, out: Tensor) -> None:
+    """``max |x|`` (any shape) into ``out`` (FP32, 0-dim)."""
+    if x.numel() == 0:
+        out.zero_()
+        return
+    low, high = torch.aminmax(x)
+    out.copy_(torch.maximum(low.abs(), high.abs()))
+    out.masked_fill_(out.isnan(), math.nan)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    fmt: Format,
+    q: Tensor,
+    carried: Tensor | None,
+    counts: Tensor | None,
+    amax: Tensor | None,
+) -> None:
+    """``x * scale`` rounded in ``fmt`` into ``q`` and, widened again, into ``carried``; all of ``x``'s shape."""
+    y = _clamped(x, scale, fmt)
+    q.copy_(y)
+    if fmt is Format.fp16:
+        q.masked_fill_(y.isnan(), math.nan)  # NVIDIA's cast to FP16 makes every NaN 0x7fff
+    if carried is not None:
+        carried.copy_(q)
+        carried.masked_fill_(y.isnan(), math.nan)
+    _statistics(x, y, q.float(), scale, fmt, counts, amax)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, fmt: Format, out: Tensor, counts: Tensor | None, amax: Tensor | None
+) -> None:
+    """``x`` rounded in ``fmt`` and multiplied by FP32 ``1 / scale``, into ``out`` (``x``'s shape and dtype)."""
+    y = _clamped(x, scale, fmt)
+    rounded = _round_tf32(y) if fmt is Format.tf32 else y.to(_storage(fmt)).float()
+    back = rounded * scale.reciprocal()
+    _statistics(x, y, rounded, scale, fmt, counts, amax)
+    out.copy_(back)
+    out.masked_fill_(back.isnan(), math.nan)
+
+
+def decode(q: Tensor, out: Tensor) -> None:
+    """The values of ``q`` (FP8 or FP16) into ``out`` (BF16 or FP32), same shape."""
+    out.copy_(q)
+    out.masked_fill_(out.isnan(), math.nan)
+
+
+def current_scale(amax: Tensor, maximum: float, divisor: float, out: Tensor) -> None:
+    """``(maximum / amax) / divisor`` into ``out`` (FP32, 0-dim); 1 for amax 0, Inf, NaN; FLT_MAX on overflow."""
+    usable = (amax > 0) & (amax < math.inf)
+    # Not `maximum / amax`: torch computes number / tensor as reciprocal * number, which rounds twice.
+    scale = torch.full_like(amax, maximum).div_(amax).div_(divisor)
+    out.copy_(torch.where(usable, scale.clamp_(max=FLT_MAX), 1.0).view(()))
+
+
+def _storage(fmt: Format) -> torch.dtype:
+    dtype = fmt.value.dtype
+    assert dtype is not None, f"{fmt} has no storage type"
+    return dtype
+
+
+def _clamped(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """FP32 ``x * scale``, cut to the maximum of the FP8 formats, every NaN the canonical one."""
+    y = x.float() * scale
+    y.masked_fill_(y.isnan(), math.nan)
+    return y.clamp_(-fmt.value.max, fmt.value.max) if fmt.value.bits == 8 else y
+
+
+def _round_tf32(y: Tensor) -> Tensor:
+    """Nearest-even to 10 mantissa bits: add half a last place less one, plus the last kept bit, and cut 13 bits."""
+    bits = y.view(torch.int32)
+    rounded = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    return torch.where(y.isfinite(), rounded, y)
+
+
+def _statistics(
+    x: Tensor, y: Tensor, rounded: Tensor, scale: Tensor, fmt: Format, counts: Tensor | None, out: Tensor | None
+) -> None:
+    """Add elements, saturated, flushed, inf, nan to ``counts`` (int64[5]); overwrite ``out`` with max |x|.
+
+    Saturation needs the product before it was clamped to the maximum, so it is computed again.
+    """
+    if out is not None:
+        amax(x, out)
+    if counts is None:
+        return
+    magnitude, spec = (x.float() * scale).abs(), fmt.value
+    beyond = magnitude >= spec.overflow_at if spec.tie_overflows else magnitude > spec.overflow_at
+    finite = x.isfinite()
+    masks = (beyond & finite, finite & (x != 0) & (rounded == 0), x.isinf(), x.isnan())
+    counts[0] += x.numel()
+    counts[1:] += torch.stack([mask.sum() for mask in masks])

@@ -1,0 +1,240 @@
+"""The kernels in Triton, for CUDA: the arithmetic of quantize.c, one launch per call.
+
+Statistics are reduced in each program and added with one atomic per column, in integers, so their sum does not depend
+on the order in which programs finish.
+"""
+
+# A kernel's arguments are pointers and tensors of the compiler's own language, which has no annotations for them.
+# ruff: noqa: ANN001, ANN202
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mptrain.formats import Format
+from mptrain.kernels.compiled import BITS
+
+BLOCK = 4096
+KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def missing(device: torch.device) -> str:
+    """Why this implementation cannot serve ``device``; empty if it can."""
+    if device.type != "cuda":
+        return f"the Triton kernels run on cuda, not on {device.type}"
+    return "" if torch.cuda.is_available() else "no CUDA GPU"
+
+
+def amax(x: Tensor, out: Tensor) -> None:
+    """``max |x|`` (contiguous, any shape) into ``out`` (FP32, one element)."""
+    out.zero_()
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _amax[_grid(x)](_bits(x), out.view(torch.int32), x.numel(), KINDS[x.dtype], BLOCK)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    fmt: Format,
+    q: Tensor,
+    carried: Tensor | None,
+    counts: Tensor | None,
+    amax: Tensor | None,
+) -> None:
+    """``x * scale`` rounded in ``fmt`` into ``q`` and, widened again, into ``carried``; all contiguous, x's shape."""
+    codes = q.view(torch.uint8 if fmt.value.bits == 8 else torch.int16)
+    _run(x, scale, fmt, codes, carried, counts, amax)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, fmt: Format, out: Tensor, counts: Tensor | None, amax: Tensor | None
+) -> None:
+    """``x`` rounded in ``fmt`` and multiplied by FP32 ``1 / scale``, into ``out`` (``x``'s shape and dtype)."""
+    _run(x, scale, fmt, None, out, counts, amax)
+
+
+def decode(q: Tensor, out: Tensor) -> None:
+    """The values of ``q`` (FP8 or FP16) into ``out`` (BF16 or FP32): torch's cast is one pass, NaNs another."""
+    out.copy_(q)
+    out.masked_fill_(out.isnan(), math.nan)
+
+
+def current_scale(amax: Tensor, maximum: float, divisor: float, out: Tensor) -> None:
+    """``(maximum / amax) / divisor`` into ``out`` (FP32, one element); see eager.py."""
+    with torch.cuda.device_of(amax):
+        _scale[(1,)](amax, out, maximum, divisor)
+
+
+def _grid(x: Tensor) -> tuple[int]:
+    return (triton.cdiv(x.numel(), BLOCK),)
+
+
+def _run(
+    x: Tensor,
+    scale: Tensor,
+    fmt: Format,
+    codes: Tensor | None,
+    values: Tensor | None,
+    counts: Tensor | None,
+    amax: Tensor | None,
+) -> None:
+    """Launch on ``x``'s device. ``codes`` None means: scale the values back."""
+    if amax is not None:
+        amax.zero_()
+    if not x.numel():
+        return
+    bits = BITS[fmt]
+    options: dict[str, Any] = {
+        "FROM": KINDS[x.dtype],
+        "TO": None if values is None else KINDS[values.dtype],
+        "MANTISSA": bits.mantissa,
+        "LOWEST": bits.lowest,
+        "CLAMP": bits.clamp,
+        "OVERFLOW": bits.overflow,
+        "NAN": bits.nan,
+        "SIGN": 1 << (31 - bits.sign_shift),
+        "TF32": fmt is Format.tf32,
+        "BACK": codes is None,
+        "COUNT": counts is not None,
+        "AMAX": amax is not None,
+        "BLOCK": BLOCK,
+    }
+    target = None if values is None else _bits(values)
+    largest = None if amax is None else amax.view(torch.int32)
+    with torch.cuda.device_of(x):
+        _quantize[_grid(x)](_bits(x), scale, codes, target, counts, largest, x.numel(), **options)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32 if x.dtype is torch.float32 else torch.int16)
+
+
+@triton.jit
+def _widen(bits, FROM: tl.constexpr):
+    """FP32 bits of FP32, BF16 or FP16 bits."""
+    if FROM == "bf16":
+        return bits.to(tl.int32) << 16
+    elif FROM == "fp16":
+        return bits.to(tl.float16, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+    else:
+        return bits
+
+
+@triton.jit
+def _narrow(bits, TO: tl.constexpr):
+    """Bits of an FP32 value rounded to nearest-even in TO. NVIDIA's own casts make every NaN 0x7fff."""
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    if TO == "bf16":
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+        return tl.where(nan, tl.full(bits.shape, 0x7FC0, tl.int16), rounded)
+    elif TO == "fp16":
+        rounded = bits.to(tl.float32, bitcast=True).to(tl.float16).to(tl.int16, bitcast=True)
+        return tl.where(nan, tl.full(bits.shape, 0x7E00, tl.int16), rounded)
+    else:
+        return tl.where(nan, 0x7FC00000, bits)
+
+
+@triton.jit
+def _amax(x_ptr, out_ptr, n, FROM: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    raw = _widen(tl.load(x_ptr + index, mask=index < n, other=0), FROM) & 0x7FFFFFFF
+    tl.atomic_max(out_ptr, tl.max(tl.where(raw > 0x7F800000, 0x7FC00000, raw), 0), sem="relaxed")
+
+
+@triton.jit
+def _scale(amax_ptr, out_ptr, maximum, divisor):
+    amax = tl.load(amax_ptr)
+    scale = tl.math.div_rn(tl.math.div_rn(tl.full((), maximum, tl.float32), amax), tl.full((), divisor, tl.float32))
+    scale = tl.where(scale == float("inf"), 3.4028234663852886e38, scale)
+    tl.store(out_ptr, tl.where((amax > 0) & (amax < float("inf")), scale, 1.0))
+
+
+@triton.jit
+def _round(m, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, CLAMP: tl.constexpr, NAN: tl.constexpr):
+    """Magnitudes as FP32 bits -> (code without sign, rounded value's bits); quantize.c says why it works."""
+    cut = tl.minimum(m, CLAMP)
+    exponent = tl.maximum(cut, LOWEST) & 0x7F800000
+    magic = exponent + ((23 - MANTISSA) << 23)
+    total = cut.to(tl.float32, bitcast=True) + magic.to(tl.float32, bitcast=True)
+    rounded = (total - magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    if MANTISSA == 10:
+        rounded = tl.where(rounded == CLAMP, 0x7F800000, rounded)
+    code = ((exponent - LOWEST) >> (23 - MANTISSA)) + (total.to(tl.int32, bitcast=True) - magic)
+    nan = m > 0x7F800000
+    return tl.where(nan, NAN, code), tl.where(nan, 0x7FC00000, rounded)
+
+
+@triton.jit
+def _count(counts_ptr, n, raw, m, value, OVERFLOW: tl.constexpr):
+    """Add this program's share, from magnitude bits: ``raw`` of x, ``m`` of x * scale, ``value`` of the result."""
+    finite = raw < 0x7F800000
+    if tl.program_id(0) == 0:
+        tl.atomic_add(counts_ptr, n.to(tl.int64), sem="relaxed")
+    saturated = tl.sum((finite & (m >= OVERFLOW) & (m <= 0x7F800000)).to(tl.int32), 0)
+    flushed = tl.sum((finite & (raw != 0) & (value == 0)).to(tl.int32), 0)
+    nonfinite = tl.sum((raw >= 0x7F800000).to(tl.int32), 0)
+    nan = tl.sum((raw > 0x7F800000).to(tl.int32), 0)
+    if saturated + flushed + nonfinite > 0:  # most programs of a healthy tensor have nothing to add
+        tl.atomic_add(counts_ptr + 1, saturated.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 2, flushed.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 3, (nonfinite - nan).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 4, nan.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _quantize(
+    x_ptr,
+    scale_ptr,
+    codes_ptr,
+    values_ptr,
+    counts_ptr,
+    amax_ptr,
+    n,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    LOWEST: tl.constexpr,
+    CLAMP: tl.constexpr,
+    OVERFLOW: tl.constexpr,
+    NAN: tl.constexpr,
+    SIGN: tl.constexpr,
+    TF32: tl.constexpr,
+    BACK: tl.constexpr,
+    COUNT: tl.constexpr,
+    AMAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < n
+    x = _widen(tl.load(x_ptr + index, mask=mask, other=0), FROM)
+    scale = tl.load(scale_ptr)
+    y = (x.to(tl.float32, bitcast=True) * scale).to(tl.int32, bitcast=True)
+    m = y & 0x7FFFFFFF
+    if TF32:
+        code = tl.where(m >= 0x7F800000, m, (m + 0xFFF + ((m >> 13) & 1)) & -0x2000)
+        value = tl.where(m > 0x7F800000, 0x7FC00000, code)
+    else:
+        code, value = _round(m, MANTISSA, LOWEST, CLAMP, NAN)
+    negative = (y < 0) & (m <= 0x7F800000)
+    signed = tl.where(negative, value | -0x80000000, value)
+    if BACK:
+        back = signed.to(tl.float32, bitcast=True) * tl.math.div_rn(1.0, scale)
+        tl.store(values_ptr + index, _narrow(back.to(tl.int32, bitcast=True), TO), mask=mask)
+    else:
+        code = tl.where(negative, code | SIGN, code)
+        tl.store(codes_ptr + index, code.to(codes_ptr.dtype.element_ty), mask=mask)
+        if TO is not None:
+            tl.store(values_ptr + index, _narrow(signed, TO), mask=mask)
+    raw = x & 0x7FFFFFFF
+    if AMAX:
+        tl.atomic_max(amax_ptr, tl.max(tl.where(raw > 0x7F800000, 0x7FC00000, raw), 0), sem="relaxed")
+    if COUNT:
+        _count(counts_ptr, n, tl.where(mask, raw, 0), m, value, OVERFLOW)

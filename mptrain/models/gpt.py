@@ -1,0 +1,110 @@
+"""GPT-2 (Radford et al. 2019): learned positions, pre-norm blocks, GELU (tanh form), biases, a tied head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mptrain.models._decoder import Decoder, require_positive, require_vocabulary
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a GPT-2. ``vocab_size`` 0 means: the data's. ValueError names the setting that cannot work."""
+
+    vocab_size: int = 0
+    block_size: int = 256
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    bias: bool = True
+    dropout: float = 0.0
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive("gpt", self, "block_size", "n_layer", "n_head", "n_embd")
+        if self.n_embd % self.n_head:
+            works = self.n_head * max(1, round(self.n_embd / self.n_head))
+            raise ValueError(
+                f"gpt: n_embd={self.n_embd} is no multiple of n_head={self.n_head}; try model.n_embd={works}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"gpt: dropout={self.dropout} must be in [0, 1); try model.dropout=0.1")
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; one product makes query, key and value."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, n_embd] -> the same."""
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+class MLP(nn.Module):
+    """Two products, four times as wide in the middle."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, n_embd] -> the same."""
+        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return out
+
+
+class Block(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, n_embd] -> the same."""
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
+        return out
+
+
+class GPT(Decoder):
+    """The whole model: tokens in, logits or loss out."""
+
+    def __init__(self, config: Config) -> None:
+        blocks: list[nn.Module] = [Block(config) for _ in range(config.n_layer)]
+        super().__init__(config, blocks, nn.LayerNorm(config.n_embd, bias=config.bias))
+        self.position = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """``tokens``, ``targets`` [B, T] int64 -> mean loss in nats, or logits [B, T, vocab_size] without targets."""
+        self.check_length(tokens.shape[1])
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.decode(self.dropout(self.embed(tokens) + self.position(positions)), targets)
+
+
+def build(config: Config) -> GPT:
+    """A freshly initialized model on torch's default device, from torch's global random state."""
+    require_vocabulary("gpt", config.vocab_size)
+    model = GPT(config)
+    model.reset_parameters()
+    return model

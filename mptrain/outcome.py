@@ -1,0 +1,72 @@
+"""What one optimizer step came to. On the device until somebody looks; the copy to the host is started at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mptrain.scaling import ScaleEvent
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A resolved step. ``reason``, ``layer`` and ``role`` are empty if it was applied; ``grad_norm`` is unscaled."""
+
+    applied: bool
+    grad_norm: float
+    scale: float
+    event: ScaleEvent
+    reason: str = ""
+    layer: str = ""
+    role: str = ""
+
+
+class StepOutcome:
+    """Device tensors of a step, read back once and only when asked.
+
+    ``read()`` gives the :class:`StepRecord`; ``applied``, ``reason`` and the rest are shortcuts to it. On a GPU the
+    copy runs beside the next step's kernels, so reading it a step later costs no stall.
+    """
+
+    def __init__(self, values: Tensor, blame: Callable[[], tuple[str, str, str]]) -> None:
+        """``values``: FP32 [4] = found_inf, grad_norm, scale, event. ``blame()``: (reason, layer, role) of a skip."""
+        self._blame = blame
+        self._record: StepRecord | None = None
+        self._ready: torch.cuda.Event | None = None
+        self._values = values
+        if values.device.type == "cuda":
+            self._values = values.to("cpu", non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def read(self) -> StepRecord:
+        if self._record is None:
+            if self._ready is not None:
+                self._ready.synchronize()
+            found_inf, grad_norm, scale, event = self._values.tolist()
+            reason, layer, role = self._blame() if found_inf else ("", "", "")
+            self._record = StepRecord(not found_inf, grad_norm, scale, ScaleEvent(int(event)), reason, layer, role)
+        return self._record
+
+    @property
+    def applied(self) -> bool:
+        return self.read().applied
+
+    @property
+    def reason(self) -> str:
+        return self.read().reason
+
+    @property
+    def grad_norm(self) -> float:
+        return self.read().grad_norm
+
+    @property
+    def scale(self) -> float:
+        return self.read().scale
+
+    @property
+    def event(self) -> ScaleEvent:
+        return self.read().event

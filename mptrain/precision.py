@@ -1,0 +1,161 @@
+"""Precision: a policy bound to a live model. Six verbs, the same for every format.
+
+    precision = Precision("fp8").prepare(model)           # swap layers, choose a backend, check the masters
+    with precision.forward(): loss = model(x)             # casts and quantization, this micro-batch
+    precision.backward(loss)                              # scaled loss, outside the casts
+    outcome = precision.step(optimizer, clip=1.0)         # found_inf -> agree -> clip -> step or skip -> scale
+    with precision.evaluating(): ...                      # nothing counted, nothing staged
+    precision.recompute(block, x)                         # activation checkpointing inside the right casts
+
+The order inside ``step`` is fixed: found_inf is read before clipping, because clipping an Inf gradient leaves
+{nan, 0} and hides it (measured); it is checked in every precision, because BF16 and FP8 runs overflow too.
+Found are Inf and NaN in any gradient (by its norm, so a finite gradient whose sum of squares leaves FP32 counts as
+well) and non-finite operands of quantized GEMMs, which an E4M3 cast would hide by saturating Inf to 448.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from mptrain.backends.base import Backend, resolve
+from mptrain.convert import ConversionReport
+from mptrain.distributed import Agree, alone
+from mptrain.kernels.counters import Counters
+from mptrain.outcome import StepOutcome
+from mptrain.policy import PrecisionPolicy
+from mptrain.scaling import LossScaler
+
+State = dict[str, dict[str, Tensor]]
+
+
+class Precision:
+    """``policy``: a :class:`PrecisionPolicy`, a name from conf/precision, or the path of a recipe YAML.
+
+    ``agree``: elementwise MAX of a tensor over all ranks (the identity for one process).
+    ValueError if the policy is unknown or its backend is missing here.
+    """
+
+    backend: Backend
+    report: ConversionReport
+
+    def __init__(self, policy: PrecisionPolicy | str | Path = "fp32", *, agree: Agree = alone) -> None:
+        self.policy = policy if isinstance(policy, PrecisionPolicy) else PrecisionPolicy.named(policy)
+        self.counters = Counters()
+        self._agree = agree
+        self._names: list[str] = []
+        self._parameters: list[nn.Parameter] = []
+
+    def prepare(self, model: nn.Module) -> Precision:
+        """Convert ``model`` in place and bind to it. Its parameters must be FP32: they are the master weights."""
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise ValueError("the model has no parameter that requires a gradient")
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"{name} is {parameter.dtype}: parameters are the FP32 master weights, call model.float() first"
+                )
+        self._names, self._parameters = list(trained), list(trained.values())
+        self.device = self._parameters[0].device
+        self.backend = resolve(self.policy, self.device)(self.policy, self.device, self._agree)
+        self.report = self.backend.convert(model, self.counters)
+        self.scaler = LossScaler(self.policy.loss_scale, self.device)
+        return self
+
+    def forward(self) -> AbstractContextManager[object]:
+        """The context of one micro-batch's forward. Call backward outside it."""
+        return self.backend.forward(policy_on=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of the scaled loss; the gradients add up, scaled, in FP32."""
+        self.scaler.scaled(loss).backward()  # type: ignore[no-untyped-call]
+        self.counters.end_microbatch()
+
+    def step(self, optimizer: Optimizer, clip: float = 0.0) -> StepOutcome:
+        """One optimizer step on the accumulated gradients, or none if any rank found Inf or NaN.
+
+        ``clip``: the largest global gradient norm, 0 for no clipping. A fused optimizer (``fused=True``) gets scale
+        and clip factor as one divisor and found_inf as tensors: no pass of its own, no read by the host. Any other
+        optimizer costs one read a step and one pass over the gradients.
+        """
+        named = [(name, p.grad) for name, p in zip(self._names, self._parameters, strict=True) if p.grad is not None]
+        if not named:
+            raise ValueError("no gradient to step on: call precision.backward(loss) first")
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
+        scale = self.scaler.scale
+        norm = torch.linalg.vector_norm(norms)
+        found_inf = ~norm.isfinite()
+        flags = self.counters.end_step()
+        if len(flags):
+            found_inf = found_inf | flags.any()
+        found_inf = self._agree(found_inf)
+        divisor = scale if self.scaler.active else None
+        if self.scaler.active:
+            norm = norm / scale
+        if clip > 0:
+            factor = (norm / clip).clamp_(min=1.0)
+            divisor = factor if divisor is None else divisor * factor
+        self._update(optimizer, divisor, found_inf)
+        event = self.scaler.update(found_inf)
+        values = torch.stack([found_inf.float(), norm, scale, event.float()])
+        names = [name for name, _ in named]
+        return StepOutcome(values, lambda: self._blame(names, norms, flags))
+
+    def _update(self, optimizer: Optimizer, divisor: Tensor | None, found_inf: Tensor) -> None:
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # set by torch on fused optimizers
+            optimizer.grad_scale, optimizer.found_inf = divisor, found_inf.float()  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
+        elif not found_inf.item():
+            if divisor is not None:
+                torch._foreach_div_([p.grad for p in self._parameters if p.grad is not None], divisor)
+            optimizer.step()
+
+    def _blame(self, names: list[str], norms: Tensor, flags: Tensor) -> tuple[str, str, str]:
+        """(reason, layer, role) of a skipped step: a quantized operand first, for it explains the gradients."""
+        first = self.counters.first_bad(flags)
+        if first is not None:
+            return "non-finite operand before the cast", *first
+        bad = (~norms.isfinite()).nonzero().flatten().tolist()
+        if not bad:
+            return "another rank found a non-finite gradient, or the norm of all gradients overflows FP32", "", ""
+        kind = "NaN" if norms[bad].isnan().any() else "Inf"
+        layer, _, leaf = names[bad[0]].rpartition(".")
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        return f"{kind} in the gradient of {leaf}{more}", layer, "grad_weight"
+
+    @contextmanager
+    def evaluating(self, *, policy_on: bool = True) -> Iterator[None]:
+        """No gradients, no counting, no staged amaxes. ``policy_on=False`` evaluates the FP32 masters themselves."""
+        was = self.counters.quiet
+        self.counters.quiet = True
+        try:
+            with torch.no_grad(), self.backend.forward(policy_on=policy_on):
+                yield
+        finally:
+            self.counters.quiet = was
+
+    def recompute(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """``fn(*args)`` without keeping its activations: backward runs it again, with the forward's casts and scales."""
+
+        def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+            return nullcontext(), self.backend.replay()
+
+        return checkpoint(fn, *args, use_reentrant=False, context_fn=contexts)
+
+    def state_dict(self) -> State:
+        """Loss scaler and FP8 scales, as plain tensors. Take it between steps."""
+        return {"scaler": self.scaler.state_dict(), "fp8": self.backend.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue a run, of this policy or another: what has no meaning here is ignored, what is missing starts anew."""
+        self.scaler.load_state_dict(state.get("scaler", {}))
+        self.backend.load_state_dict(state.get("fp8", {}))

@@ -1,0 +1,81 @@
+"""Loss scaling on the device: the scale, its trackers and its update, without a read by the host.
+
+    found_inf:  tracker = 0; hysteresis_left -= 1; if hysteresis_left <= 0: scale = max(scale * backoff, floor)
+    otherwise:  tracker += 1; at `interval`: tracker = 0, hysteresis_left = hysteresis,
+                scale *= growth unless that leaves FP32
+
+Rule and order of Megatron's DynamicGradScaler, with torch.amp.GradScaler's guard that the scale stays finite.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from mptrain.policy import LossScale, LossScaleKind
+
+
+class ScaleEvent(IntEnum):
+    """What one update did to the loss scale."""
+
+    steady = 0
+    grew = 1
+    backed_off = 2
+    at_floor = 3  # an overflow at the floor: the scale cannot fall further, so something else is wrong
+    tolerated = 4  # an overflow that hysteresis absorbed
+
+
+class LossScaler:
+    """none | static | dynamic. ``scale`` is an FP32 0-dim tensor on the device (1 for kind none)."""
+
+    def __init__(self, config: LossScale, device: torch.device) -> None:
+        self.config = config
+        init = 1.0 if config.kind is LossScaleKind.none else config.init
+        self.scale = torch.tensor(init, dtype=torch.float32, device=device)
+        self._tracker = torch.zeros((), dtype=torch.int32, device=device)
+        self._hysteresis_left = torch.full((), config.hysteresis, dtype=torch.int32, device=device)
+        self._steady = torch.zeros((), dtype=torch.int32, device=device)
+
+    @property
+    def active(self) -> bool:
+        return self.config.kind is not LossScaleKind.none
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to call backward on (FP32; same shape)."""
+        return loss * self.scale if self.active else loss
+
+    def update(self, found_inf: Tensor) -> Tensor:
+        """Move the scale after a step. ``found_inf``: bool 0-dim. Returns a :class:`ScaleEvent` code (int32 0-dim)."""
+        if self.config.kind is not LossScaleKind.dynamic:
+            return self._steady
+        config = self.config
+        self._hysteresis_left -= found_inf
+        self._tracker += 1
+        self._tracker *= ~found_inf
+        backs_off = found_inf & (self._hysteresis_left <= 0)
+        lowered = (self.scale * config.backoff).clamp_(min=config.floor)
+        at_floor = backs_off & (lowered >= self.scale)
+        raised = self.scale * config.growth
+        due = self._tracker >= config.interval
+        grows = due & raised.isfinite()
+        self.scale = torch.where(backs_off, lowered, torch.where(grows, raised, self.scale))
+        self._hysteresis_left = torch.where(due, config.hysteresis, self._hysteresis_left)
+        self._tracker *= ~due
+        code = grows * int(ScaleEvent.grew) + found_inf * int(ScaleEvent.tolerated)
+        code -= backs_off * (int(ScaleEvent.tolerated) - int(ScaleEvent.backed_off))
+        return code.add_(at_floor)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """scale, growth tracker and hysteresis left; read it after ``update``. Growth, backoff, interval: the policy."""
+        return {"scale": self.scale, "tracker": self._tracker, "hysteresis_left": self._hysteresis_left}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue a saved scale. A run without scaling ignores it; a state without a scale keeps ``init``."""
+        if not self.active or "scale" not in state:
+            return
+        device = self.scale.device
+        self.scale = state["scale"].to(device, torch.float32).clone()
+        self._tracker = state["tracker"].to(device, torch.int32).clone()
+        self._hysteresis_left = state["hysteresis_left"].to(device, torch.int32).clone()
