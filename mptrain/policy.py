@@ -7,8 +7,6 @@ The null objects are ``LossScale(kind=none)`` and ``Quantization(scaling=none)``
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from typing import Any
 import yaml
 
 from mptrain.formats import Format
+from mptrain.settings import did_you_mean, from_plain, require
 
 COMPUTE_FORMATS = (Format.fp32, Format.tf32, Format.bf16, Format.fp16)
 FP8_FORMATS = (Format.fp8_e4m3, Format.fp8_e5m2)
@@ -68,12 +67,12 @@ class LossScale:
     def __post_init__(self) -> None:
         if self.kind is LossScaleKind.none:
             return
-        _require(self.init > 0, "precision.loss_scale.init", self.init, "a positive number, e.g. 65536")
-        _require(self.growth > 1, "precision.loss_scale.growth", self.growth, "more than 1, e.g. 2")
-        _require(0 < self.backoff < 1, "precision.loss_scale.backoff", self.backoff, "between 0 and 1, e.g. 0.5")
-        _require(self.interval >= 1, "precision.loss_scale.interval", self.interval, "at least 1, e.g. 2000")
-        _require(self.hysteresis >= 1, "precision.loss_scale.hysteresis", self.hysteresis, "at least 1, e.g. 2")
-        _require(0 < self.floor <= self.init, "precision.loss_scale.floor", self.floor, "above 0, at most init")
+        require(self.init > 0, "precision.loss_scale.init", self.init, "a positive number, e.g. 65536")
+        require(self.growth > 1, "precision.loss_scale.growth", self.growth, "more than 1, e.g. 2")
+        require(0 < self.backoff < 1, "precision.loss_scale.backoff", self.backoff, "between 0 and 1, e.g. 0.5")
+        require(self.interval >= 1, "precision.loss_scale.interval", self.interval, "at least 1, e.g. 2000")
+        require(self.hysteresis >= 1, "precision.loss_scale.hysteresis", self.hysteresis, "at least 1, e.g. 2")
+        require(0 < self.floor <= self.init, "precision.loss_scale.floor", self.floor, "above 0, at most init")
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,9 @@ class Quantization:
         if self.scaling is Scaling.none:
             return
         for role, fmt in (("forward", self.forward), ("backward", self.backward)):
-            _require(fmt in FP8_FORMATS, f"precision.quantization.{role}", fmt, "fp8_e4m3 or fp8_e5m2")
-        _require(self.history >= 1, "precision.quantization.history", self.history, "at least 1, e.g. 1024")
-        _require(-16 <= self.margin <= 16, "precision.quantization.margin", self.margin, "from -16 to 16, usually 0")
+            require(fmt in FP8_FORMATS, f"precision.quantization.{role}", fmt, "fp8_e4m3 or fp8_e5m2")
+        require(self.history >= 1, "precision.quantization.history", self.history, "at least 1, e.g. 1024")
+        require(-16 <= self.margin <= 16, "precision.quantization.margin", self.margin, "from -16 to 16, usually 0")
 
     def format_of(self, role: str) -> Format:
         """The format of a GEMM operand: role is ``input``, ``weight`` or ``grad_output``."""
@@ -123,13 +122,13 @@ class PrecisionPolicy:
     keep: str = ""
 
     def __post_init__(self) -> None:
-        _require(self.compute in COMPUTE_FORMATS, "precision.compute", self.compute, "fp32, tf32, bf16 or fp16")
-        _require(
+        require(self.compute in COMPUTE_FORMATS, "precision.compute", self.compute, "fp32, tf32, bf16 or fp16")
+        require(
             self.reduce in (Format.fp32, Format.bf16, Format.fp16), "precision.reduce", self.reduce, "fp32 or bf16"
         )
         if self.quantized:
             narrow = self.compute in (Format.bf16, Format.fp32)
-            _require(narrow, "precision.compute", self.compute, "bf16 (or fp32) beside quantized GEMMs")
+            require(narrow, "precision.compute", self.compute, "bf16 (or fp32) beside quantized GEMMs")
         try:
             re.compile(self.keep)
         except re.error as error:
@@ -158,7 +157,7 @@ class PrecisionPolicy:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrecisionPolicy:
         """Build from plain nested values (a YAML file). ValueError names an unknown key and its nearest match."""
-        policy: PrecisionPolicy = _build(cls, values, "precision")
+        policy: PrecisionPolicy = from_plain(cls, values, "precision")
         return policy
 
     @classmethod
@@ -181,45 +180,3 @@ def conf_dir() -> Path:
     package = Path(__file__).resolve().parent
     checkout = package.parent / "conf"
     return checkout if (checkout / "config.yaml").is_file() else package / "conf"
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """The tail of an error message: the nearest known word, and all of them."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    hint = f": did you mean {near[0]!r}?" if near else ":"
-    return f"{hint} known: {', '.join(known)}"
-
-
-def _require(holds: bool, setting: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"{setting}={value} cannot work: it must be {wanted}")
-
-
-def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from plain values: nested dataclasses, enums by name, numbers as their field's type."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must be a mapping of settings, not {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    made: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise ValueError(f"unknown setting {where}.{key}{did_you_mean(str(key), sorted(fields))}")
-        default = getattr(kind(), key)
-        made[key] = _convert(default, value, f"{where}.{key}")
-    return kind(**made)
-
-
-def _convert(default: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(default):
-        return _build(type(default), value, where)
-    if isinstance(default, Enum):
-        if isinstance(value, type(default)):
-            return value
-        members = [member.name for member in type(default)]
-        if str(value) not in members:
-            raise ValueError(f"{where}={value} is unknown{did_you_mean(str(value), members)}")
-        return type(default)[str(value)]
-    try:
-        return type(default)(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}={value!r} is not a {type(default).__name__}") from error

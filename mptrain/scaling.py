@@ -51,7 +51,7 @@ class LossScaler:
         if self.config.kind is not LossScaleKind.dynamic:
             return self._steady
         config = self.config
-        self._hysteresis_left -= found_inf
+        self._hysteresis_left.sub_(found_inf.int())
         self._tracker += 1
         self._tracker *= ~found_inf
         backs_off = found_inf & (self._hysteresis_left <= 0)

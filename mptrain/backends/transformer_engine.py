@@ -15,6 +15,7 @@ loud). Current and block scaling keep their amaxes inside TE, so there an Inf is
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,7 +35,7 @@ from mptrain.kernels.counters import Counters
 from mptrain.policy import PrecisionPolicy, Quantization, Scaling
 
 FORMATS = {(Format.fp8_e4m3, Format.fp8_e4m3): "E4M3", (Format.fp8_e4m3, Format.fp8_e5m2): "HYBRID"}
-# TE's quantizers: role -> (list, index); its output and grad_input quantizers are for FP8 results, which we never ask
+# TE's quantizers: role -> (list, index). Those of output and grad_input are for FP8 results, which are not asked for.
 QUANTIZERS = {"input": ("scaling_fwd", 0), "weight": ("scaling_fwd", 1), "grad_output": ("scaling_bwd", 0)}
 ROWS = 8  # tokens of a micro-batch must be a multiple (TE: assert_dim_for_fp8_exec)
 
@@ -198,16 +199,16 @@ class Operands(Booking):
 
 @functools.cache
 def _transformer_engine() -> tuple[Any, str]:
-    """``transformer_engine.pytorch``, or None and why. Its import can fail in many ways (CUDA, ABI), so all are caught."""
+    """``transformer_engine.pytorch``, or None and why: its import can fail in many ways (driver, ABI, libraries)."""
     if not torch.cuda.is_available():
         return None, "Transformer Engine needs a CUDA GPU"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a deprecation inside TE is no reason to call it broken
             import transformer_engine.pytorch as te
-    except ModuleNotFoundError as error:
-        return None, f'Transformer Engine is not installed ({error}): pip install "mptrain[te]"'
     except Exception as error:
+        if importlib.util.find_spec("transformer_engine") is None:
+            return None, 'Transformer Engine is not installed: pip install "mptrain[te]"'
         return None, f"Transformer Engine does not import: {type(error).__name__}: {error}"
     return te, ""
 

@@ -5,8 +5,8 @@ formats, rounded to nearest-even in the format. Inf therefore saturates in FP8 a
 positive one), which is why Inf and NaN are counted on ``x``, before the cast. Values scaled back are
 ``float32(q) * float32(1 / scale)``.
 
-Eager calls go straight to the implementation (10 to 25 us in all); calls that torch traces, fakes or transforms go through the
-custom operators ``mptrain::*``. Results are detached: call these from the forward and backward of an autograd.Function.
+Eager calls go straight to the implementation (10 to 25 us in all); calls that torch traces, fakes or transforms go
+through the custom operators ``mptrain::*``. Results are detached: call these from an autograd.Function.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ for _operator in (_amax, _quantize, _fake_quantize, _decode, _current_scale):
 
 
 def _direct(x: Tensor) -> bool:
-    """May the implementation be called at once? Saves a custom operator's 40 to 90 us where nothing watches or traces."""
+    """May the implementation be called at once? Saves a custom operator's 40 to 90 us if nothing watches or traces."""
     return (
         not torch.compiler.is_compiling()
         and (type(x) is Tensor or type(x) is torch.nn.Parameter)

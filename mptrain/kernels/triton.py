@@ -22,6 +22,8 @@ from mptrain.formats import Format
 from mptrain.kernels.compiled import BITS
 
 BLOCK = 4096
+# A product and a sum fused into one FMA would skip a rounding.
+EXACT = {"enable_fp_fusion": False}
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -37,7 +39,7 @@ def amax(x: Tensor, out: Tensor) -> None:
     out.zero_()
     if x.numel():
         with torch.cuda.device_of(x):
-            _amax[_grid(x)](_bits(x), out.view(torch.int32), x.numel(), KINDS[x.dtype], BLOCK)
+            _amax[_grid(x)](_bits(x), out.view(torch.int32), x.numel(), KINDS[x.dtype], BLOCK, **EXACT)
 
 
 def quantize(
@@ -70,7 +72,7 @@ def decode(q: Tensor, out: Tensor) -> None:
 def current_scale(amax: Tensor, maximum: float, divisor: float, out: Tensor) -> None:
     """``(maximum / amax) / divisor`` into ``out`` (FP32, one element); see eager.py."""
     with torch.cuda.device_of(amax):
-        _scale[(1,)](amax, out, maximum, divisor)
+        _scale[(1,)](amax, out, maximum, divisor, **EXACT)
 
 
 def _grid(x: Tensor) -> tuple[int]:
@@ -102,15 +104,12 @@ def _run(
         "NAN": bits.nan,
         "SIGN": 1 << (31 - bits.sign_shift),
         "TF32": fmt is Format.tf32,
-        "BACK": codes is None,
-        "COUNT": counts is not None,
-        "AMAX": amax is not None,
         "BLOCK": BLOCK,
     }
     target = None if values is None else _bits(values)
     largest = None if amax is None else amax.view(torch.int32)
     with torch.cuda.device_of(x):
-        _quantize[_grid(x)](_bits(x), scale, codes, target, counts, largest, x.numel(), **options)
+        _quantize[_grid(x)](_bits(x), scale, codes, target, counts, largest, x.numel(), **options, **EXACT)
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -173,6 +172,13 @@ def _round(m, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, CLAMP: tl.constexpr,
 
 
 @triton.jit
+def _round_tf32(m):
+    """As _round, on FP32 bits; TF32 has no codes of its own, so the first is not for storing."""
+    rounded = tl.where(m >= 0x7F800000, m, (m + 0xFFF + ((m >> 13) & 1)) & -0x2000)
+    return rounded, tl.where(m > 0x7F800000, 0x7FC00000, rounded)
+
+
+@triton.jit
 def _count(counts_ptr, n, raw, m, value, OVERFLOW: tl.constexpr):
     """Add this program's share, from magnitude bits: ``raw`` of x, ``m`` of x * scale, ``value`` of the result."""
     finite = raw < 0x7F800000
@@ -207,9 +213,6 @@ def _quantize(
     NAN: tl.constexpr,
     SIGN: tl.constexpr,
     TF32: tl.constexpr,
-    BACK: tl.constexpr,
-    COUNT: tl.constexpr,
-    AMAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -219,13 +222,12 @@ def _quantize(
     y = (x.to(tl.float32, bitcast=True) * scale).to(tl.int32, bitcast=True)
     m = y & 0x7FFFFFFF
     if TF32:
-        code = tl.where(m >= 0x7F800000, m, (m + 0xFFF + ((m >> 13) & 1)) & -0x2000)
-        value = tl.where(m > 0x7F800000, 0x7FC00000, code)
+        code, value = _round_tf32(m)
     else:
         code, value = _round(m, MANTISSA, LOWEST, CLAMP, NAN)
     negative = (y < 0) & (m <= 0x7F800000)
     signed = tl.where(negative, value | -0x80000000, value)
-    if BACK:
+    if codes_ptr is None:
         back = signed.to(tl.float32, bitcast=True) * tl.math.div_rn(1.0, scale)
         tl.store(values_ptr + index, _narrow(back.to(tl.int32, bitcast=True), TO), mask=mask)
     else:
@@ -234,7 +236,7 @@ def _quantize(
         if TO is not None:
             tl.store(values_ptr + index, _narrow(signed, TO), mask=mask)
     raw = x & 0x7FFFFFFF
-    if AMAX:
+    if amax_ptr is not None:
         tl.atomic_max(amax_ptr, tl.max(tl.where(raw > 0x7F800000, 0x7FC00000, raw), 0), sem="relaxed")
-    if COUNT:
+    if counts_ptr is not None:
         _count(counts_ptr, n, tl.where(mask, raw, 0), m, value, OVERFLOW)

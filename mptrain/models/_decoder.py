@@ -50,7 +50,7 @@ class Decoder(nn.Module):
     """
 
     recompute: Callable[..., Tensor] | None = None
-    """Activation checkpointing, handed in by the caller: in training, blocks run as ``recompute(block, x, *shared)``."""
+    """Activation checkpointing, given by the caller: in training, blocks run as ``recompute(block, x, *shared)``."""
 
     def __init__(self, config: Sizes, blocks: list[nn.Module], norm: nn.Module) -> None:
         super().__init__()

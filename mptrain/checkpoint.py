@@ -1,0 +1,154 @@
+"""Checkpoints: one safetensors file holding a dict of named Stateful parts, written atomically.
+
+Tensors are stored as tensors and everything else as JSON in the file's header, so that loading runs no code of the
+file's. A file is written under another name, flushed to disk and renamed: a kill or a full disk leaves the previous
+checkpoint as it was. Tied tensors are stored once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+VERSION = "1"
+NAME = re.compile(r"step-(\d{8})\.safetensors")
+
+
+class Stateful(Protocol):
+    """A part of a run that can be saved and continued."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class Rng:
+    """Torch's random states (dropout, initialization), CPU and GPU."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; the newest ``keep`` stay."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.safetensors"
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint: a torn one (killed machine, full disk) is passed over."""
+        for path in sorted(self._existing(), reverse=True):
+            try:
+                read_header(path)
+            except ValueError:
+                continue
+            return path
+        return None
+
+    def save(self, step: int, parts: dict[str, Stateful], about: dict[str, Any]) -> Path:
+        """Write the parts as they are now. ``about`` (JSON) travels in the header: policy, fingerprint, step.
+
+        OSError, with the path, if the disk is full or the folder cannot be written; nothing saved before is touched.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        tree = {name: _split(part.state_dict(), name, tensors, {}) for name, part in parts.items()}
+        header = {"mptrain": VERSION, "about": json.dumps(about), "tree": json.dumps(tree)}
+        path = self.path(step)
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        try:
+            save_file(tensors, partial, metadata=header)
+            _flush(partial)
+            os.replace(partial, path)
+        except SafetensorError as error:
+            raise OSError(f"checkpoint {path} could not be written: {error}; older ones are untouched") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        _flush(self.folder)
+        for old in sorted(self._existing())[: -self.keep]:
+            old.unlink()
+        return path
+
+    def _existing(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*.safetensors") if NAME.fullmatch(path.name)]
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """``about`` of a checkpoint. ValueError if it is missing, torn, or not one of ours."""
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}: set resume=auto with run_dir, or the path of a checkpoint file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {path} is truncated or not a safetensors file ({error}): resume=auto") from error
+    if header.get("mptrain") != VERSION:
+        raise ValueError(f"{path} is not a checkpoint of mptrain (version {VERSION}): give one written by a run")
+    about: dict[str, Any] = json.loads(header["about"])
+    return about
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any]:
+    """The state of every part in a checkpoint, by name. ValueError as :func:`read_header`."""
+    read_header(path)
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        tree = json.loads(file.metadata()["tree"])
+        state: dict[str, Any] = _join(tree, file)
+    return state
+
+
+def _split(value: Any, where: str, tensors: dict[str, Tensor], seen: dict[tuple[int, Any], str]) -> Any:
+    """JSON for ``value``, with its tensors moved to ``tensors`` under their path; a shared tensor keeps one path."""
+    if isinstance(value, Tensor):
+        identity = (value.data_ptr(), (value.shape, value.stride(), value.dtype))
+        if value.numel() and identity in seen:
+            return {"tensor": seen[identity]}
+        seen[identity] = where
+        tensors[where] = value.detach().contiguous()
+        return {"tensor": where}
+    if isinstance(value, dict):
+        items = [[key, _split(inner, f"{where}/{key}", tensors, seen)] for key, inner in value.items()]
+        return {"dict": items}  # pairs, because an optimizer's keys are integers and JSON's are not
+    if isinstance(value, list | tuple):
+        return {"list": [_split(inner, f"{where}/{index}", tensors, seen) for index, inner in enumerate(value)]}
+    assert value is None or isinstance(value, bool | int | float | str), f"{where}: {type(value)} cannot be saved"
+    return {"value": value}
+
+
+def _join(tree: Any, file: Any) -> Any:
+    if "tensor" in tree:
+        return file.get_tensor(tree["tensor"])
+    if "dict" in tree:
+        return {key: _join(inner, file) for key, inner in tree["dict"]}
+    if "list" in tree:
+        return [_join(inner, file) for inner in tree["list"]]
+    if "value" in tree:
+        return tree["value"]
+    return {name: _join(inner, file) for name, inner in tree.items()}
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file or folder on disk before it is relied on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

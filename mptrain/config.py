@@ -1,0 +1,169 @@
+"""The settings of a run: closed groups as dataclasses, open ones (model, data) by the Config of their kind.
+
+Registered with Hydra as a schema, so a typo or a wrong type fails while the configuration is composed. OmegaConf
+marks frozen dataclasses read-only; the flag is cleared on the schema, which overrides must be able to write.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mptrain import registry
+from mptrain.optim import OptimConfig
+from mptrain.policy import PrecisionPolicy
+from mptrain.settings import did_you_mean, from_plain, require, to_plain
+from mptrain.trainer import TrainerConfig
+
+USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """``wandb``: also log to Weights & Biases, online when logged in, offline when not."""
+
+    wandb: bool = True
+    project: str = "mptrain"
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """``every``: steps between samples of overflow and underflow, and between lines of progress."""
+
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "telemetry.every", self.every, "at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """``every``: steps between checkpoints, 0 for only at the end; ``keep``: how many stay on disk."""
+
+    every: int = 0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is made of."""
+
+    precision: PrecisionPolicy = field(default_factory=PrecisionPolicy)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    seed: int = 0
+    device: str = "auto"
+    run_dir: str = ""
+    runs_dir: str = "runs"
+    resume: str = "none"
+    baseline: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+def register() -> None:
+    """Make the schema known to Hydra (config.yaml names it first in its defaults list)."""
+    schema = OmegaConf.structured(RunConfig)
+    _thaw(schema)
+    for group in ("model", "data"):
+        OmegaConf.set_struct(schema[group], False)  # open: checked against the Config of their kind
+    ConfigStore.instance().store("schema", schema)
+
+
+def _thaw(node: DictConfig) -> None:
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _thaw(child)
+
+
+def parse(composed: DictConfig) -> RunConfig:
+    """What Hydra composed, as validated dataclasses. ValueError (or OmegaConf's own) for what cannot work."""
+    config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    for package, group, values in (("mptrain.models", "model", config.model), ("mptrain.data", "data", config.data)):
+        parse_open(package, group, values)
+    return config
+
+
+def parse_open(package: str, group: str, values: dict[str, Any], **filled: Any) -> tuple[ModuleType, Any]:
+    """The module and the Config of an open group. ``filled`` replaces settings left at 0 (sizes taken from the data)."""
+    settings = dict(values)
+    kind = str(settings.pop("kind", ""))
+    module = registry.load(package, kind)
+    for key, value in filled.items():
+        if not settings.get(key):
+            settings[key] = value
+    return module, from_plain(module.Config, settings, group)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn what the user can mend into one message and exit code 2; HYDRA_FULL_ERROR=1 shows the traceback instead."""
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints errors in its own way and exits with 1
+    try:
+        yield
+    except USER_ERRORS as error:
+        if full:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        if not full:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def explain(error: BaseException) -> str:
+    """The message of an error, with Hydra's and OmegaConf's own made to name the setting and the nearest match."""
+    text = str(error)
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        return _unknown_key(unknown.group(1))
+    missing = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
+    if missing:
+        group, name = missing.groups()
+        options = re.findall(r"^\t(\S+)", text, flags=re.MULTILINE)
+        return f"{group}={name} is unknown{did_you_mean(name, options)}"
+    merging = re.search(r"Error merging override (\S+)", text)
+    if merging and error.__cause__ is not None:
+        return f"{merging.group(1)} cannot work: {str(error.__cause__).splitlines()[0]}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return text if isinstance(error, ValueError) else text.splitlines()[0]
+
+
+def _unknown_key(path: str) -> str:
+    """Walk the schema along a dotted path to the first part that is not there."""
+    known: Any = to_plain(RunConfig())
+    walked: list[str] = []
+    for part in path.split("."):
+        if not isinstance(known, dict) or part not in known:
+            options = sorted(known) if isinstance(known, dict) else []
+            where = ".".join([*walked, part])
+            return f"unknown setting {where}{did_you_mean(part, options)}"
+        known = known[part]
+        walked.append(part)
+    return f"{path} cannot be set like this"

@@ -1,0 +1,259 @@
+"""Sinks: where metrics, events and the summary go. Console and JSONL always; W&B when configured.
+
+Metrics are one flat dict with ``/`` names and units. A sink that fails must not fail the run: W&B's errors turn into
+one warning and the JSONL file, which is always written, goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Metrics = dict[str, float]
+Event = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Receives what a run has to tell. ``tick`` comes every step and carries nothing."""
+
+    def tick(self, step: int) -> None: ...
+    def metrics(self, step: int, values: Metrics) -> None: ...
+    def event(self, event: Event) -> None: ...
+    def summary(self, values: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class NullSink:
+    """Receives and forgets."""
+
+    def tick(self, step: int) -> None:
+        pass
+
+    def metrics(self, step: int, values: Metrics) -> None:
+        pass
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def summary(self, values: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Sinks(NullSink):
+    """Several sinks as one."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self.sinks = sinks
+
+    def tick(self, step: int) -> None:
+        for sink in self.sinks:
+            sink.tick(step)
+
+    def metrics(self, step: int, values: Metrics) -> None:
+        for sink in self.sinks:
+            sink.metrics(step, values)
+
+    def event(self, event: Event) -> None:
+        for sink in self.sinks:
+            sink.event(event)
+
+    def summary(self, values: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.summary(values)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class JsonLines(NullSink):
+    """``metrics.jsonl`` and ``events.jsonl`` (appended, so a resumed run goes on in the same files), ``summary.json``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._metrics: TextIO = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._events: TextIO = (folder / "events.jsonl").open("a", buffering=1)
+
+    def metrics(self, step: int, values: Metrics) -> None:
+        self._metrics.write(_json({"step": step, **values}) + "\n")
+
+    def event(self, event: Event) -> None:
+        self._events.write(_json(event) + "\n")
+
+    def summary(self, values: dict[str, Any]) -> None:
+        partial = self._folder / "summary.json.partial"
+        partial.write_text(_json(values, indent=2) + "\n")
+        os.replace(partial, self._folder / "summary.json")
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+
+class ConsoleSink(NullSink):
+    """A live progress line in a terminal, plain lines elsewhere; events as they come, at most ``EVENT_LINES``."""
+
+    EVENT_LINES = 20
+
+    def __init__(self, console: Console, max_steps: int, start: int) -> None:
+        self._console = console
+        self._max_steps = max_steps
+        self._events = 0
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(20),
+                TextColumn("{task.fields[line]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=console)
+            self._task = self._progress.add_task("train", total=max_steps, completed=start, line="")
+            self._progress.start()
+
+    def tick(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def metrics(self, step: int, values: Metrics) -> None:
+        line = progress_line(values)
+        if not line:
+            return
+        if self._progress is not None:
+            self._progress.update(self._task, line=line)
+        if self._progress is None or "val/loss" in values:
+            self._console.print(f"step {step}/{self._max_steps}  {line}", highlight=False)
+
+    def event(self, event: Event) -> None:
+        self._events += 1
+        if self._events <= self.EVENT_LINES:
+            where = f" in {event['layer']}" if event.get("layer") else ""
+            detail = event.get("reason") or f"loss scale {event.get('scale', 0):g}"
+            self._console.print(f"step {event['step']}: {event['event']}: {detail}{where}", highlight=False)
+        if self._events == self.EVENT_LINES:
+            self._console.print("further events are in events.jsonl", highlight=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def progress_line(values: Metrics) -> str:
+    """The parts of a metric dict that a person watching wants, in order."""
+    wanted = (
+        ("train/loss", "loss {:.4f}"),
+        ("val/loss", "val {:.4f}"),
+        ("speed/tokens_per_s", "{:,.0f} tok/s"),
+        ("speed/mfu_frac", "MFU {:.1%}"),
+        ("scale/value", "scale {:g}"),
+        ("scale/skipped_total", "skipped {:.0f}"),
+    )
+    if "train/loss" not in values and "val/loss" not in values:
+        return ""
+    return "  ".join(text.format(values[name]) for name, text in wanted if name in values)
+
+
+class WandbSink(NullSink):
+    """Weights & Biases: online when logged in, offline when not; never a prompt, never a failed run."""
+
+    TIMEOUT_S = 20
+
+    def __init__(self, folder: Path, project: str, config: dict[str, Any], console: Console) -> None:
+        self._console = console
+        self._run: Any = None
+        try:
+            self._run = self._start(folder, project, config)
+        except Exception as error:
+            self._give_up(error)
+
+    def _start(self, folder: Path, project: str, config: dict[str, Any]) -> Any:
+        import wandb
+
+        asked = os.environ.get("WANDB_MODE")
+        mode = asked or ("online" if wandb_key_present() else "offline")
+        settings = wandb.Settings(silent=True, init_timeout=self.TIMEOUT_S, console="off", x_disable_stats=True)
+        keywords = {"project": project, "dir": str(folder), "name": folder.name, "config": config, "settings": settings}
+        try:
+            run = wandb.init(mode=mode, **keywords)
+        except Exception as error:
+            if mode != "online":
+                raise
+            self._console.print(f"W&B is not reachable ({type(error).__name__}): logging offline", highlight=False)
+            run = wandb.init(mode="offline", **keywords)
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self._console.print(f"W&B is off for this run: {reason} (logger=jsonl silences this)", highlight=False)
+
+    def metrics(self, step: int, values: Metrics) -> None:
+        self._send(lambda run: run.log({"step": step, **values}))
+
+    def event(self, event: Event) -> None:
+        fields = {f"event/{event['event']}": 1, "event/reason": str(event.get("reason", ""))}
+        self._send(lambda run: run.log({"step": event["step"], **fields}))
+
+    def summary(self, values: dict[str, Any]) -> None:
+        self._send(lambda run: run.summary.update(flatten(values)))
+
+    def close(self) -> None:
+        self._send(lambda run: run.finish())
+
+    def _send(self, act: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            act(self._run)
+        except Exception as error:
+            self._give_up(error)
+
+
+def wandb_key_present() -> bool:
+    """Is there a W&B key, in the environment or in netrc? Without one wandb would prompt."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return "wandb" in netrc.read_text()
+    except OSError:
+        return False
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one flat dict with ``/`` names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _json(values: dict[str, Any], indent: int | None = None) -> str:
+    """JSON proper: NaN and Inf, which it has no words for, become null and strings."""
+    return json.dumps(_plain(values), indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

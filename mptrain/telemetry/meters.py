@@ -1,0 +1,99 @@
+"""Throughput and memory, measured the same way for every precision.
+
+Memory is the allocator's peak on a GPU. A CPU has no such allocator, and RSS holds the interpreter, libraries and
+freed pages, so there it is the peak of live tensor bytes over one whole training step, tracked storage by storage.
+"""
+
+from __future__ import annotations
+
+import statistics
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GIB = 2**30
+WARMUP_STEPS = 3  # kernels chosen, optimizer state allocated, memory measured: none of it is the speed of training
+
+# Dense peak rates in TFLOP/s, vendor figures. MFU is against the peak of the format the GEMMs really ran in.
+PEAK_TFLOPS = {
+    "H100": {"fp8": 1979.0, "bf16": 989.0, "fp16": 989.0, "tf32": 494.0, "fp32": 67.0},
+    "H200": {"fp8": 1979.0, "bf16": 989.0, "fp16": 989.0, "tf32": 494.0, "fp32": 67.0},
+    "A100": {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5},
+}
+
+
+def peak_tflops(device: torch.device, fmt: str) -> float | None:
+    """The device's dense peak for a GEMM format (fp8, bf16, ...), None where none is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    rates = next((rates for card, rates in PEAK_TFLOPS.items() if card in name), {})
+    return rates.get(fmt)
+
+
+class Throughput:
+    """Tokens per second from the median step after warm-up; evaluation and checkpoints are not in it."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.seconds: list[float] = []
+
+    def add(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+    def tokens_per_s(self, last: int = 0) -> float:
+        """Over the ``last`` steps, or all. NaN before the first step."""
+        timed = self.seconds[WARMUP_STEPS:] or self.seconds
+        timed = timed[-last:] if last else timed
+        return self.tokens_per_step / statistics.median(timed) if timed else float("nan")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of live tensor storages while active; ``resident`` tensors (weights, moments) count from the start.
+
+    Every storage an operator returns is counted once, until Python and autograd let go of it. Work space inside an
+    operator is not seen.
+    """
+
+    def __init__(self, resident: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: set[int] = set()
+        for tensor in resident:
+            self._track(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._track(leaf)
+        return out
+
+    def _track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Weights, buffers, gradients and optimizer state: what lives from step to step."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    tensors += [p.grad for p in model.parameters() if p.grad is not None]
+    tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return tensors
