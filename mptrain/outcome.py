@@ -39,7 +39,7 @@ class StepOutcome:
         self._values = values
         if values.device.type == "cuda":
             self._values = values.to("cpu", non_blocking=True)
-            self._ready = torch.cuda.Event()
+            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._ready.record()
 
     def read(self) -> StepRecord:

@@ -26,6 +26,11 @@ class Monitor:
         self._counters, self._every = counters, every
         self.totals = torch.zeros(len(counters.slots), N_COUNTS, dtype=torch.int64)
 
+    @property
+    def sampling(self) -> bool:
+        """Is the step under way a sampled one?"""
+        return self._counters.counting
+
     def begin_step(self, step: int) -> None:
         self._counters.counting = step % self._every == 0
 
