@@ -109,7 +109,7 @@ def parse(composed: DictConfig) -> RunConfig:
 
 
 def parse_open(package: str, group: str, values: dict[str, Any], **filled: Any) -> tuple[ModuleType, Any]:
-    """The module and the Config of an open group. ``filled`` replaces settings left at 0 (sizes taken from the data)."""
+    """The module and the Config of an open group. ``filled`` replaces settings left at 0 (sizes from the data)."""
     settings = dict(values)
     kind = str(settings.pop("kind", ""))
     module = registry.load(package, kind)

@@ -76,7 +76,7 @@ class Sinks(NullSink):
 
 
 class JsonLines(NullSink):
-    """``metrics.jsonl`` and ``events.jsonl`` (appended, so a resumed run goes on in the same files), ``summary.json``."""
+    """``metrics.jsonl`` and ``events.jsonl`` (appended to, so a resumed run goes on in them), ``summary.json``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -185,7 +185,7 @@ class WandbSink(NullSink):
         settings = wandb.Settings(silent=True, init_timeout=self.TIMEOUT_S, console="off", x_disable_stats=True)
         keywords = {"project": project, "dir": str(folder), "name": folder.name, "config": config, "settings": settings}
         try:
-            run = wandb.init(mode=mode, **keywords)
+            run = wandb.init(mode=mode, **keywords)  # type: ignore[arg-type]
         except Exception as error:
             if mode != "online":
                 raise

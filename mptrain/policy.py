@@ -123,9 +123,7 @@ class PrecisionPolicy:
 
     def __post_init__(self) -> None:
         require(self.compute in COMPUTE_FORMATS, "precision.compute", self.compute, "fp32, tf32, bf16 or fp16")
-        require(
-            self.reduce in (Format.fp32, Format.bf16, Format.fp16), "precision.reduce", self.reduce, "fp32 or bf16"
-        )
+        require(self.reduce in (Format.fp32, Format.bf16, Format.fp16), "precision.reduce", self.reduce, "fp32 or bf16")
         if self.quantized:
             narrow = self.compute in (Format.bf16, Format.fp32)
             require(narrow, "precision.compute", self.compute, "bf16 (or fp32) beside quantized GEMMs")

@@ -144,7 +144,7 @@ class Precision:
             self.counters.quiet = was
 
     def recompute(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """``fn(*args)`` without keeping its activations: backward runs it again, with the forward's casts and scales."""
+        """``fn(*args)`` without keeping its activations: backward runs it again, with the same casts and scales."""
 
         def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
             return nullcontext(), self.backend.replay()
@@ -156,6 +156,6 @@ class Precision:
         return {"scaler": self.scaler.state_dict(), "fp8": self.backend.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
-        """Continue a run, of this policy or another: what has no meaning here is ignored, what is missing starts anew."""
+        """Continue a run of this policy or another: what has no meaning here is ignored, what is missing starts."""
         self.scaler.load_state_dict(state.get("scaler", {}))
         self.backend.load_state_dict(state.get("fp8", {}))

@@ -6,10 +6,11 @@ whose names start with an underscore are helpers, not kinds.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from types import ModuleType
+
+from mptrain.settings import did_you_mean
 
 
 def kinds(package: str) -> list[str]:
@@ -22,7 +23,5 @@ def load(package: str, kind: str) -> ModuleType:
     """Import the module of one kind. ValueError with the nearest name when ``package`` has no such file."""
     known = kinds(package)
     if kind not in known:
-        near = difflib.get_close_matches(kind, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known kinds: {', '.join(known)}."
-        raise ValueError(f"kind {kind!r} is not in {package}: {hint}")
+        raise ValueError(f"kind {kind!r} is not in {package}{did_you_mean(kind, known)}")
     return importlib.import_module(f"{package}.{kind}")

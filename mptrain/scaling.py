@@ -68,7 +68,7 @@ class LossScaler:
         return code.add_(at_floor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """scale, growth tracker and hysteresis left; read it after ``update``. Growth, backoff, interval: the policy."""
+        """Scale, growth tracker and hysteresis left, to be read after ``update``; the rest is in the policy."""
         return {"scale": self.scale, "tracker": self._tracker, "hysteresis_left": self._hysteresis_left}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

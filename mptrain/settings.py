@@ -30,9 +30,18 @@ def from_plain(kind: Any, values: Mapping[str, Any], where: str) -> Any:
     for key, value in values.items():
         if key not in fields:
             raise ValueError(f"unknown setting {where}.{key}{did_you_mean(str(key), sorted(fields))}")
-        default = getattr(kind(), key)
-        made[key] = _convert(default, value, f"{where}.{key}")
+        made[key] = _convert(_default(fields[key]), value, f"{where}.{key}")
+    missing = [name for name, f in fields.items() if name not in made and _default(f) is dataclasses.MISSING]
+    if missing:
+        raise ValueError(f"{where}.{missing[0]} has no value: set {where}.{missing[0]}=...")
     return kind(**made)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """The field's default, ``MISSING`` if it must be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def _convert(default: Any, value: Any, where: str) -> Any:
@@ -47,7 +56,7 @@ def _convert(default: Any, value: Any, where: str) -> Any:
         if str(value) not in members:
             raise ValueError(f"{where}={value} is unknown{did_you_mean(str(value), members)}")
         return type(default)[str(value)]
-    if default is None:
+    if default is None or default is dataclasses.MISSING:
         return value
     if isinstance(default, int) and isinstance(value, float) and not value.is_integer():
         raise ValueError(f"{where}={value!r} is not a whole number")

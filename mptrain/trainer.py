@@ -137,7 +137,7 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step: micro-batches, the outcome of the step before, then apply or skip."""
         start = time.perf_counter()
-        self.monitor.begin_step(self.step_number)
+        self.monitor.begin_step(self.step_number + 1)
         with self._memory_meter():
             loss = self._gradients()
             self._settle()

@@ -66,7 +66,7 @@ def load(name: str) -> type[Backend]:
 
 
 def resolve(policy: PrecisionPolicy, device: torch.device) -> type[Backend]:
-    """The backend asked for, or under ``auto`` the first that is there. ValueError says what is missing and what works."""
+    """The backend asked for; under ``auto`` the first that is there. ValueError: what is missing, what works."""
     if policy.backend is not BackendName.auto:
         chosen = load(policy.backend.value)
         reason = chosen.missing(policy, device, auto=False)

@@ -127,7 +127,7 @@ class EmulatedLinear(nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         with torch.autocast(input.device.type, enabled=False):  # an FP32 carrier must stay FP32
-            out: Tensor = _Linear.apply(input, self.weight, self.bias, self.quantizers)
+            out: Tensor = _Linear.apply(input, self.weight, self.bias, self.quantizers)  # type: ignore[no-untyped-call]
         return out
 
     def extra_repr(self) -> str:

@@ -122,7 +122,7 @@ class RoundedOperands(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        out: Tensor = _RoundedLinear.apply(input, weight, bias, self._fmt)
+        out: Tensor = _RoundedLinear.apply(input, weight, bias, self._fmt)  # type: ignore[no-untyped-call]
         return out
 
     def _gemm(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -130,10 +130,10 @@ class RoundedOperands(TorchFunctionMode):
             args, kwargs = _each(args, _through_half), _each(kwargs, _through_half)
             return func(*args, **kwargs).to(torch.float16)
         args, kwargs = _each(args, self._round), _each(kwargs, self._round)
-        return _RoundGradient.apply(func(*args, **kwargs), self._fmt)
+        return _RoundGradient.apply(func(*args, **kwargs), self._fmt)  # type: ignore[no-untyped-call]
 
     def _round(self, x: Tensor) -> Tensor:
-        rounded: Tensor = _RoundOperand.apply(x, self._fmt)
+        rounded: Tensor = _RoundOperand.apply(x, self._fmt)  # type: ignore[no-untyped-call]
         return rounded
 
 

@@ -53,7 +53,7 @@ class Throughput:
         return self.tokens_per_step / statistics.median(timed) if timed else float("nan")
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Peak bytes of live tensor storages while active; ``resident`` tensors (weights, moments) count from the start.
 
     Every storage an operator returns is counted once, until Python and autograd let go of it. Work space inside an
@@ -61,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, resident: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._known: set[int] = set()

@@ -32,7 +32,8 @@ class Monitor:
         return self._counters.counting
 
     def begin_step(self, step: int) -> None:
-        self._counters.counting = step % self._every == 0
+        """``step`` counts from 1. The first is sampled too, so that the shortest run has counts."""
+        self._counters.counting = step == 1 or step % self._every == 0
 
     def end_step(self) -> dict[str, float]:
         """The counts of a sampled step as flat metrics; nothing on other steps."""

@@ -185,7 +185,7 @@ def test_impossible_settings_name_one_that_works(kind, settings, says):
 def test_an_unknown_kind_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'llama'"):
         models.load("lama")
-    with pytest.raises(ValueError, match="known kinds: gpt, llama"):
+    with pytest.raises(ValueError, match="known: gpt, llama"):
         models.load("_decoder")
 
 
