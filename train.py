@@ -12,10 +12,8 @@ from mptrain.policy import conf_dir
 @hydra.main(version_base=None, config_path=str(conf_dir()), config_name="config")
 def main(composed: DictConfig) -> None:
     run = build.build(config.parse(composed))
-    summary = run.train()
-    build.print_summary(run.console, summary, run.folder)
+    run.train()
     if run.trainer.stopped_by is not None:
-        print(f"stopped; continue with: resume=auto run_dir={run.folder}")
         sys.exit(128 + run.trainer.stopped_by)
 
 

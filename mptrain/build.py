@@ -1,65 +1,94 @@
-"""The composition root: the only place that knows every concrete class. Settings in, a run ready to fit out."""
+"""The composition root: the only place that knows every concrete class. Settings in, a run ready to fit out.
+
+The order is that of cost: settings, device and backend are checked first, then the data is read and the plan printed,
+then FP32 is probed in a process of its own, and only then does this process put a model on the device.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import platform
-import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from torch import nn
 
+from mptrain import baseline, machine
+from mptrain.backends.base import resolve
+from mptrain.baseline import Figures
 from mptrain.checkpoint import Checkpoints, load, read_header
 from mptrain.config import RunConfig, parse_open
 from mptrain.distributed import world_size
-from mptrain.loggers import ConsoleSink, JsonLines, Sink, Sinks, WandbSink
+from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sink, Sinks, WandbSink
 from mptrain.optim import Schedule, build_optimizer
+from mptrain.policy import PrecisionPolicy
 from mptrain.precision import Precision
+from mptrain.report.terminal import emulation_note, print_comparison, print_end, print_lines
 from mptrain.settings import to_plain
 from mptrain.telemetry.meters import Throughput, peak_tflops
 from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED, Monitor
 from mptrain.trainer import Trainer
 
 
-@dataclass
-class Run:
-    """A trainer with its folder, sinks and fingerprint."""
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before anything is on the device. ``shell``: the model on meta, for its sizes."""
 
     config: RunConfig
+    device: torch.device
+    data: Any
+    model_module: Any
+    model_config: Any
+    shell: nn.Module
+    fp32_gemm: str
+    fingerprint: str
+
+
+@dataclass
+class Run:
+    """A trainer with its folder, sinks and baseline."""
+
+    prepared: Prepared
     trainer: Trainer
     sinks: Sinks
     console: Console
     folder: Path
-    fingerprint: str
+    fp32: Figures
 
     def train(self) -> dict[str, Any]:
-        """Fit, summarize, close the sinks; returns the summary (also in ``summary.json``)."""
+        """Fit, summarize, compare with FP32, close the sinks; returns the summary (also in ``summary.json``)."""
         try:
             self.trainer.fit()
             summary = self.summary()
             self.sinks.summary(summary)
         finally:
             self.sinks.close()
+        print_comparison(self.console, summary)
+        print_end(self._say, self.folder, self.trainer.stopped_by is not None)
         return summary
 
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
     def summary(self) -> dict[str, Any]:
-        """The figures of the run; NaN where there is none."""
-        trainer = self.trainer
+        """The figures of the run; NaN (null in the file) where there is none."""
+        trainer, config = self.trainer, self.prepared.config
         backend = trainer.precision.backend
         totals = trainer.monitor.totals.sum(0).tolist()
         counted = totals[ELEMENTS] > 0
         overflow = totals[SATURATED] + totals[INF] + totals[NAN]
         return {
-            "precision": self.config.precision.name,
+            "precision": config.precision.name,
             "backend": backend.name,
             "emulated": backend.emulated,
             "carrier": backend.carrier,
+            "scaling": config.precision.quantization.scaling.value,
+            "fp32_gemm": self.prepared.fp32_gemm,
             "steps": trainer.step_number,
             "skipped_steps": trainer.ledger.skipped,
             "train_loss": trainer.losses.get(trainer.step_number, math.nan),
@@ -70,40 +99,81 @@ class Run:
             "overflow_events": overflow if counted else None,
             "underflow_frac": totals[FLUSHED] / totals[ELEMENTS] if counted else None,
             "worst_layers": trainer.monitor.worst(),
-            "fingerprint": self.fingerprint,
+            "baseline": baseline.compare(self._figures(), self.fp32),
+            "fingerprint": self.prepared.fingerprint,
+            "machine": machine.describe(self.prepared.device),
+            "torch": torch.__version__,
         }
+
+    def _figures(self) -> Figures:
+        """This run's side, its speed over the steps that the other side ran."""
+        losses = baseline.read_losses(self.folder)
+        speed = self.trainer.throughput.tokens_per_s(first=self.fp32.steps)
+        val_loss = self.trainer.final.get("val/loss", math.nan)
+        return Figures("this run", losses, speed, self.trainer.peak_memory_gib, val_loss)
+
+
+def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -> Prepared:
+    """Check the settings, read the data, fingerprint. Nothing is on the device yet. ValueError names what to change."""
+    if world_size() > 1:
+        raise ValueError("this version trains in one process: start it without torchrun")
+    device = machine.pick_device(config.device)
+    resolve(config.precision, device)
+    model_module, model_config = parse_open("mptrain.models", "model", config.model)
+    data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=model_config.block_size)
+    say(f"corpus: reading data={config.data['kind']} (read once, then memory-mapped from a cache)")
+    data = data_module.build(data_config)
+    _, model_config = parse_open("mptrain.models", "model", config.model, vocab_size=data.vocab_size)
+    with torch.device("meta"):
+        shell = model_module.build(model_config)
+    fp32_gemm = machine.choose_fp32_gemm(shell, device)
+    mark = baseline.fingerprint(config, data.fingerprint, machine.describe(device), torch.__version__, fp32_gemm)
+    return Prepared(config, device, data, model_module, model_config, shell, fp32_gemm, mark)
 
 
 def build(config: RunConfig) -> Run:
     """Make everything a run needs. ValueError or OSError, naming the setting to change, if it cannot be."""
-    if world_size() > 1:
-        raise ValueError("this version trains in one process: start it without torchrun")
-    device = pick_device(config.device)
-    data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=_block_size(config))
-    data = data_module.build(data_config)
+    console = Console()
+    start = _resume_path(config)
+    prepared = prepare(config, lambda text: console.print(text, highlight=False))
+    folder = _make_folder(config, start is not None)
+    try:
+        return _build(prepared, console, folder, start)
+    except BaseException:
+        _discard(folder)
+        raise
+
+
+def _build(prepared: Prepared, console: Console, folder: Path, start: Path | None) -> Run:
+    config = prepared.config
+    fp32 = _known_baseline(prepared, folder)
+    _announce(console, prepared, folder, fp32)
+    if fp32 is None:
+        fp32 = baseline.probe(config, prepared.fingerprint, Path(config.runs_dir), lambda text: console.print(text))
+    sinks: list[Sink] = [JsonLines(folder)]
+    if config.logger.wandb:
+        sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console))
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    first = 0 if start is None else int(read_header(start)["step"])
+    both = Sinks(sinks)
+    trainer = assemble(prepared, both, checkpoints)
+    if config.precision.quantized:
+        console.print(f"{trainer.precision.report}; {trainer.precision.backend.carrier}", highlight=False)
+    if start is not None:
+        trainer.load(load(start, prepared.device), first)
+    both.sinks.append(ConsoleSink(console, config.trainer.max_steps, first))
+    return Run(prepared, trainer, both, console, folder, fp32)
+
+
+def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoints | None = None) -> Trainer:
+    """The model on the device, in its precision, with optimizer and meters, inside a trainer."""
+    config, data, device = prepared.config, prepared.data, prepared.device
     torch.manual_seed(config.seed)
-    model_module, model_config = parse_open("mptrain.models", "model", config.model, vocab_size=data.vocab_size)
-    model = model_module.build(model_config).to(device)
+    model = prepared.model_module.build(prepared.model_config).to(device)
     precision = Precision(config.precision).prepare(model)
     if config.trainer.checkpointing:
         model.recompute = precision.recompute
-    fingerprint = _fingerprint(config, data.fingerprint, device)
-    start = _resume_path(config)
-    folder = _make_folder(config, start is not None)
-    console = Console()
-    _announce(console, config, precision, data.name, folder, model)
-    sinks = _sinks(config, console, folder, 0 if start is None else int(read_header(start)["step"]))
-    trainer = _trainer(config, model, precision, data, sinks, folder, fingerprint)
-    if start is not None:
-        trainer.load(load(start, device), int(read_header(start)["step"]))
-    return Run(config, trainer, sinks, console, folder, fingerprint)
-
-
-def _trainer(
-    config: RunConfig, model: Any, precision: Precision, data: Any, sinks: Sinks, folder: Path, fingerprint: str
-) -> Trainer:
-    tokens_per_step = config.trainer.batch_size * config.trainer.accumulate * data.block_size
-    peak = peak_tflops(precision.device, "fp8" if config.precision.quantized else str(config.precision.compute))
+    peak = peak_tflops(device, "fp8" if config.precision.quantized else str(config.precision.compute))
     return Trainer(
         config.trainer,
         model=model,
@@ -111,44 +181,44 @@ def _trainer(
         optimizer=build_optimizer(config.optim, model),
         schedule=Schedule.of(config.optim, config.trainer.max_steps),
         data=data,
-        sink=sinks,
+        sink=sink,
         monitor=Monitor(precision.counters, config.telemetry.every),
-        throughput=Throughput(tokens_per_step),
+        throughput=Throughput(_tokens_per_step(prepared)),
         seed=config.seed,
         every=config.telemetry.every,
         run_model=torch.compile(model) if config.trainer.compile else model,  # type: ignore[arg-type]
-        checkpoints=Checkpoints(folder / "checkpoints", config.checkpoint.keep),
+        checkpoints=checkpoints,
         checkpoint_every=config.checkpoint.every,
-        about={"precision": config.precision.name, "fingerprint": fingerprint},
+        about={"precision": config.precision.name, "fingerprint": prepared.fingerprint},
         flops_per_token=model.flops_per_token(),
         peak_flops_per_s=None if peak is None else peak * 1e12,
     )
 
 
-def pick_device(asked: str) -> torch.device:
-    """``auto`` is the GPU if there is one. ValueError if a GPU is asked for and missing."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: torch sees no GPU here; use device=auto or device=cpu")
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(asked)
+def probe(config: RunConfig) -> Figures:
+    """The first steps of the run that ``config`` describes, in FP32: what the probe's process does."""
+    fp32 = replace(config, precision=PrecisionPolicy.named("fp32"))
+    prepared = prepare(fp32)
+    trainer = assemble(prepared, NullSink())
+    trainer.fit(until=baseline.PROBE_STEPS)
+    return Figures("probe", trainer.losses, trainer.throughput.tokens_per_s(), trainer.peak_memory_gib)
 
 
-def _block_size(config: RunConfig) -> int:
-    module, model = parse_open("mptrain.models", "model", config.model)
-    del module
-    return int(model.block_size)
+def _tokens_per_step(prepared: Prepared) -> int:
+    sizes = prepared.config.trainer
+    return int(sizes.batch_size * sizes.accumulate * prepared.data.block_size)
 
 
-def _fingerprint(config: RunConfig, corpus: str, device: torch.device) -> str:
-    """A hash of what makes two runs comparable step by step: everything but precision, sinks and folders."""
-    machine = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    plain = to_plain(config)
-    same = {key: plain[key] for key in ("model", "optim", "trainer", "seed")}
-    text = json.dumps({**same, "corpus": corpus, "machine": machine, "torch": torch.__version__}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _known_baseline(prepared: Prepared, folder: Path) -> Figures | None:
+    """The FP32 figures that are there without a measurement; None if they must be probed."""
+    config, wanted = prepared.config, prepared.fingerprint
+    if config.baseline not in ("auto", "none"):
+        return baseline.named(Path(config.baseline), config, wanted)
+    if config.baseline == "none":
+        return Figures(note="baseline=none")
+    if config.precision.name == "fp32":
+        return Figures(note="this is an FP32 run: later runs of these settings are compared with it")
+    return baseline.find([Path(config.runs_dir), folder.parent], wanted)
 
 
 def _resume_path(config: RunConfig) -> Path | None:
@@ -188,48 +258,58 @@ def _numbered(parent: Path, stem: str) -> Path:
             return folder
 
 
-def _sinks(config: RunConfig, console: Console, folder: Path, start: int) -> Sinks:
-    sinks: list[Sink] = [JsonLines(folder), ConsoleSink(console, config.trainer.max_steps, start)]
-    if config.logger.wandb:
-        sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console))
-    return Sinks(sinks)
+def _discard(folder: Path) -> None:
+    """Remove the folder of a run that never began, if it holds nothing but its settings."""
+    if {path.name for path in folder.iterdir()} == {"config.json"}:
+        (folder / "config.json").unlink()
+        folder.rmdir()
 
 
-def _announce(
-    console: Console, config: RunConfig, precision: Precision, data: str, folder: Path, model: torch.nn.Module
-) -> None:
+def _announce(console: Console, prepared: Prepared, folder: Path, fp32: Figures | None) -> None:
     """What is about to happen, before it does."""
-    backend = precision.backend
-    parameters = sum(p.numel() for p in model.parameters())
-    kind = f"{config.model.get('kind')}, {parameters / 1e6:.1f} M parameters"
-    console.print(f"{kind}, data {data}, {config.trainer.max_steps} steps on {precision.device} -> {folder}")
-    console.print(f"precision {config.precision.name}, backend {backend.name} ({backend.carrier})", highlight=False)
+    config, device = prepared.config, prepared.device
+    backend = resolve(config.precision, device)
+    parameters = sum(p.numel() for p in prepared.shell.parameters()) / 1e6
+    tokens_m = (len(prepared.data.train_tokens) + len(prepared.data.validation_tokens)) / 1e6
+    rows = [
+        ("model", f"{config.model.get('kind')}, {parameters:.1f} M parameters, on {machine.describe(device)}"),
+        ("corpus", f"{prepared.data.name}, {tokens_m:.1f} M tokens"),
+        ("precision", f"{config.precision.name} by backend {backend.name}"),
+        *(("", line) for line in config.precision.flow.splitlines()),
+    ]
     if backend.emulated:
-        console.print("emulation: there is no such unit here; numerics are real, speed is not", highlight=False)
-    if config.precision.quantized:
-        console.print(str(precision.report), highlight=False)
-    console.print(config.precision.flow, highlight=False)
-    sys.stdout.flush()
-
-
-def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
-    """The last thing a user sees."""
-    table = Table(title=f"{summary['precision']} on {summary['backend']}")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    speed = "tokens/s (emulation)" if summary["emulated"] else "tokens/s"
-    rows = (
-        ("training loss (nats)", f"{summary['train_loss']:.4f}"),
-        ("validation loss (nats)", f"{summary['val_loss']:.4f}"),
-        (speed, f"{summary['tokens_per_s']:,.0f}"),
-        ("peak memory (GiB)", f"{summary['peak_memory_gib']:.3f}"),
-        ("skipped steps", str(summary["skipped_steps"])),
-        ("overflow events", "not counted" if summary["overflow_events"] is None else str(summary["overflow_events"])),
-        ("underflow", "not counted" if summary["underflow_frac"] is None else f"{summary['underflow_frac']:.2%}"),
+        rows.append(("", emulation_note(config.precision.name)))
+    if backend.emulated and config.precision.quantized:
+        rows.append(("kernel", "the quantizer is compiled on first use (3 s) and cached"))
+    rows.append(("FP32 baseline", fp32.source if fp32 else f"a probe of {baseline.PROBE_STEPS} steps comes first"))
+    tokens = _tokens_per_step(prepared)
+    rows.append(
+        ("training", f"{config.trainer.max_steps} steps of {tokens:,} tokens{_minutes(prepared, fp32 is None)}")
     )
-    for name, value in rows:
-        table.add_row(name, value)
-    console.print(table)
-    if summary["overflow_events"] == 0:
-        console.print("no overflow: current scaling fits each tensor's largest value to the format", highlight=False)
-    console.print(f"run folder: {folder}", highlight=False)
+    rows.append(("run folder", str(folder)))
+    print_lines(console, rows)
+
+
+def _minutes(prepared: Prepared, probed: bool) -> str:
+    """A rough forecast on a CPU, from the speed of one GEMM; on a GPU nothing may touch the device yet."""
+    if prepared.device.type != "cpu":
+        return ""
+    config = prepared.config
+    flops = prepared.shell.flops_per_token() * _tokens_per_step(prepared)  # type: ignore[operator]
+    low = config.precision.quantized or str(config.precision.compute) == "bf16"
+    step_s = flops / _gemm_flops_per_s(torch.bfloat16 if low else torch.float32)
+    evaluations = 1 + config.trainer.max_steps // max(1, config.trainer.eval_every or config.trainer.max_steps)
+    steps = config.trainer.max_steps + evaluations * config.trainer.eval_batches / 3
+    seconds = steps * step_s * (2.0 if low else 1.4)  # what is not a GEMM weighs more where GEMMs are fast
+    if probed:
+        seconds += 10 + baseline.PROBE_STEPS * flops / _gemm_flops_per_s(torch.float32) * 1.4
+    return f", about {max(1, round(seconds / 60))} min in all"
+
+
+def _gemm_flops_per_s(dtype: torch.dtype) -> float:
+    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    a @ b
+    begin = time.perf_counter()
+    for _ in range(5):
+        a @ b
+    return 5 * 2 * 512 * 1024 * 1024 / (time.perf_counter() - begin)

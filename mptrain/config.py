@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,11 +122,18 @@ def parse_open(package: str, group: str, values: dict[str, Any], **filled: Any) 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn what the user can mend into one message and exit code 2; HYDRA_FULL_ERROR=1 shows the traceback instead."""
+    """Turn what the user can mend into one message and exit code 2, Ctrl-C and SIGTERM into a line and 130.
+
+    HYDRA_FULL_ERROR=1 shows the traceback instead of the message.
+    """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints errors in its own way and exits with 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both unwind: probes end, half-made files go
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted; every saved checkpoint is whole (resume=auto run_dir=FOLDER continues)", file=sys.stderr)
+        raise SystemExit(130) from None
     except USER_ERRORS as error:
         if full:
             raise

@@ -17,6 +17,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+CHUNK = 2**22  # elements counted at a time: 16 MiB in FP32
+
 
 @dataclass(frozen=True)
 class FormatSpec:
@@ -86,6 +88,24 @@ def underflows(x: Tensor, fmt: Format) -> Tensor:
     """Elementwise: is ``x`` non-zero and would it round to zero in ``fmt``?"""
     magnitude = x.double().abs()
     return (magnitude > 0) & (magnitude <= fmt.value.underflow_at)
+
+
+def count_cast(x: Tensor, fmt: Format) -> Tensor:
+    """int64 [5]: elements, overflows, underflows, Inf and NaN of ``x`` (any float dtype) before a cast to ``fmt``.
+
+    For floating formats whose limits FP32 holds exactly (all but FP32 itself). In chunks, so that counting a large
+    activation does not show in the peak of memory.
+    """
+    spec = fmt.value
+    total = torch.zeros(5, dtype=torch.int64, device=x.device)
+    total[0] = x.numel()
+    for chunk in x.reshape(-1).split(CHUNK):
+        size = chunk.float().abs()
+        infinite = size == math.inf
+        beyond = (size >= spec.overflow_at if spec.tie_overflows else size > spec.overflow_at) & ~infinite
+        flushed = (size > 0) & (size <= spec.underflow_at)
+        total[1:] += torch.stack([kind.sum() for kind in (beyond, flushed, infinite, size.isnan())])
+    return total
 
 
 def round_to(x: Tensor, fmt: Format) -> Tensor:

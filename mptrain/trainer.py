@@ -40,12 +40,12 @@ class TrainerConfig:
     """``batch_size``: sequences a micro-batch; ``clip``: largest gradient norm, 0 for none; ``eval_every``: 0 = at the
     end only; ``checkpointing``: recompute activations in backward; ``compile``: torch.compile the model."""
 
-    max_steps: int = 120
+    max_steps: int = 60
     batch_size: int = 4
     accumulate: int = 1
     clip: float = 1.0
-    eval_every: int = 60
-    eval_batches: int = 16
+    eval_every: int = 100
+    eval_batches: int = 8
     checkpointing: bool = False
     compile: bool = False
 
@@ -126,12 +126,12 @@ class Trainer:
                 if self.checkpoint_every and done % self.checkpoint_every == 0:
                     self.save()
                     saved = done
-        self._flush()
-        if self.checkpoints is not None and saved != self.step_number:
-            self.save()
-        if self.stopped_by is None and until is None:
-            self.final = self.evaluate(masters=self.precision.policy.name != "fp32")
-            self.sink.metrics(self.step_number, self.final)
+            self._flush()
+            if self.checkpoints is not None and saved != self.step_number:
+                self.save()
+            if self.stopped_by is None and until is None:
+                self.final = self.evaluate(masters=self.precision.policy.name != "fp32")
+                self.sink.metrics(self.step_number, self.final)
         self._end_memory()
 
     def step(self) -> None:
@@ -202,8 +202,10 @@ class Trainer:
         self._unread.clear()
         row = {"train/loss": value, "train/loss_step": value, "train/lr": rate}
         if outcome is not None:
-            row |= {"train/grad_norm": outcome.grad_norm, "scale/value": outcome.scale}
-        row |= {"scale/skipped_total": float(self.ledger.skipped)}
+            row["train/grad_norm"] = outcome.grad_norm
+            if self.precision.scaler.active:
+                row["scale/value"] = outcome.scale
+        row["scale/skipped_total"] = float(self.ledger.skipped)
         self.sink.metrics(step, row | self._speed() | self.monitor.end_step())
 
     def _speed(self) -> dict[str, float]:

@@ -6,11 +6,14 @@ forward of this backend begins, and stay as they are until another precision set
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from mptrain.backends._booking import replaying
+from mptrain.backends._casts import watch_casts
 from mptrain.convert import ConversionReport
 from mptrain.distributed import Agree
 from mptrain.formats import Format
@@ -35,6 +38,7 @@ class Backend:
 
     def __init__(self, policy: PrecisionPolicy, device: torch.device, agree: Agree) -> None:
         self._policy, self._device = policy, device
+        self._counters = Counters()
         self.carrier = str(policy.compute)
 
     @staticmethod
@@ -54,6 +58,9 @@ class Backend:
         return None
 
     def convert(self, model: nn.Module, counters: Counters) -> ConversionReport:
+        self._counters = counters
+        if self._policy.compute is not Format.fp32:
+            watch_casts(model, self._policy.compute, counters, self._device)
         return ConversionReport()
 
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
@@ -64,8 +71,10 @@ class Backend:
             return nullcontext()
         return torch.autocast(self._device.type, dtype=compute.value.dtype)
 
-    def replay(self) -> AbstractContextManager[object]:
-        return self.forward(policy_on=True)
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        with replaying(self._counters), self.forward(policy_on=True):
+            yield
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mptrain import kernels
+from mptrain.backends._booking import bypassing, replaying
+from mptrain.backends._casts import watch_casts
 from mptrain.convert import ConversionReport, select, swap
 from mptrain.distributed import Agree
 from mptrain.emulation.delayed import DelayedScaling
@@ -49,6 +51,7 @@ class Backend:
     def convert(self, model: nn.Module, counters: Counters) -> ConversionReport:
         self._counters = counters
         if not self._policy.quantized:
+            watch_casts(model, self._policy.compute, counters, self._device)
             return ConversionReport()
         config = self._policy.quantization
         chosen, kept = select(model, self._policy.keep, multiple=16)
@@ -66,20 +69,18 @@ class Backend:
 
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
         if not policy_on:
-            return self._bypass()
-        if not self._policy.quantized:
-            return RoundedOperands(self._policy.compute)
+            return bypassing(self._counters)
         if self._delayed is not None and self._depth == 0 and not self._counters.quiet:
             self._delayed.rotate()
         return self._nested(self._casts())
 
     def replay(self) -> AbstractContextManager[object]:
-        if not self._policy.quantized:
-            return RoundedOperands(self._policy.compute)
         return self._replaying()
 
     def _casts(self) -> AbstractContextManager[object]:
         """What the layers left alone run in: the policy's `compute`."""
+        if not self._policy.quantized:
+            return RoundedOperands(self._policy.compute)
         if self._policy.compute is Format.bf16:
             return torch.autocast(self._device.type, dtype=torch.bfloat16)
         return nullcontext()
@@ -95,20 +96,8 @@ class Backend:
 
     @contextmanager
     def _replaying(self) -> Iterator[None]:
-        self._counters.replaying = True
-        try:
-            with self._casts():
-                yield
-        finally:
-            self._counters.replaying = False
-
-    @contextmanager
-    def _bypass(self) -> Iterator[None]:
-        self._counters.bypassed = True
-        try:
+        with replaying(self._counters), self._casts():
             yield
-        finally:
-            self._counters.bypassed = False
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self._delayed is None else self._delayed.state_dict()

@@ -46,10 +46,10 @@ class Throughput:
     def add(self, seconds: float) -> None:
         self.seconds.append(seconds)
 
-    def tokens_per_s(self, last: int = 0) -> float:
-        """Over the ``last`` steps, or all. NaN before the first step."""
-        timed = self.seconds[WARMUP_STEPS:] or self.seconds
-        timed = timed[-last:] if last else timed
+    def tokens_per_s(self, *, first: int = 0, last: int = 0) -> float:
+        """Over the ``first`` steps, the ``last`` ones, or all (0). NaN before the first step."""
+        seconds = self.seconds[:first] if first else self.seconds
+        timed = (seconds[WARMUP_STEPS:] or seconds)[-last:]
         return self.tokens_per_step / statistics.median(timed) if timed else float("nan")
 
 

@@ -1,0 +1,198 @@
+"""FP32 beside every run: an earlier FP32 run of the same fingerprint, else a probe of a few FP32 steps.
+
+Two runs of one fingerprint saw the same initial weights, batches and learning rates on the same machine, so their
+losses differ by precision alone and are compared at the same step. The probe runs in a process of its own, before this
+run allocates anything on the device, so neither takes the other's memory or time; a file lock keeps two of them from
+measuring each other. Its result stays in the runs folder for the next run of that fingerprint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mptrain.settings import to_plain
+
+PROBE_STEPS = 8  # 3 of warm-up, then 5 whose median is the speed
+FEW_STEPS = 100  # with fewer, a ratio of losses says nothing about where training goes
+PROBES = ".fp32-probes"
+COMPARED = ("model", "data", "optim", "trainer", "seed")  # settings that make two runs comparable step by step
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one side of the comparison measured. ``losses``: training loss (nats) by step."""
+
+    source: str = "none"
+    losses: dict[int, float] = field(default_factory=dict)
+    tokens_per_s: float = math.nan
+    peak_memory_gib: float = math.nan
+    val_loss: float = math.nan
+    note: str = ""
+
+    @property
+    def steps(self) -> int:
+        return max(self.losses, default=0)
+
+
+def fingerprint(config: Any, corpus: str, machine: str, torch_version: str, fp32_gemm: str) -> str:
+    """A hash (16 hex digits) of what must be equal for two runs to differ by precision alone."""
+    plain = to_plain(config)
+    same = {key: plain[key] for key in COMPARED if key != "data"}  # the corpus's hash says more than its path
+    text = json.dumps([same, corpus, machine, torch_version, fp32_gemm], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def find(folders: list[Path], wanted: str) -> Figures | None:
+    """The longest, then newest, FP32 run of the fingerprint ``wanted`` in the folders of runs, or None."""
+    found: list[tuple[int, float, Path]] = []
+    for path in {path for folder in folders for path in folder.glob("*/summary.json")}:
+        summary = _read_json(path)
+        if summary.get("precision") == "fp32" and summary.get("fingerprint") == wanted:
+            found.append((int(summary["steps"]), path.stat().st_mtime, path.parent))
+    return read_run(max(found)[2]) if found else None
+
+
+def named(folder: Path, config: Any, wanted: str) -> Figures:
+    """The FP32 run in ``folder``. ValueError, naming the settings that differ, if it cannot be compared."""
+    summary = _read_json(folder / "summary.json")
+    if not summary:
+        raise ValueError(f"baseline={folder} holds no finished run (no summary.json): give the folder of an FP32 run")
+    if summary.get("precision") != "fp32":
+        raise ValueError(f"baseline={folder} is a {summary.get('precision')} run: give one with precision=fp32")
+    if summary.get("fingerprint") != wanted:
+        theirs, ours = _read_json(folder / "config.json"), to_plain(config)
+        pairs = [d for key in COMPARED for d in _differences(theirs.get(key), ours[key], key)]
+        what = "; ".join(pairs) or "another machine, corpus or version of torch"
+        raise ValueError(f"baseline={folder} is not comparable ({what}): use baseline=auto or make these equal")
+    return read_run(folder)
+
+
+def read_run(folder: Path) -> Figures:
+    """The figures of a finished run, from its folder."""
+    summary = _read_json(folder / "summary.json")
+
+    def number(key: str) -> float:
+        value = summary.get(key)
+        return math.nan if value is None else float(value)
+
+    speed, memory, val_loss = number("tokens_per_s"), number("peak_memory_gib"), number("val_loss")
+    return Figures(f"run {folder}", read_losses(folder), speed, memory, val_loss)
+
+
+def read_losses(folder: Path) -> dict[int, float]:
+    """Training loss by step from ``metrics.jsonl``; of a step done twice (resumed) the last, a torn line ends."""
+    losses: dict[int, float] = {}
+    with (folder / "metrics.jsonl").open() as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if isinstance(row.get("train/loss_step"), float):
+                losses[row["step"]] = row["train/loss_step"]
+    return losses
+
+
+def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> Figures:
+    """Measure FP32 for a few steps in another process, or take what such a probe left. A failure is a note."""
+    kept = runs / PROBES / f"{wanted}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(kept.parent / "lock", lambda: say("waiting for the FP32 probe of another run")):
+        result = _read_json(kept)
+        if not result:
+            say(f"FP32 probe: {PROBE_STEPS} steps in a process of its own")
+            result = _run_probe(config)
+            if "error" in result:
+                return Figures(note=f"the FP32 probe failed: {result['error']}")
+            partial = kept.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(result))
+            os.replace(partial, kept)
+    losses = {int(step): loss for step, loss in result["losses"].items()}
+    source = f"probe of {len(losses)} steps"
+    return Figures(source, losses, result["tokens_per_s"], result["peak_memory_gib"])
+
+
+def _run_probe(config: Any) -> dict[str, Any]:
+    """Start ``mptrain probe`` and wait. Whatever interrupts the wait ends the process too."""
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    with tempfile.TemporaryDirectory(prefix="mptrain-probe-") as folder:
+        asked, answer = Path(folder) / "config.json", Path(folder) / "figures.json"
+        asked.write_text(json.dumps(to_plain(config)))
+        command = [sys.executable, "-m", "mptrain.cli", "probe", str(asked), str(answer)]
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            return {"error": lines[-1]}
+        return _read_json(answer)
+
+
+def figures_json(figures: Figures) -> str:
+    """What the probe's process hands over."""
+    return json.dumps(asdict(figures))
+
+
+def compare(run: Figures, fp32: Figures) -> dict[str, Any]:
+    """Ratios to FP32 (speed above 1: faster; memory below 1: smaller) and loss differences (nats), NaN where unknown.
+
+    Losses are those of the last step that both sides have, on the same batch.
+    """
+    step = max(run.losses.keys() & fp32.losses.keys(), default=0)
+    loss, loss_fp32 = run.losses.get(step, math.nan), fp32.losses.get(step, math.nan)
+    same_length = run.steps == fp32.steps
+    return {
+        "source": fp32.source,
+        "note": fp32.note,
+        "speedup": run.tokens_per_s / fp32.tokens_per_s,
+        "memory_ratio": run.peak_memory_gib / fp32.peak_memory_gib,
+        "loss_delta": loss - loss_fp32,
+        "val_loss_delta": run.val_loss - fp32.val_loss if same_length else math.nan,
+        "step": step,
+        "loss": loss,
+        "fp32_loss": loss_fp32,
+        "fp32_val_loss": fp32.val_loss if same_length else math.nan,
+        "tokens_per_s": run.tokens_per_s,
+        "fp32_tokens_per_s": fp32.tokens_per_s,
+        "fp32_peak_memory_gib": fp32.peak_memory_gib,
+    }
+
+
+def _differences(theirs: Any, ours: Any, where: str) -> Iterator[str]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(theirs.keys() | ours.keys()):
+            yield from _differences(theirs.get(key), ours.get(key), f"{where}.{key}")
+    elif theirs != ours:
+        yield f"{where} is {theirs} there and {ours} here"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none, or it is torn."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@contextmanager
+def _lock(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """One process at a time; the system lets go when the process ends, however it ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,85 @@
+"""The machine a run is on: its device, its name, and how its FP32 GEMMs run."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS = 512  # tokens in the error probe: enough for every kernel's blocking, 0.3 s for a 12 x 768 model
+REFERENCE_ROWS = 32  # rows of each product that are checked against FP64
+EQUAL = 1.5  # times the error of the default kernel that still counts as rounding in another order
+
+
+def pick_device(asked: str) -> torch.device:
+    """``auto`` is the GPU if there is one. ValueError if a GPU is asked for and missing."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch sees no GPU here; use device=auto or device=cpu")
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(asked)
+
+
+def describe(device: torch.device) -> str:
+    """What speed and rounding depend on: the GPU's name, or the CPU's with its vector instructions and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def gemm_shapes(model: nn.Module, tokens: int) -> list[tuple[int, int, int]]:
+    """(M, K, N) of the three GEMMs of each linear layer of ``model`` (it may be on meta) for ``tokens`` rows."""
+    shapes: dict[tuple[int, int, int], None] = {}
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            n, k = layer.weight.shape
+            shapes |= {(tokens, k, n): None, (tokens, n, k): None, (n, tokens, k): None}
+    return list(shapes)
+
+
+def choose_fp32_gemm(model: nn.Module, device: torch.device) -> str:
+    """Take the CPU's second FP32 GEMM library if it is as exact as the first; returns what was taken.
+
+    ``torch.set_float32_matmul_precision("high")`` lets oneDNN multiply FP32 matrices in place of the BLAS. Depending
+    on the CPU, oneDNN then computes in FP32 (faster on some), or rounds to TF32, or torch stays with the BLAS. So it
+    is taken only where the products differ from the BLAS's and their error against FP64, over the shapes of this
+    model, is not larger. On a GPU the setting is TF32's switch and is left alone.
+    """
+    torch.set_float32_matmul_precision("highest")
+    if device.type != "cpu":
+        return "highest"
+    generator = torch.Generator().manual_seed(0)
+    default, other, changed = 0.0, 0.0, False
+    try:
+        for m, k, n in gemm_shapes(model, ROWS):
+            x = torch.randn(m, k, generator=generator)
+            weight = torch.randn(n, k, generator=generator)
+            exact = F.linear(x[:REFERENCE_ROWS].double(), weight.double())
+            products = []
+            for setting in ("highest", "high"):
+                torch.set_float32_matmul_precision(setting)
+                products.append(F.linear(x, weight))
+            default = max(default, _error(products[0], exact))
+            other = max(other, _error(products[1], exact))
+            changed = changed or not torch.equal(*products)
+    finally:
+        chosen = "high" if changed and other <= EQUAL * default else "highest"
+        torch.set_float32_matmul_precision(chosen)
+    return chosen
+
+
+def _error(product: Tensor, exact: Tensor) -> float:
+    """Largest error over largest magnitude, in the rows that ``exact`` has."""
+    return float((product[: len(exact)].double() - exact).abs().max() / exact.abs().max())

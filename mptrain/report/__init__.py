@@ -1,0 +1,1 @@
+"""What people read: the plan before a run and the comparison after it."""
