@@ -11,8 +11,9 @@ from mptrain.policy import conf_dir
 
 @hydra.main(version_base=None, config_path=str(conf_dir()), config_name="config")
 def main(composed: DictConfig) -> None:
-    run = build.build(config.parse(composed))
-    run.train()
+    with config.clear_errors():  # here for the run, below for the command line
+        run = build.build(config.parse(composed))
+        run.train()
     if run.trainer.stopped_by is not None:
         sys.exit(128 + run.trainer.stopped_by)
 

@@ -21,7 +21,7 @@ from torch import nn
 from mptrain import baseline, machine
 from mptrain.backends.base import resolve
 from mptrain.baseline import Figures
-from mptrain.checkpoint import Checkpoints, load, read_header
+from mptrain.checkpoint import Checkpoints, load, read_header, require_fit
 from mptrain.config import RunConfig, parse_open
 from mptrain.distributed import world_size
 from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sink, Sinks, WandbSink
@@ -136,6 +136,8 @@ def build(config: RunConfig) -> Run:
     console = Console()
     start = _resume_path(config)
     prepared = prepare(config, lambda text: console.print(text, highlight=False))
+    if start is not None:
+        require_fit(start, prepared.shell)
     folder = _make_folder(config, start is not None)
     try:
         return _build(prepared, console, folder, start)
@@ -233,7 +235,15 @@ def _resume_path(config: RunConfig) -> Path | None:
 
 
 def _make_folder(config: RunConfig, resumed: bool) -> Path:
-    """The run's own folder. A folder that already holds a run is refused unless it is being resumed."""
+    """The run's own folder, writable. One that already holds a run is refused unless it is being resumed."""
+    setting = f"run_dir={config.run_dir}" if config.run_dir else f"runs_dir={config.runs_dir}"
+    try:
+        return _try_folder(config, resumed)
+    except OSError as error:
+        raise ValueError(f"{setting} cannot be written ({error.strerror}): choose another folder") from error
+
+
+def _try_folder(config: RunConfig, resumed: bool) -> Path:
     if config.run_dir:
         folder = Path(config.run_dir)
         if (folder / "metrics.jsonl").exists() and not resumed:

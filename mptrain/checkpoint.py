@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 VERSION = "1"
 NAME = re.compile(r"step-(\d{8})\.safetensors")
@@ -39,9 +39,10 @@ class Rng:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
+        """Both are byte tensors that torch takes on the CPU alone, wherever the checkpoint was read to."""
+        torch.set_rng_state(state["cpu"].cpu())
         if "cuda" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda"])
+            torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 class Checkpoints:
@@ -84,7 +85,10 @@ class Checkpoints:
             partial.unlink(missing_ok=True)
         _flush(self.folder)
         for old in sorted(self._existing())[: -self.keep]:
-            old.unlink()
+            if old != path:  # a run continued from an earlier step than the newest of the folder
+                old.unlink()
+        for torn in self.folder.glob("step-*.partial-*"):  # of processes killed while they saved
+            torn.unlink(missing_ok=True)
         return path
 
     def _existing(self) -> list[Path]:
@@ -104,6 +108,18 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint of mptrain (version {VERSION}): give one written by a run")
     about: dict[str, Any] = json.loads(header["about"])
     return about
+
+
+def require_fit(path: Path, model: nn.Module) -> None:
+    """ValueError if the weights in a checkpoint are not those of ``model`` (it may be on meta), by name and shape."""
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    with safe_open(path, framework="pt") as file:
+        names = [key for key in file.keys() if key.startswith("model/")]  # noqa: SIM118 (not a dict)
+        shapes = {name.removeprefix("model/"): file.get_slice(name).get_shape() for name in names}
+    for name, shape in shapes.items():
+        if wanted.get(name) != shape:
+            here = f"is {wanted[name]} in this model" if name in wanted else "is not in this model"
+            raise ValueError(f"checkpoint {path} is of another model: {name} {shape} {here}; set model= as it was")
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:

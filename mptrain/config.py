@@ -19,7 +19,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mptrain import registry
 from mptrain.optim import OptimConfig
@@ -27,6 +27,7 @@ from mptrain.policy import PrecisionPolicy
 from mptrain.settings import did_you_mean, from_plain, require, to_plain
 from mptrain.trainer import TrainerConfig
 
+SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
 
 
@@ -103,10 +104,21 @@ def _thaw(node: DictConfig) -> None:
 
 def parse(composed: DictConfig) -> RunConfig:
     """What Hydra composed, as validated dataclasses. ValueError (or OmegaConf's own) for what cannot work."""
+    _refuse_added(OmegaConf.to_container(composed), to_plain(RunConfig()))
     config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
     for package, group, values in (("mptrain.models", "model", config.model), ("mptrain.data", "data", config.data)):
         parse_open(package, group, values)
     return config
+
+
+def _refuse_added(values: Any, known: Any, where: str = "") -> None:
+    """ValueError for keys that ``+key=value`` put beside the schema's; an empty mapping there is an open group."""
+    if not isinstance(values, dict) or not known:
+        return
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"unknown setting {where}{key}{did_you_mean(str(key), sorted(known))}")
+        _refuse_added(value, known[key], f"{where}{key}.")
 
 
 def parse_open(package: str, group: str, values: dict[str, Any], **filled: Any) -> tuple[ModuleType, Any]:
@@ -126,7 +138,6 @@ def clear_errors() -> Iterator[None]:
 
     HYDRA_FULL_ERROR=1 shows the traceback instead of the message.
     """
-    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints errors in its own way and exits with 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both unwind: probes end, half-made files go
     try:
@@ -135,25 +146,27 @@ def clear_errors() -> Iterator[None]:
         print("interrupted; every saved checkpoint is whole (resume=auto run_dir=FOLDER continues)", file=sys.stderr)
         raise SystemExit(130) from None
     except USER_ERRORS as error:
-        if full:
+        if SHOW_TRACEBACK:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
-        if not full:
-            del os.environ["HYDRA_FULL_ERROR"]
+        if not SHOW_TRACEBACK:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def explain(error: BaseException) -> str:
     """The message of an error, with Hydra's and OmegaConf's own made to name the setting and the nearest match."""
     text = str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value: set {error.full_key}=..."
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         return _unknown_key(unknown.group(1))
     missing = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
     if missing:
         group, name = missing.groups()
-        options = re.findall(r"^\t(\S+)", text, flags=re.MULTILINE)
+        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
         return f"{group}={name} is unknown{did_you_mean(name, options)}"
     merging = re.search(r"Error merging override (\S+)", text)
     if merging and error.__cause__ is not None:

@@ -99,7 +99,7 @@ def count_cast(x: Tensor, fmt: Format) -> Tensor:
     spec = fmt.value
     total = torch.zeros(5, dtype=torch.int64, device=x.device)
     total[0] = x.numel()
-    for chunk in x.reshape(-1).split(CHUNK):
+    for chunk in torch.split(x.reshape(-1), CHUNK):
         size = chunk.float().abs()
         infinite = size == math.inf
         beyond = (size >= spec.overflow_at if spec.tie_overflows else size > spec.overflow_at) & ~infinite

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+WORDS = {int: "a whole number", float: "a number", str: "a text"}
+
 
 def did_you_mean(word: str, known: list[str]) -> str:
     """The tail of an error message: the nearest known word, and all of them."""
@@ -58,6 +60,8 @@ def _convert(default: Any, value: Any, where: str) -> Any:
         return type(default)[str(value)]
     if default is None or default is dataclasses.MISSING:
         return value
+    if value is None:  # str(None) would be the setting "None"
+        raise ValueError(f"{where} has no value: leave it out for its default, {default!r}")
     if isinstance(default, int) and isinstance(value, float) and not value.is_integer():
         raise ValueError(f"{where}={value!r} is not a whole number")
     if isinstance(default, bool) and not isinstance(value, bool):
@@ -65,7 +69,7 @@ def _convert(default: Any, value: Any, where: str) -> Any:
     try:
         return type(default)(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}={value!r} is not a {type(default).__name__}") from error
+        raise ValueError(f"{where}={value!r} is not {WORDS.get(type(default), type(default).__name__)}") from error
 
 
 def to_plain(value: Any) -> Any:

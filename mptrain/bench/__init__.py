@@ -1,0 +1,1 @@
+"""Benchmarks against targets, peers and limits, each with a command of its own."""
