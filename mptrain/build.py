@@ -138,17 +138,17 @@ def build(config: RunConfig) -> Run:
     prepared = prepare(config, lambda text: console.print(text, highlight=False))
     if start is not None:
         require_fit(start, prepared.shell)
+    fp32 = _known_baseline(prepared)
     folder = _make_folder(config, start is not None)
     try:
-        return _build(prepared, console, folder, start)
+        return _build(prepared, console, folder, start, fp32)
     except BaseException:
         _discard(folder)
         raise
 
 
-def _build(prepared: Prepared, console: Console, folder: Path, start: Path | None) -> Run:
+def _build(prepared: Prepared, console: Console, folder: Path, start: Path | None, fp32: Figures | None) -> Run:
     config = prepared.config
-    fp32 = _known_baseline(prepared, folder)
     _announce(console, prepared, folder, fp32)
     if fp32 is None:
         fp32 = baseline.probe(config, prepared.fingerprint, Path(config.runs_dir), lambda text: console.print(text))
@@ -211,7 +211,7 @@ def _tokens_per_step(prepared: Prepared) -> int:
     return int(sizes.batch_size * sizes.accumulate * prepared.data.block_size)
 
 
-def _known_baseline(prepared: Prepared, folder: Path) -> Figures | None:
+def _known_baseline(prepared: Prepared) -> Figures | None:
     """The FP32 figures that are there without a measurement; None if they must be probed."""
     config, wanted = prepared.config, prepared.fingerprint
     if config.baseline not in ("auto", "none"):
@@ -220,7 +220,8 @@ def _known_baseline(prepared: Prepared, folder: Path) -> Figures | None:
         return Figures(note="baseline=none")
     if config.precision.name == "fp32":
         return Figures(note="this is an FP32 run: later runs of these settings are compared with it")
-    return baseline.find([Path(config.runs_dir), folder.parent], wanted)
+    beside = [Path(config.run_dir).parent] if config.run_dir else []
+    return baseline.find([Path(config.runs_dir), *beside], wanted)
 
 
 def _resume_path(config: RunConfig) -> Path | None:
