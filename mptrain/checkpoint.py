@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file holding a dict of named Stateful parts, written atomically.
 
 Tensors are stored as tensors and everything else as JSON in the file's header, so that loading runs no code of the
-file's. A file is written under another name, flushed to disk and renamed: a kill or a full disk leaves the previous
+file's. A file is written in a folder beside, flushed to disk and renamed: a kill or a full disk leaves the previous
 checkpoint as it was. Tied tensors are stored once.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,21 +75,22 @@ class Checkpoints:
         tree = {name: _split(part.state_dict(), name, tensors, {}) for name, part in parts.items()}
         header = {"mptrain": VERSION, "about": json.dumps(about), "tree": json.dumps(tree)}
         path = self.path(step)
-        partial = path.with_suffix(f".partial-{os.getpid()}")
+        desk = self.folder / f"partial-{os.getpid()}"  # a folder, because safetensors adds a temporary of its own
+        desk.mkdir(exist_ok=True)
         try:
-            save_file(tensors, partial, metadata=header)
-            _flush(partial)
-            os.replace(partial, path)
+            save_file(_apart(tensors), desk / path.name, metadata=header)
+            _flush(desk / path.name)
+            os.replace(desk / path.name, path)
         except SafetensorError as error:
             raise OSError(f"checkpoint {path} could not be written: {error}; older ones are untouched") from error
         finally:
-            partial.unlink(missing_ok=True)
+            shutil.rmtree(desk, ignore_errors=True)
         _flush(self.folder)
         for old in sorted(self._existing())[: -self.keep]:
             if old != path:  # a run continued from an earlier step than the newest of the folder
                 old.unlink()
-        for torn in self.folder.glob("step-*.partial-*"):  # of processes killed while they saved
-            torn.unlink(missing_ok=True)
+        for torn in self.folder.glob("partial-*"):  # of processes killed while they saved
+            shutil.rmtree(torn, ignore_errors=True)
         return path
 
     def _existing(self) -> list[Path]:
@@ -147,6 +149,17 @@ def _split(value: Any, where: str, tensors: dict[str, Tensor], seen: dict[tuple[
         return {"list": [_split(inner, f"{where}/{index}", tensors, seen) for index, inner in enumerate(value)]}
     assert value is None or isinstance(value, bool | int | float | str), f"{where}: {type(value)} cannot be saved"
     return {"value": value}
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that overlap in memory (views of one buffer): all but the first are copied."""
+    held: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if storage in held else tensor
+        held.add(storage)
+    return apart
 
 
 def _join(tree: Any, file: Any) -> Any:

@@ -13,6 +13,16 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+HOOKS = (  # where nn.Module keeps its hooks; the dicts themselves move, for a hook's handle refers to its dict
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -36,18 +46,24 @@ def select(model: nn.Module, keep: str, *, multiple: int) -> tuple[dict[str, nn.
     """The linear layers to convert, and the kept ones with the reason.
 
     ``keep`` is a full-match regex (``blocks.2`` does not hit ``blocks.20``); ``multiple``: both dimensions of the
-    weight must be divisible by it (16 for FP8 GEMMs on tensor cores).
+    weight must be divisible by it (16 for FP8 GEMMs on tensor cores). A layer with several names goes by its first,
+    and is kept if any of them matches. A subclass that computes something else than ``nn.Linear`` is kept.
     """
     pattern = re.compile(keep)
     chosen: dict[str, nn.Linear] = {}
     kept: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for module, names in _names(model).items():
         if not isinstance(module, nn.Linear):
             continue
+        name = names[0]
         if name == "":
             kept["(root)"] = "the model itself is the layer and cannot be swapped: wrap it in nn.Sequential"
-        elif keep and pattern.fullmatch(name):
+        elif keep and any(pattern.fullmatch(alias) for alias in names):
             kept[name] = "matches precision.keep"
+        elif type(module).forward is not nn.Linear.forward:
+            kept[name] = f"{type(module).__name__} has a forward of its own, which a swap would drop"
+        elif "weight" not in module._parameters:
+            kept[name] = "its weight is computed from other parameters (parametrized) and cannot be shared"
         elif module.in_features % multiple or module.out_features % multiple:
             size = f"{module.out_features}x{module.in_features}"
             kept[name] = f"{size} is not divisible by {multiple}, which FP8 GEMMs need"
@@ -59,12 +75,23 @@ def select(model: nn.Module, keep: str, *, multiple: int) -> tuple[dict[str, nn.
 def swap(model: nn.Module, chosen: dict[str, nn.Linear], make: Callable[[str, nn.Linear], nn.Module]) -> None:
     """Replace each chosen layer by ``make(name, layer)``, which must hold the very same parameters.
 
-    A layer reached by several names is made once, so that shared modules stay shared.
+    A layer reached by several names is made once and put in all of its places, so that shared modules stay shared.
     """
-    made: dict[int, nn.Module] = {}
+    names = _names(model)
     for name, old in chosen.items():
-        new = made.get(id(old)) or made.setdefault(id(old), make(name, old))
+        new = make(name, old)
         assert getattr(new, "weight", None) is old.weight, f"{name}: a swap must share the weight, not copy it"
         new.train(old.training)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new)
+        for hooks in HOOKS:
+            setattr(new, hooks, getattr(old, hooks))
+        for alias in names[old]:
+            parent, _, leaf = alias.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, new)
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module with all of its names, in the order of the model."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names

@@ -19,6 +19,9 @@ Metrics = dict[str, float]
 Event = dict[str, Any]
 
 
+SCALE_EVENTS = {"scale_grew": "loss scale grew to {scale:g}", "scale_backed_off": "loss scale fell to {scale:g}"}
+
+
 class Sink(Protocol):
     """Receives what a run has to tell. ``tick`` comes every step and carries nothing."""
 
@@ -139,8 +142,9 @@ class ConsoleSink(NullSink):
         self._events += 1
         if self._events <= self.EVENT_LINES:
             where = f" in {event['layer']}" if event.get("layer") else ""
-            detail = event.get("reason") or f"loss scale {event.get('scale', 0):g}"
-            self._console.print(f"step {event['step']}: {event['event']}: {detail}{where}", highlight=False)
+            what = f"{event['event']}: {event['reason']}" if "reason" in event else SCALE_EVENTS[event["event"]]
+            text = what.format(scale=event.get("scale", 0.0))
+            self._console.print(f"step {event['step']}: {text}{where}", highlight=False)
         if self._events == self.EVENT_LINES:
             self._console.print("further events are in events.jsonl", highlight=False)
 

@@ -13,7 +13,10 @@ from mptrain.scaling import ScaleEvent
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A resolved step. ``reason``, ``layer`` and ``role`` are empty if it was applied; ``grad_norm`` is unscaled."""
+    """A resolved step. ``reason``, ``layer`` and ``role`` are empty if it was applied; ``grad_norm`` is unscaled.
+
+    ``scale`` is the loss scale it ran with, ``next_scale`` that of the step after it.
+    """
 
     applied: bool
     grad_norm: float
@@ -22,6 +25,7 @@ class StepRecord:
     reason: str = ""
     layer: str = ""
     role: str = ""
+    next_scale: float = 1.0
 
 
 class StepOutcome:
@@ -32,7 +36,10 @@ class StepOutcome:
     """
 
     def __init__(self, values: Tensor, blame: Callable[[], tuple[str, str, str]]) -> None:
-        """``values``: FP32 [4] = found_inf, grad_norm, scale, event. ``blame()``: (reason, layer, role) of a skip."""
+        """``values``: FP32 [5] = found_inf, grad_norm, scale, event, next_scale.
+
+        ``blame()``: (reason, layer, role) of a skip.
+        """
         self._blame = blame
         self._record: StepRecord | None = None
         self._ready: torch.cuda.Event | None = None
@@ -46,9 +53,11 @@ class StepOutcome:
         if self._record is None:
             if self._ready is not None:
                 self._ready.synchronize()
-            found_inf, grad_norm, scale, event = self._values.tolist()
+            found_inf, grad_norm, scale, event, after = self._values.tolist()
             reason, layer, role = self._blame() if found_inf else ("", "", "")
-            self._record = StepRecord(not found_inf, grad_norm, scale, ScaleEvent(int(event)), reason, layer, role)
+            self._record = StepRecord(
+                not found_inf, grad_norm, scale, ScaleEvent(int(event)), reason, layer, role, after
+            )
         return self._record
 
     @property

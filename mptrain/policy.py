@@ -67,12 +67,14 @@ class LossScale:
     def __post_init__(self) -> None:
         if self.kind is LossScaleKind.none:
             return
-        require(self.init > 0, "precision.loss_scale.init", self.init, "a positive number, e.g. 65536")
-        require(self.growth > 1, "precision.loss_scale.growth", self.growth, "more than 1, e.g. 2")
+        largest, smallest = Format.fp32.value.max, Format.fp32.value.min_normal  # the scale is an FP32 number
+        require(0 < self.init <= largest, "precision.loss_scale.init", self.init, "above 0 and finite, e.g. 65536")
+        require(1 < self.growth <= largest, "precision.loss_scale.growth", self.growth, "more than 1, e.g. 2")
         require(0 < self.backoff < 1, "precision.loss_scale.backoff", self.backoff, "between 0 and 1, e.g. 0.5")
         require(self.interval >= 1, "precision.loss_scale.interval", self.interval, "at least 1, e.g. 2000")
         require(self.hysteresis >= 1, "precision.loss_scale.hysteresis", self.hysteresis, "at least 1, e.g. 2")
-        require(0 < self.floor <= self.init, "precision.loss_scale.floor", self.floor, "above 0, at most init")
+        reachable = smallest <= self.floor <= self.init
+        require(reachable, "precision.loss_scale.floor", self.floor, "from 1.2e-38 (FP32) to init, e.g. 1")
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,11 @@ class PrecisionPolicy:
             path = folder / f"{name}.yaml"
         if not path.is_file():
             raise ValueError(f"no precision recipe at {path}: give a name from conf/precision or a YAML file")
-        return cls.from_dict(yaml.safe_load(path.read_text()))
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"precision recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+        return cls.from_dict(values)
 
 
 def conf_dir() -> Path:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from mptrain.policy import PrecisionPolicy
 from mptrain.scaling import LossScaler
 
 State = dict[str, dict[str, Tensor]]
+_PREPARED: WeakSet[nn.Module] = WeakSet()
 
 
 class Precision:
@@ -58,6 +60,8 @@ class Precision:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient")
+        if model in _PREPARED:
+            raise ValueError("the model is prepared already, and its layers are swapped: build it anew for this policy")
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
                 raise ValueError(
@@ -68,6 +72,7 @@ class Precision:
         self.backend = resolve(self.policy, self.device)(self.policy, self.device, self._agree)
         self.report = self.backend.convert(model, self.counters)
         self.scaler = LossScaler(self.policy.loss_scale, self.device)
+        _PREPARED.add(model)
         return self
 
     def forward(self) -> AbstractContextManager[object]:
@@ -92,7 +97,7 @@ class Precision:
         norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
         scale = self.scaler.scale
         norm = torch.linalg.vector_norm(norms)
-        found_inf = ~norm.isfinite()
+        found_inf = (norm - norm).ne(0)  # NaN for Inf and NaN: two kernels where isfinite takes four
         flags = self.counters.end_step()
         if len(flags):
             found_inf = found_inf | flags.any()
@@ -105,16 +110,23 @@ class Precision:
             divisor = factor if divisor is None else divisor * factor
         self._update(optimizer, divisor, found_inf)
         event = self.scaler.update(found_inf)
-        values = torch.stack([found_inf.float(), norm, scale, event.float()])
+        values = torch.stack([found_inf.float(), norm, scale, event.float(), self.scaler.scale])
         names = [name for name, _ in named]
         return StepOutcome(values, lambda: self._blame(names, norms, flags))
 
     def _update(self, optimizer: Optimizer, divisor: Tensor | None, found_inf: Tensor) -> None:
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # set by torch on fused optimizers
-            optimizer.grad_scale, optimizer.found_inf = divisor, found_inf.float()  # type: ignore[attr-defined]
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # set by torch on fused optimizers
+        # A CPU reads for nothing, and a found_inf tensor costs its AdamW one subtraction per parameter. Before the first
+        # step no kernel may be told to skip: fused SGD would leave momentum in memory that nobody wrote.
+        read = not fused or found_inf.device.type == "cpu" or not optimizer.state
+        if read and found_inf.item():
+            return
+        if fused:
+            optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+            optimizer.found_inf = None if read else found_inf.float()  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
-        elif not found_inf.item():
+        else:
             if divisor is not None:
                 torch._foreach_div_([p.grad for p in self._parameters if p.grad is not None], divisor)
             optimizer.step()

@@ -40,7 +40,10 @@ class Quantizers:
         return self._counters.bypassed
 
     def __call__(self, x: Tensor, role: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(8-bit tensor, the same values unscaled in the carrier's dtype, FP32 scale) of an operand."""
+        """(8-bit tensor, its values in the carrier's dtype, FP32 scale); grad_output: (values, their transpose, scale).
+
+        Nobody keeps grad_output's codes; both of its GEMMs follow at once and one of them wants it transposed.
+        """
         books = self._counters
         slot, fmt = self._slots[role], self._config.format_of(role)
         # In a recomputed forward the operands were booked before; grad_output is seen once and only in backward.
@@ -49,32 +52,40 @@ class Quantizers:
         if self._delayed is None:
             amax = kernels.amax(x)
             scale = kernels.current_scale(amax, fmt, self._config.margin)
-            quantized, carried = kernels.quantize(x, scale, fmt, carrier=self.carrier, counts=counts)
+            first, second = self._cast(x, role, scale, counts, None)
         else:
-            quantized, carried, scale, amax = self._quantize_delayed(x, slot, counts, booked)
+            first, second, scale, amax = self._quantize_delayed(x, role, counts, booked)
         if booked:
             books.amax[slot] = amax
             if books.counting:
                 books.scale[slot] = scale
+        return first, second, scale
+
+    def _cast(
+        self, x: Tensor, role: str, scale: Tensor, counts: Tensor | None, amax: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        fmt = self._config.format_of(role)
+        if role == "grad_output":
+            return kernels.operands(x, scale, fmt, carrier=self.carrier, counts=counts, amax=amax)
+        quantized, carried = kernels.quantize(x, scale, fmt, carrier=self.carrier, counts=counts, amax=amax)
         assert carried is not None
-        return quantized, carried, scale
+        return quantized, carried
 
     def _quantize_delayed(
-        self, x: Tensor, slot: int, counts: Tensor | None, booked: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        table = self._delayed
+        self, x: Tensor, role: str, counts: Tensor | None, booked: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        table, slot = self._delayed, self._slots[role]
         assert table is not None
-        fmt = self._config.format_of(self._counters.slots[slot][1])
         scale = table.scale[slot]
         if table.cold[slot] and not table.ran[slot]:
             scale = table.warm(slot, kernels.amax(x))
         scale = scale.clone()  # backward must divide by this micro-batch's scale after the table has moved on
         amax = torch.empty((), dtype=torch.float32, device=x.device)
-        quantized, carried = kernels.quantize(x, scale, fmt, carrier=self.carrier, counts=counts, amax=amax)
+        first, second = self._cast(x, role, scale, counts, amax)
         if booked:
             table.staged[slot] = amax
             table.stage(slot)
-        return quantized, carried, scale, amax
+        return first, second, scale, amax
 
 
 class _Linear(torch.autograd.Function):
@@ -93,7 +104,7 @@ class _Linear(torch.autograd.Function):
         (grad_output,) = grad_outputs
         x8, w8, x_scale, w_scale = ctx.saved_tensors
         rows = grad_output.reshape(-1, grad_output.shape[-1])
-        _, g_values, g_scale = ctx.quantize(rows, "grad_output")
+        g_values, g_turned, g_scale = ctx.quantize(rows, "grad_output")
         grad_x = grad_w = grad_b = None
         dtype = grad_output.dtype
         if ctx.needs_input_grad[0]:
@@ -102,9 +113,9 @@ class _Linear(torch.autograd.Function):
             grad_x = grad_x.view(*grad_output.shape[:-1], w8.shape[1])
         if ctx.needs_input_grad[1]:
             x_values = kernels.decode(x8, g_values.dtype)
-            grad_w = scaled_mm(g_values.t(), x_values, g_scale, x_scale, None, dtype).float()
+            grad_w = scaled_mm(g_turned, x_values, g_scale, x_scale, None, dtype).float()
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_b = rows.sum(0, dtype=torch.float32)  # from grad_output before the cast, as Transformer Engine
+            grad_b = kernels.column_sums(rows)  # from grad_output before the cast, as Transformer Engine
         return grad_x, grad_w, grad_b, None
 
 

@@ -15,7 +15,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from mptrain.formats import Format
 COUNTS = ("elements", "saturated", "flushed", "inf", "nan")
 IMPLEMENTATIONS = ("c", "compiled", "eager", "triton")
 INPUTS = (torch.float32, torch.bfloat16, torch.float16)
-CODES = {Format.fp8_e4m3, Format.fp8_e5m2, Format.fp16}
+FP8 = {Format.fp8_e4m3, Format.fp8_e5m2}
+CODES = {*FP8, Format.fp16}
 CODE_TYPES = {fmt.value.dtype for fmt in CODES}
 
 
@@ -48,6 +49,7 @@ class Kernels(Protocol):
         self, x: Tensor, scale: Tensor, fmt: Format, out: Tensor, counts: Tensor | None, amax: Tensor | None
     ) -> None: ...
     def decode(self, q: Tensor, out: Tensor) -> None: ...
+    def column_sums(self, x: Tensor, out: Tensor) -> None: ...
     def current_scale(self, amax: Tensor, maximum: float, divisor: float, out: Tensor) -> None: ...
 
 
@@ -124,6 +126,33 @@ def quantize(
     return q, carried
 
 
+def operands(
+    x: Tensor,
+    scale: Tensor,
+    fmt: Format,
+    *,
+    carrier: torch.dtype,
+    counts: Tensor | None = None,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A matrix and its transpose as operands of two GEMMs: the values of :func:`quantize`, whose codes nobody keeps.
+
+    The transpose is a view, but for the C kernels in BF16: oneDNN transposes a left operand itself, slowly (2048 x 1536
+    by 384: 13.0 ms against 7.0 for one that is contiguous), where this pass has it in the cache. The product keeps its
+    bits (four shapes of a GPT, measured), and its training step gains 2 %.
+    """
+    if implementation(x.device) == "c" and carrier is torch.bfloat16 and fmt in FP8 and _direct(x):
+        _check(x, scale, counts, amax)
+        x = x.contiguous()
+        out = torch.empty_like(x, dtype=carrier)
+        turned = torch.empty(x.shape[1], x.shape[0], dtype=carrier)
+        cast(Any, _module("c")).operands(x, scale, fmt, out, turned, counts, amax)
+        return out, turned
+    carried = quantize(x, scale, fmt, carrier=carrier, counts=counts, amax=amax)[1]
+    assert carried is not None
+    return carried, carried.t()
+
+
 def decode(q: Tensor, carrier: torch.dtype) -> Tensor:
     """The values of ``q`` (FP8 or FP16 codes) in ``carrier`` (BF16 or FP32). Exact, but for FP16 in BF16."""
     if q.dtype not in CODE_TYPES or carrier not in (torch.float32, torch.bfloat16):
@@ -134,6 +163,18 @@ def decode(q: Tensor, carrier: torch.dtype) -> Tensor:
         _kernels(q.device).decode(q, out)
     else:
         _decode(q, out)
+    return out
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """``x.sum(0)`` of a matrix (FP32, BF16 or FP16), added up in FP32: the gradient of a bias."""
+    _check_input(x)
+    x = x.contiguous()
+    out = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
+    if _direct(x):
+        _kernels(x.device).column_sums(x, out)
+    else:
+        _column_sums(x, out)
     return out
 
 
@@ -210,12 +251,17 @@ def _decode(q: Tensor, out: Tensor) -> None:
     _kernels(q.device).decode(q, out)
 
 
+@torch.library.custom_op("mptrain::column_sums", mutates_args=("out",))
+def _column_sums(x: Tensor, out: Tensor) -> None:
+    _kernels(x.device).column_sums(x, out)
+
+
 @torch.library.custom_op("mptrain::current_scale", mutates_args=("out",))
 def _current_scale(amax: Tensor, maximum: float, divisor: float, out: Tensor) -> None:
     _kernels(amax.device).current_scale(amax, maximum, divisor, out)
 
 
-for _operator in (_amax, _quantize, _fake_quantize, _decode, _current_scale):
+for _operator in (_amax, _quantize, _fake_quantize, _decode, _column_sums, _current_scale):
     _operator.register_fake(lambda *_: None)  # every output is allocated by the caller, so nothing is left to infer
 
 

@@ -43,7 +43,7 @@ INPUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMAT = {Format.fp8_e4m3: 0, Format.fp8_e5m2: 1, Format.fp16: 2, Format.tf32: 3}
 CODES = {fmt.value.dtype: index for fmt, index in FORMAT.items() if fmt.value.dtype is not None}
 OUTPUT = {None: 0, torch.bfloat16: 1, torch.float32: 2}
-SCALED_BACK = 3
+SCALED_BACK, VALUES_BF16 = 3, 4
 
 
 def missing(device: torch.device) -> str:
@@ -73,6 +73,16 @@ def quantize(
     _run(x, scale, fmt, output, q.data_ptr(), _pointer(carried), counts, amax)
 
 
+def operands(
+    x: Tensor, scale: Tensor, fmt: Format, out: Tensor, turned: Tensor, counts: Tensor | None, amax: Tensor | None
+) -> None:
+    """The values of :func:`quantize` in BF16, without codes: a matrix into ``out``, its transpose into ``turned``."""
+    rows, cols = x.shape
+    pointers = scale.data_ptr(), None, out.data_ptr(), turned.data_ptr(), _pointer(counts), _pointer(amax)
+    keys = INPUT[x.dtype], FORMAT[fmt], VALUES_BF16
+    _loaded().mp_quantize(x.data_ptr(), rows, cols, *keys, *pointers, _threads(x.numel()))
+
+
 def fake_quantize(
     x: Tensor, scale: Tensor, fmt: Format, out: Tensor, counts: Tensor | None, amax: Tensor | None
 ) -> None:
@@ -91,6 +101,12 @@ def current_scale(amax: Tensor, maximum: float, divisor: float, out: Tensor) -> 
     _loaded().mp_scale(amax.data_ptr(), maximum, divisor, out.data_ptr())
 
 
+def column_sums(x: Tensor, out: Tensor) -> None:
+    """``x.sum(0, dtype=float32)`` of a contiguous matrix into ``out`` (FP32)."""
+    rows, cols = x.shape
+    _loaded().mp_column_sums(x.data_ptr(), rows, cols, INPUT[x.dtype], out.data_ptr(), _threads(x.numel()))
+
+
 def _run(
     x: Tensor,
     scale: Tensor,
@@ -104,6 +120,7 @@ def _run(
     n = x.numel()
     _loaded().mp_quantize(
         x.data_ptr(),
+        1,
         n,
         INPUT[x.dtype],
         FORMAT[fmt],
@@ -111,6 +128,7 @@ def _run(
         scale.data_ptr(),
         codes,
         values,
+        None,
         _pointer(counts),
         _pointer(amax),
         _threads(n),
@@ -233,8 +251,9 @@ def _load(path: Path) -> ctypes.CDLL | None:
     pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     signatures = {
         "mp_amax": [pointer, size, number, number, pointer],
-        "mp_quantize": [pointer, size, number, number, number, *[pointer] * 5, number],
+        "mp_quantize": [pointer, size, size, number, number, number, *[pointer] * 6, number],
         "mp_decode": [pointer, size, number, number, pointer, number],
+        "mp_column_sums": [pointer, size, size, number, pointer, number],
         "mp_scale": [pointer, real, real, pointer],
     }
     for name, arguments in signatures.items():
@@ -251,8 +270,8 @@ def _agrees(library: ctypes.CDLL) -> bool:
         for fmt in (Format.fp8_e4m3, Format.fp8_e5m2, Format.fp16):
             expected, got = (torch.empty_like(x, dtype=fmt.value.dtype) for _ in range(2))
             eager.quantize(x, scale, fmt, expected, None, None, None)
-            pointers = scale.data_ptr(), got.data_ptr(), None, None, None
-            library.mp_quantize(x.data_ptr(), x.numel(), INPUT[x.dtype], FORMAT[fmt], 0, *pointers, 1)
+            pointers = scale.data_ptr(), got.data_ptr(), None, None, None, None
+            library.mp_quantize(x.data_ptr(), 1, x.numel(), INPUT[x.dtype], FORMAT[fmt], 0, *pointers, 1)
             bits = torch.int16 if fmt is Format.fp16 else torch.uint8
             if not torch.equal(expected.view(bits), got.view(bits)):
                 return False

@@ -50,6 +50,8 @@ class Counters:
     def end_step(self) -> Tensor:
         """The step's non-finite flags (bool [slots]); the next step starts clean."""
         flags = self.nonfinite
+        if not self.slots:
+            return flags
         self.nonfinite = torch.zeros_like(flags)
         self.amax.zero_()
         return flags

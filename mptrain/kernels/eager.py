@@ -70,6 +70,11 @@ def decode(q: Tensor, out: Tensor) -> None:
     out.masked_fill_(out.isnan(), math.nan)
 
 
+def column_sums(x: Tensor, out: Tensor) -> None:
+    """``x.sum(0)`` of a matrix into ``out`` (FP32)."""
+    torch.sum(x, 0, dtype=torch.float32, out=out)
+
+
 def current_scale(amax: Tensor, maximum: float, divisor: float, out: Tensor) -> None:
     """``(maximum / amax) / divisor`` into ``out`` (FP32, 0-dim); 1 for amax 0, Inf, NaN; FLT_MAX on overflow."""
     usable = (amax > 0) & (amax < math.inf)

@@ -24,8 +24,9 @@ typedef int64_t i64;
 
 enum input { F32, BF16, F16 };
 enum format { E4M3, E5M2, HALF, TF32 };
-/* What is written: codes; codes and their values in BF16 or FP32; or the values scaled back, in the input's type. */
-enum output { CODES, CODES_BF16, CODES_F32, SCALED_BACK };
+/* What is written: codes; codes and their values in BF16 or FP32; the values scaled back, in the input's type; or the
+ * values alone, in BF16. */
+enum output { CODES, CODES_BF16, CODES_F32, SCALED_BACK, VALUES_BF16, OUTPUTS };
 
 typedef struct {
     int mantissa;   /* explicit mantissa bits */
@@ -119,16 +120,17 @@ ALWAYS void span(int in, int f, int out, const void *x, void *codes, void *value
             continue;
         }
         if (f == HALF) ((u16 *)codes)[i] = (u16)(code | sign >> 16);
-        else ((u8 *)codes)[i] = (u8)(code | sign >> 24);
-        if (out == CODES_BF16) ((u16 *)values)[i] = (u16)((value | sign) >> 16);
+        else if (out != VALUES_BF16) ((u8 *)codes)[i] = (u8)(code | sign >> 24);
+        if (out == CODES_BF16 || out == VALUES_BF16) ((u16 *)values)[i] = (u16)((value | sign) >> 16);
         if (out == CODES_F32) ((u32 *)values)[i] = value | sign;
     }
 }
 
-#define KEY(in, f, out) ((in) * 4 + (f)) * 4 + (out)
+#define KEY(in, f, out) ((in) * 4 + (f)) * OUTPUTS + (out)
 #define CASE(in, f, out) \
     case KEY(in, f, out): span(in, f, out, x, codes, values, start, stop, scale, inverse); break;
-#define FP8(in, f) CASE(in, f, CODES) CASE(in, f, CODES_BF16) CASE(in, f, CODES_F32) CASE(in, f, SCALED_BACK)
+#define FP8(in, f) CASE(in, f, CODES) CASE(in, f, CODES_BF16) CASE(in, f, CODES_F32) CASE(in, f, SCALED_BACK) \
+    CASE(in, f, VALUES_BF16)
 #define INPUT(in) \
     FP8(in, E4M3) FP8(in, E5M2) \
     CASE(in, HALF, CODES) CASE(in, HALF, CODES_F32) CASE(in, HALF, SCALED_BACK) CASE(in, TF32, SCALED_BACK)
@@ -215,28 +217,75 @@ void mp_amax(const void *x, i64 n, int in, int threads, float *out) {
     *out = magnitude_of(in, result);
 }
 
-/* Quantize n elements times *scale. counts: int64[5] added to, or NULL; amax: overwritten, or NULL. */
-void mp_quantize(const void *x, i64 n, int in, int f, int out, const float *scale, void *codes, void *values,
-                 i64 *counts, float *amax, int threads) {
+/* Transposing 16-bit values by tiles. Interleaving row i of a tile with row i + TILE / 2 is a perfect shuffle of the
+ * tile; log2(TILE) of them transpose it, all in whole vectors. */
+#define TILE 32
+
+ALWAYS void shuffle(u16 (*restrict to)[TILE], u16 (*restrict from)[TILE]) {
+    for (int row = 0; row < TILE / 2; row++) {
+        u16 *restrict pair = to[2 * row];
+#pragma omp simd
+        for (int i = 0; i < TILE; i++) pair[2 * i] = from[row][i], pair[2 * i + 1] = from[row + TILE / 2][i];
+    }
+}
+
+static void transpose_tile(const u16 *x, i64 rows, i64 cols, u16 *out) {
+    u16 a[TILE][TILE], b[TILE][TILE];
+    for (int col = 0; col < TILE; col++) __builtin_prefetch(out + col * rows + 2 * TILE, 1);
+    for (int row = 0; row < TILE; row++) memcpy(a[row], x + row * cols, sizeof a[row]);
+    shuffle(b, a), shuffle(a, b), shuffle(b, a), shuffle(a, b), shuffle(b, a);
+    for (int col = 0; col < TILE; col++) memcpy(out + col * rows, b[col], sizeof b[col]);
+}
+
+/* A part of a matrix [rows, cols], and its transpose from `x` into `out`, which is [cols, rows]. */
+typedef struct { i64 top, bottom, left, right; } part;
+
+static void transpose_part(const u16 *x, i64 rows, i64 cols, const part p, u16 *out) {
+    for (i64 col = p.left; col < p.right; col += TILE)
+        for (i64 row = p.top; row < p.bottom; row += TILE) {
+            if (row + TILE <= p.bottom && col + TILE <= p.right) {
+                transpose_tile(x + row * cols + col, rows, cols, out + col * rows + row);
+                continue;
+            }
+            for (i64 r = row; r < p.bottom && r < row + TILE; r++)
+                for (i64 c = col; c < p.right && c < col + TILE; c++) out[c * rows + r] = x[r * cols + c];
+        }
+}
+
+/* Quantize a matrix [rows, cols] times *scale. counts: int64[5] added to, or NULL; amax: overwritten, or NULL;
+ * transposed: the BF16 values once more, as [cols, rows], or NULL. For it the matrix is cut into patches that stay in
+ * the second-level cache between writing and transposing; without it any tensor is one long row. */
+#define PATCH 256
+
+void mp_quantize(const void *x, i64 rows, i64 cols, int in, int f, int out, const float *scale, void *codes,
+                 void *values, void *transposed, i64 *counts, float *amax, int threads) {
     const int key = KEY(in, f, out), stats = counts || amax;
     const float factor = *scale, inverse = 1.0f / factor;
     const limits l = counts ? limits_of(in, f, factor) : (limits){0, ~0u, ~0u};
+    const i64 height = transposed ? PATCH : 1, width = transposed ? PATCH : BLOCK;
     u32 magnitude = 0;
     i64 saturated = 0, flushed = 0, nonfinite = 0, nan = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
+#pragma omp parallel for schedule(static) collapse(2) num_threads(threads) if (threads > 1) \
     reduction(max : magnitude) reduction(+ : saturated, flushed, nonfinite, nan)
-    for (i64 start = 0; start < n; start += BLOCK) {
-        i64 stop = start + BLOCK < n ? start + BLOCK : n;
-        if (stats) {
-            tally t = in == F32 ? census_wide(x, start, stop, l) : census_narrow(x, start, stop, l);
-            magnitude = t.magnitude > magnitude ? t.magnitude : magnitude;
-            saturated += t.saturated, flushed += t.flushed, nonfinite += t.nonfinite, nan += t.nan;
+    for (i64 top = 0; top < rows; top += height)
+        for (i64 left = 0; left < cols; left += width) {
+            const part p = {top, top + height < rows ? top + height : rows, left,
+                            left + width < cols ? left + width : cols};
+            for (i64 row = p.top; row < p.bottom; row++) {
+                i64 start = row * cols + p.left, stop = row * cols + p.right;
+                if (stats) {
+                    tally t = in == F32 ? census_wide(x, start, stop, l) : census_narrow(x, start, stop, l);
+                    magnitude = t.magnitude > magnitude ? t.magnitude : magnitude;
+                    saturated += t.saturated, flushed += t.flushed, nonfinite += t.nonfinite, nan += t.nan;
+                }
+                block(key, x, codes, values, start, stop, factor, inverse);
+            }
+            if (transposed) transpose_part(values, rows, cols, p, transposed);
         }
-        block(key, x, codes, values, start, stop, factor, inverse);
-    }
     if (amax) *amax = magnitude_of(in, magnitude);
     if (!counts) return;
-    counts[0] += n, counts[1] += saturated, counts[2] += flushed, counts[3] += nonfinite - nan, counts[4] += nan;
+    counts[0] += rows * cols, counts[1] += saturated, counts[2] += flushed;
+    counts[3] += nonfinite - nan, counts[4] += nan;
 }
 
 ALWAYS void decode(int f, int wide, const void *restrict codes, void *restrict out, i64 start, i64 stop) {
@@ -264,6 +313,53 @@ void mp_decode(const void *codes, i64 n, int f, int wide, void *out, int threads
             case E5M2 * 2 + 1: decode(E5M2, 1, codes, out, start, stop); break;
             case HALF * 2: decode(HALF, 0, codes, out, start, stop); break;
             default: decode(HALF, 1, codes, out, start, stop);
+        }
+    }
+}
+
+/* Column sums of x [rows, cols] in FP32, in the order of torch.sum (its cascade of four levels, so that the bits are
+ * the same): rows add up in groups of 2^power, the groups in groups, and so on. Without torch's FP32 copy of x, which
+ * took two thirds of its 5.3 ms for 2048 x 1536 in BF16. Independent of the number of threads. */
+#define LEVELS 4
+#define STRIPE 128
+#define GROUP 16
+
+ALWAYS void stripe(int in, const void *x, i64 rows, i64 cols, i64 first, int width, int power, float *out) {
+    float sums[LEVELS][STRIPE] = {{0}};
+    i64 row = 0;
+    while (row + GROUP <= rows) {
+#pragma omp simd
+        for (int c = 0; c < width; c++) {
+            float sum = sums[0][c];
+#pragma GCC unroll 16
+            for (int r = 0; r < GROUP; r++) sum += real(load(in, x, (row + r) * cols + first + c));
+            sums[0][c] = sum;
+        }
+        row += GROUP;
+        if (row & ((1 << power) - 1)) continue;
+        for (int level = 1; level < LEVELS; level++) {
+            for (int c = 0; c < width; c++) sums[level][c] += sums[level - 1][c], sums[level - 1][c] = 0;
+            if (row >> level * power & ((1 << power) - 1)) break;
+        }
+    }
+    for (; row < rows; row++)
+        for (int c = 0; c < width; c++) sums[0][c] += real(load(in, x, row * cols + first + c));
+    for (int level = 1; level < LEVELS; level++)
+        for (int c = 0; c < width; c++) sums[0][c] += sums[level][c];
+    memcpy(out + first, sums[0], sizeof(float) * width);
+}
+
+void mp_column_sums(const void *x, i64 rows, i64 cols, int in, float *out, int threads) {
+    int log2 = 0;
+    while (((i64)1 << log2) < rows) log2++;
+    const int power = log2 / LEVELS > 4 ? log2 / LEVELS : 4;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (i64 first = 0; first < cols; first += STRIPE) {
+        int width = (int)(cols - first < STRIPE ? cols - first : STRIPE);
+        switch (in) {
+            case F32: stripe(F32, x, rows, cols, first, width, power, out); break;
+            case BF16: stripe(BF16, x, rows, cols, first, width, power, out); break;
+            default: stripe(F16, x, rows, cols, first, width, power, out);
         }
     }
 }

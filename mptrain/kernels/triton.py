@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mptrain.formats import Format
+from mptrain.kernels import eager
 from mptrain.kernels.compiled import BITS
 
 BLOCK = 4096
@@ -67,6 +68,11 @@ def decode(q: Tensor, out: Tensor) -> None:
     """The values of ``q`` (FP8 or FP16) into ``out`` (BF16 or FP32): torch's cast is one pass, NaNs another."""
     out.copy_(q)
     out.masked_fill_(out.isnan(), math.nan)
+
+
+def column_sums(x: Tensor, out: Tensor) -> None:
+    """``x.sum(0)`` of a matrix into ``out`` (FP32): torch's own reduction."""
+    eager.column_sums(x, out)
 
 
 def current_scale(amax: Tensor, maximum: float, divisor: float, out: Tensor) -> None:

@@ -34,7 +34,7 @@ class Ledger:
                 text = f"{self.skipped_in_a_row} steps skipped in a row: lower optim.lr, or use precision=bf16"
                 events.append({"event": "alarm", "step": step, "reason": text})
         if outcome.event in (ScaleEvent.grew, ScaleEvent.backed_off):
-            events.append({"event": f"scale_{outcome.event.name}", "step": step, "scale": outcome.scale})
+            events.append({"event": f"scale_{outcome.event.name}", "step": step, "scale": outcome.next_scale})
         if outcome.event is ScaleEvent.at_floor:
             text = f"overflow with the loss scale at its floor of {outcome.scale:g}: the gradients themselves overflow"
             events.append({"event": "alarm", "step": step, "reason": text})
