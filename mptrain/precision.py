@@ -116,7 +116,7 @@ class Precision:
 
     def _update(self, optimizer: Optimizer, divisor: Tensor | None, found_inf: Tensor) -> None:
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # set by torch on fused optimizers
-        # A CPU reads for nothing, and a found_inf tensor costs its AdamW one subtraction per parameter. Before the first
+        # A CPU reads for nothing, and a found_inf tensor costs AdamW one subtraction per parameter. Before the first
         # step no kernel may be told to skip: fused SGD would leave momentum in memory that nobody wrote.
         read = not fused or found_inf.device.type == "cpu" or not optimizer.state
         if read and found_inf.item():
