@@ -6,9 +6,7 @@ then FP32 is probed in a process of its own, and only then does this process put
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +22,8 @@ from mptrain.baseline import Figures
 from mptrain.checkpoint import Checkpoints, load, read_header, require_fit
 from mptrain.config import RunConfig, parse_open
 from mptrain.distributed import world_size
-from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sink, Sinks, WandbSink
+from mptrain.folder import discard, folder_of
+from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sinks, WandbSink
 from mptrain.optim import Schedule, build_optimizer
 from mptrain.policy import PrecisionPolicy
 from mptrain.precision import Precision
@@ -139,11 +138,11 @@ def build(config: RunConfig) -> Run:
     if start is not None:
         require_fit(start, prepared.shell)
     fp32 = _known_baseline(prepared)
-    folder = _make_folder(config, start is not None)
+    folder = folder_of(config, resumed=start is not None)
     try:
         return _build(prepared, console, folder, start, fp32)
     except BaseException:
-        _discard(folder)
+        discard(folder)
         raise
 
 
@@ -152,19 +151,19 @@ def _build(prepared: Prepared, console: Console, folder: Path, start: Path | Non
     _announce(console, prepared, folder, fp32)
     if fp32 is None:
         fp32 = baseline.probe(config, prepared.fingerprint, Path(config.runs_dir), lambda text: console.print(text))
-    sinks: list[Sink] = [JsonLines(folder)]
-    if config.logger.wandb:
-        sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console))
+    sinks = Sinks([])
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     first = 0 if start is None else int(read_header(start)["step"])
-    both = Sinks(sinks)
-    trainer = assemble(prepared, both, checkpoints)
+    trainer = assemble(prepared, sinks, checkpoints)
     if config.precision.quantized:
         console.print(f"{trainer.precision.report}; {trainer.precision.backend.carrier}", highlight=False)
     if start is not None:
         trainer.load(load(start, prepared.device), first)
-    both.sinks.append(ConsoleSink(console, config.trainer.max_steps, first))
-    return Run(prepared, trainer, both, console, folder, fp32)
+    sinks.sinks.append(JsonLines(folder))
+    if config.logger.wandb:
+        sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console))
+    sinks.sinks.append(ConsoleSink(console, config.trainer.max_steps, first))
+    return Run(prepared, trainer, sinks, console, folder, fp32)
 
 
 def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoints | None = None) -> Trainer:
@@ -235,47 +234,6 @@ def _resume_path(config: RunConfig) -> Path | None:
     return Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep).newest()
 
 
-def _make_folder(config: RunConfig, resumed: bool) -> Path:
-    """The run's own folder, writable. One that already holds a run is refused unless it is being resumed."""
-    setting = f"run_dir={config.run_dir}" if config.run_dir else f"runs_dir={config.runs_dir}"
-    try:
-        return _try_folder(config, resumed)
-    except OSError as error:
-        raise ValueError(f"{setting} cannot be written ({error.strerror}): choose another folder") from error
-
-
-def _try_folder(config: RunConfig, resumed: bool) -> Path:
-    if config.run_dir:
-        folder = Path(config.run_dir)
-        if (folder / "metrics.jsonl").exists() and not resumed:
-            raise ValueError(f"{folder} already holds a run: continue it with resume=auto, or choose another run_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = _numbered(Path(config.runs_dir), f"{config.model.get('kind')}-{config.precision.name}")
-    (folder / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n")
-    return folder
-
-
-def _numbered(parent: Path, stem: str) -> Path:
-    parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        folder = parent / f"{stem}-{number}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
-
-
-def _discard(folder: Path) -> None:
-    """Remove the folder of a run that never began, if it holds nothing but its settings."""
-    if {path.name for path in folder.iterdir()} == {"config.json"}:
-        (folder / "config.json").unlink()
-        folder.rmdir()
-
-
 def _announce(console: Console, prepared: Prepared, folder: Path, fp32: Figures | None) -> None:
     """What is about to happen, before it does."""
     config, device = prepared.config, prepared.device
@@ -308,19 +266,10 @@ def _minutes(prepared: Prepared, probed: bool) -> str:
     config = prepared.config
     flops = prepared.shell.flops_per_token() * _tokens_per_step(prepared)  # type: ignore[operator]
     low = config.precision.quantized or str(config.precision.compute) == "bf16"
-    step_s = flops / _gemm_flops_per_s(torch.bfloat16 if low else torch.float32)
+    step_s = flops / machine.gemm_flops_per_s(torch.bfloat16 if low else torch.float32)
     evaluations = 1 + config.trainer.max_steps // max(1, config.trainer.eval_every or config.trainer.max_steps)
     steps = config.trainer.max_steps + evaluations * config.trainer.eval_batches / 3
-    seconds = steps * step_s * (2.0 if low else 1.4)  # what is not a GEMM weighs more where GEMMs are fast
+    seconds = 10 + steps * step_s * (2.2 if low else 1.2)  # what is not a GEMM weighs more where GEMMs are fast
     if probed:
-        seconds += 10 + baseline.PROBE_STEPS * flops / _gemm_flops_per_s(torch.float32) * 1.4
+        seconds += 10 + baseline.PROBE_STEPS * flops / machine.gemm_flops_per_s(torch.float32) * 1.2
     return f", about {max(1, round(seconds / 60))} min in all"
-
-
-def _gemm_flops_per_s(dtype: torch.dtype) -> float:
-    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    a @ b
-    begin = time.perf_counter()
-    for _ in range(5):
-        a @ b
-    return 5 * 2 * 512 * 1024 * 1024 / (time.perf_counter() - begin)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +29,7 @@ from mptrain.settings import did_you_mean, from_plain, require, to_plain
 from mptrain.trainer import TrainerConfig
 
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
-USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ def clear_errors() -> Iterator[None]:
 def explain(error: BaseException) -> str:
     """The message of an error, with Hydra's and OmegaConf's own made to name the setting and the nearest match."""
     text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory: lower trainer.batch_size, or set trainer.checkpointing=true"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value: set {error.full_key}=..."
     unknown = re.search(r"Could not override '([^']+)'", text)

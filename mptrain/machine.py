@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 ROWS = 512  # tokens in the error probe: enough for every kernel's blocking, 0.3 s for a 12 x 768 model
 REFERENCE_ROWS = 32  # rows of each product that are checked against FP64
+EXACT, OTHER = "ieee", "tf32"  # settings of oneDNN's fp32_precision
 EQUAL = 1.5  # times the error of the default kernel that still counts as rounding in another order
 
 
@@ -50,16 +52,16 @@ def gemm_shapes(model: nn.Module, tokens: int) -> list[tuple[int, int, int]]:
 
 
 def choose_fp32_gemm(model: nn.Module, device: torch.device) -> str:
-    """Take the CPU's second FP32 GEMM library if it is as exact as the first; returns what was taken.
+    """Take the CPU's second FP32 GEMM library if it is as exact as the first; returns "blas" or "onednn", now in force.
 
-    ``torch.set_float32_matmul_precision("high")`` lets oneDNN multiply FP32 matrices in place of the BLAS. Depending
-    on the CPU, oneDNN then computes in FP32 (faster on some), or rounds to TF32, or torch stays with the BLAS. So it
-    is taken only where the products differ from the BLAS's and their error against FP64, over the shapes of this
-    model, is not larger. On a GPU the setting is TF32's switch and is left alone.
+    oneDNN's fp32_precision "tf32" (what ``torch.set_float32_matmul_precision("high")`` sets on a CPU) lets oneDNN
+    multiply FP32 matrices in place of the BLAS. Depending on the CPU, oneDNN then computes in FP32 (faster on some), or
+    rounds to TF32, or torch stays with the BLAS. So it is taken only where the products differ from the BLAS's and
+    their error against FP64, over the shapes of this model, is not larger. A GPU has switches of its own.
     """
-    torch.set_float32_matmul_precision("highest")
     if device.type != "cpu":
-        return "highest"
+        return "cublas"
+    switch = torch.backends.mkldnn.matmul
     generator = torch.Generator().manual_seed(0)
     default, other, changed = 0.0, 0.0, False
     try:
@@ -68,18 +70,28 @@ def choose_fp32_gemm(model: nn.Module, device: torch.device) -> str:
             weight = torch.randn(n, k, generator=generator)
             exact = F.linear(x[:REFERENCE_ROWS].double(), weight.double())
             products = []
-            for setting in ("highest", "high"):
-                torch.set_float32_matmul_precision(setting)
+            for setting in (EXACT, OTHER):
+                switch.fp32_precision = setting
                 products.append(F.linear(x, weight))
             default = max(default, _error(products[0], exact))
             other = max(other, _error(products[1], exact))
             changed = changed or not torch.equal(*products)
     finally:
-        chosen = "high" if changed and other <= EQUAL * default else "highest"
-        torch.set_float32_matmul_precision(chosen)
-    return chosen
+        taken = changed and other <= EQUAL * default
+        switch.fp32_precision = OTHER if taken else EXACT
+    return "onednn" if taken else "blas"
 
 
 def _error(product: Tensor, exact: Tensor) -> float:
     """Largest error over largest magnitude, in the rows that ``exact`` has."""
     return float((product[: len(exact)].double() - exact).abs().max() / exact.abs().max())
+
+
+def gemm_flops_per_s(dtype: torch.dtype) -> float:
+    """The CPU's rate (FLOP/s) in a GEMM too large for a cache of a few MiB, as a model's are. Takes 50 to 150 ms."""
+    a, b = torch.ones(1024, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
+    a @ b
+    begin = time.perf_counter()
+    for _ in range(4):
+        a @ b
+    return 4 * 2 * 1024 * 768 * 3072 / (time.perf_counter() - begin)

@@ -42,6 +42,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings"),
     "baseline": ("settings",),
     "loggers": ("settings",),
+    "folder": ("config", "settings"),
     "memory": ("policy", "formats", "settings"),
     "quantization": ("convert", "formats", "kernels", "policy", "settings", "registry"),
     "report": ("baseline", "formats", "policy", "settings", "telemetry", "registry"),

@@ -6,12 +6,14 @@ from torch import nn
 
 from mptrain import machine
 
+SWITCH = torch.backends.mkldnn.matmul
+
 
 @pytest.fixture(autouse=True)
 def _setting():
-    before = torch.get_float32_matmul_precision()
+    before = SWITCH.fp32_precision
     yield
-    torch.set_float32_matmul_precision(before)
+    SWITCH.fp32_precision = before
 
 
 def test_shapes_of_the_three_gemms_of_each_layer():
@@ -24,7 +26,7 @@ def test_shapes_of_the_three_gemms_of_each_layer():
 def test_the_choice_is_as_exact_as_the_default_and_is_in_force():
     model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 256))
     chosen = machine.choose_fp32_gemm(model, torch.device("cpu"))
-    assert torch.get_float32_matmul_precision() == chosen
+    assert SWITCH.fp32_precision == {"blas": "ieee", "onednn": "tf32"}[chosen]
     x, weight = torch.randn(512, 256), torch.randn(512, 256)
     exact = x.double() @ weight.double().t()
     error = (nn.functional.linear(x, weight).double() - exact).abs().max() / exact.abs().max()
@@ -32,19 +34,18 @@ def test_the_choice_is_as_exact_as_the_default_and_is_in_force():
 
 
 def test_a_setting_that_rounds_operands_is_refused(monkeypatch):
-    """The BF16 switch of oneDNN under the name that is asked for: the probe must see its error."""
-    real = torch.set_float32_matmul_precision
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: real("medium" if name == "high" else name))
+    """Products of BF16 operands, in place of TF32's: the probe must see their error."""
+    monkeypatch.setattr(machine, "OTHER", "bf16")
     model = nn.Linear(256, 512)
     x, weight = torch.randn(512, 256), torch.randn(512, 256)
     exact = nn.functional.linear(x, weight)
-    real("medium")
+    SWITCH.fp32_precision = "bf16"
     differs = not torch.equal(exact, nn.functional.linear(x, weight))
-    real("highest")
+    SWITCH.fp32_precision = "ieee"
     if not differs:
-        pytest.skip("this CPU has no BF16 unit: 'medium' changes nothing here")
-    assert machine.choose_fp32_gemm(model, torch.device("cpu")) == "highest"
-    assert torch.get_float32_matmul_precision() == "highest"
+        pytest.skip("this CPU has no BF16 unit: the switch changes nothing here")
+    assert machine.choose_fp32_gemm(model, torch.device("cpu")) == "blas"
+    assert SWITCH.fp32_precision == "ieee"
 
 
 def test_devices():

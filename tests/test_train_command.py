@@ -13,6 +13,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -39,13 +40,13 @@ TINY = (
 @pytest.fixture(autouse=True)
 def _process_state(one_thread, monkeypatch, tmp_path):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    precision = torch.get_float32_matmul_precision()
+    before = torch.backends.mkldnn.matmul.fp32_precision
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MPTRAIN_CACHE", os.environ.get("MPTRAIN_CACHE") or str(tmp_path / "cache"))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     yield
-    torch.set_float32_matmul_precision(precision)
+    torch.backends.mkldnn.matmul.fp32_precision = before
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -117,6 +118,18 @@ def test_a_tokens_file_that_is_not_there(monkeypatch, tmp_path):
     text = train(monkeypatch, tmp_path, "data=tokens", f"data.train={missing}", f"data.validation={missing}", code=2)
     assert f"data.train={missing}" in text
     assert "Traceback" not in text
+
+
+def test_token_shards_train(monkeypatch, tmp_path):
+    words = np.random.Philox(key=[1, 2]).random_raw(4000) % np.uint64(50)
+    for name in ("train", "validation"):
+        words.astype("<u2").tofile(tmp_path / f"{name}.bin")
+    monkeypatch.setattr(sys.modules[__name__], "TINY", TINY[1:])
+    given = [f"data.{name}={tmp_path / name}.bin" for name in ("train", "validation")]
+    train(
+        monkeypatch, tmp_path, "data=tokens", "data.vocab_size=50", *given, f"run_dir={tmp_path / 'a'}", "baseline=none"
+    )
+    assert abs(summary_of(tmp_path / "a")["train_loss"] - math.log(50)) < 0.5
 
 
 @pytest.mark.parametrize("setting", ["run_dir", "runs_dir"])
