@@ -61,7 +61,7 @@ def choose_fp32_gemm(model: nn.Module, device: torch.device) -> str:
     """
     if device.type != "cpu":
         return "cublas"
-    switch = torch.backends.mkldnn.matmul
+    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(0)
     default, other, changed = 0.0, 0.0, False
     try:
