@@ -94,7 +94,7 @@ class LossScaler:
         self._tracker *= ~due
         code = grows * int(ScaleEvent.grew) + found_inf * int(ScaleEvent.tolerated)
         code -= backs_off * (int(ScaleEvent.tolerated) - int(ScaleEvent.backed_off))
-        return code.add_(at_floor)
+        return code.add_(at_floor).int()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Scale, growth tracker and hysteresis left, to be read after ``update``; the rest is in the policy.

@@ -187,6 +187,7 @@ def test_a_changed_source_is_noticed(library):
 
 def test_the_cache_goes_where_the_environment_says(library, tmp_path, monkeypatch):
     config = stdlib.Config(4, None, 0.1, library.root)
+    monkeypatch.delenv("MPTRAIN_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     stdlib.build(config)
     monkeypatch.setenv("MPTRAIN_CACHE", str(tmp_path / "own"))

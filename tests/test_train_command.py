@@ -188,7 +188,8 @@ def test_every_precision_runs_to_the_end_and_is_compared_with_the_fp32_run(monke
         assert summary["val_loss"] != fp32["val_loss"]
         assert abs(base["loss_delta"]) < 0.02
         assert "undecided: 6 steps" in text
-        assert summary["overflow_events"] == 0
+        # A scale from the amaxes of steps before may saturate an element or a few of the 10^5; no other precision may.
+        assert summary["overflow_events"] <= (100 if name == "fp8-delayed" else 0)
         if summary["emulated"]:
             assert "numerics are real, speed is not" in text
         if name == "fp8":
