@@ -98,7 +98,7 @@ class Trainer:
         self.config, self.model, self.precision, self.optimizer = config, model, precision, optimizer
         self.schedule, self.data, self.sink, self.monitor, self.throughput = schedule, data, sink, monitor, throughput
         self.seed, self.every, self.about = seed, every, about or {}
-        self.run_model = run_model or model
+        self.run_model = model if run_model is None else run_model
         self.checkpoints, self.checkpoint_every = checkpoints, checkpoint_every
         self.flops_per_token, self.peak_flops_per_s = flops_per_token, peak_flops_per_s
         self.ledger = Ledger()

@@ -138,7 +138,13 @@ class EmulatedLinear(nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         with torch.autocast(input.device.type, enabled=False):  # an FP32 carrier must stay FP32
-            out: Tensor = _Linear.apply(input, self.weight, self.bias, self.quantizers)  # type: ignore[no-untyped-call]
+            out: Tensor = self._quantized(input)
+        return out
+
+    # A graph break: the books (counts, amaxes, scales) change in place, in backward too, behind a compiler's back.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _quantized(self, input: Tensor) -> Tensor:
+        out: Tensor = _Linear.apply(input, self.weight, self.bias, self.quantizers)  # type: ignore[no-untyped-call]
         return out
 
     def extra_repr(self) -> str:
