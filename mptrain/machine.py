@@ -29,10 +29,11 @@ def describe(device: torch.device) -> str:
     """What speed and rounding depend on: the GPU's name, or the CPU's with its vector instructions and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model, as precisely as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -16,7 +16,6 @@ import datetime
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from torch.optim import AdamW
 from mptrain import LossScale, Precision, PrecisionPolicy, kernels
 from mptrain.formats import Format
 from mptrain.loggers import NullSink
+from mptrain.machine import cpu_name
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule
 from mptrain.policy import BackendName, LossScaleKind
@@ -254,11 +254,8 @@ def measure_trainer(sizes: Sizes) -> list[Row]:
 
 def machine() -> dict[str, str]:
     """What the figures belong to."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": named[0] if named else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": str(os.cpu_count()),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
