@@ -14,8 +14,8 @@ def main(composed: DictConfig) -> None:
     with config.clear_errors():  # here for the run, below for the command line
         run = build.build(config.parse(composed))
         run.train()
-    if run.trainer.stopped_by is not None:
-        sys.exit(128 + run.trainer.stopped_by)
+    if run.trainer.interrupts.stopped_by is not None:
+        sys.exit(128 + run.trainer.interrupts.stopped_by)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,16 @@ from mptrain.checkpoint import Checkpoints, load, read_header, require_fit
 from mptrain.config import RunConfig, parse_open
 from mptrain.distributed import world_size
 from mptrain.folder import discard, folder_of
+from mptrain.formats import Format
 from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sinks, WandbSink
-from mptrain.optim import Schedule, build_optimizer
+from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.policy import PrecisionPolicy
 from mptrain.precision import Precision
 from mptrain.report.terminal import emulation_note, print_comparison, print_end, print_lines
 from mptrain.settings import to_plain
+from mptrain.telemetry.drill import DebugConfig, Drill
 from mptrain.telemetry.meters import Throughput, peak_tflops
-from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED, Monitor
+from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, N_COUNTS, NAN, SATURATED, Monitor
 from mptrain.trainer import Trainer
 
 
@@ -68,7 +70,7 @@ class Run:
         finally:
             self.sinks.close()
         print_comparison(self.console, summary)
-        print_end(self._say, self.folder, self.trainer.stopped_by is not None)
+        print_end(self._say, self.folder, self.trainer.stopped_early)
         return summary
 
     def _say(self, text: str) -> None:
@@ -78,7 +80,8 @@ class Run:
         """The figures of the run; NaN (null in the file) where there is none."""
         trainer, config = self.trainer, self.prepared.config
         backend = trainer.precision.backend
-        totals = trainer.monitor.totals.sum(0).tolist()
+        monitor = trainer.monitor
+        totals = [0] * N_COUNTS if monitor is None else monitor.totals.sum(0).tolist()
         counted = totals[ELEMENTS] > 0
         overflow = totals[SATURATED] + totals[INF] + totals[NAN]
         return {
@@ -94,10 +97,10 @@ class Run:
             "val_loss": trainer.final.get("val/loss", math.nan),
             "val_loss_masters": trainer.final.get("val/loss_masters", math.nan),
             "tokens_per_s": trainer.throughput.tokens_per_s(),
-            "peak_memory_gib": trainer.peak_memory_gib,
+            "peak_memory_gib": trainer.memory.peak_gib,
             "overflow_events": overflow if counted else None,
             "underflow_frac": totals[FLUSHED] / totals[ELEMENTS] if counted else None,
-            "worst_layers": trainer.monitor.worst(),
+            "worst_layers": [] if monitor is None else monitor.worst(),
             "baseline": baseline.compare(self._figures(), self.fp32),
             "fingerprint": self.prepared.fingerprint,
             "machine": machine.describe(self.prepared.device),
@@ -109,7 +112,7 @@ class Run:
         losses = baseline.read_losses(self.folder)
         speed = self.trainer.throughput.tokens_per_s(first=self.fp32.steps)
         val_loss = self.trainer.final.get("val/loss", math.nan)
-        return Figures("this run", losses, speed, self.trainer.peak_memory_gib, val_loss)
+        return Figures("this run", losses, speed, self.trainer.memory.peak_gib, val_loss)
 
 
 def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -> Prepared:
@@ -118,6 +121,11 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
         raise ValueError("this version trains in one process: start it without torchrun")
     device = machine.pick_device(config.device)
     resolve(config.precision, device)
+    if config.optim.weights != "fp32" and config.precision.compute is not Format.bf16:
+        raise ValueError(
+            f"optim.weights={config.optim.weights} stores BF16 weights, which precision={config.precision.name} "
+            "does not multiply by: use precision=bf16 or fp8, or optim=adamw (FP32 masters)"
+        )
     model_module, model_config = parse_open("mptrain.models", "model", config.model)
     data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=model_config.block_size)
     say(f"corpus: reading data={config.data['kind']} (read once, then memory-mapped from a cache)")
@@ -125,6 +133,8 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     _, model_config = parse_open("mptrain.models", "model", config.model, vocab_size=data.vocab_size)
     with torch.device("meta"):
         shell = model_module.build(model_config)
+    if config.debug.inject:
+        Drill.parse(config.debug.inject).check(shell)
     fp32_gemm = machine.choose_fp32_gemm(shell, device)
     mark = baseline.fingerprint(config, data.fingerprint, machine.describe(device), torch.__version__, fp32_gemm)
     return Prepared(config, device, data, model_module, model_config, shell, fp32_gemm, mark)
@@ -174,17 +184,22 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
     precision = Precision(config.precision).prepare(model)
     if config.trainer.checkpointing:
         model.recompute = precision.recompute
+    drill = Drill.parse(config.debug.inject) if config.debug.inject else None
+    recorded = config.telemetry.record_every > 0
     peak = peak_tflops(device, "fp8" if config.precision.quantized else str(config.precision.compute))
+    optimizer = build_optimizer(config.optim, model)
     return Trainer(
         config.trainer,
         model=model,
         precision=precision,
-        optimizer=build_optimizer(config.optim, model),
+        optimizer=optimizer,
         schedule=Schedule.of(config.optim, config.trainer.max_steps),
         data=data,
         sink=sink,
-        monitor=Monitor(precision.counters, config.telemetry.every),
+        monitor=Monitor(model, precision, config.telemetry, config.trainer.max_steps) if recorded else None,
         throughput=Throughput(_tokens_per_step(prepared)),
+        average=Average(model, config.optim.ema_decay) if config.optim.ema_decay else None,
+        drill=drill,
         seed=config.seed,
         every=config.telemetry.every,
         run_model=torch.compile(model) if config.trainer.compile else model,  # type: ignore[arg-type]
@@ -198,11 +213,12 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
 
 def probe(config: RunConfig) -> Figures:
     """The first steps of the run that ``config`` describes, in FP32: what the probe's process does."""
-    fp32 = replace(config, precision=PrecisionPolicy.named("fp32"))
+    quiet = replace(config.telemetry, record_every=0)
+    fp32 = replace(config, precision=PrecisionPolicy.named("fp32"), telemetry=quiet, debug=DebugConfig())
     prepared = prepare(fp32)
     trainer = assemble(prepared, NullSink())
     trainer.fit(until=baseline.PROBE_STEPS)
-    return Figures("probe", trainer.losses, trainer.throughput.tokens_per_s(), trainer.peak_memory_gib)
+    return Figures("probe", trainer.losses, trainer.throughput.tokens_per_s(), trainer.memory.peak_gib)
 
 
 def _tokens_per_step(prepared: Prepared) -> int:

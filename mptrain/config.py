@@ -26,6 +26,8 @@ from mptrain import registry
 from mptrain.optim import OptimConfig
 from mptrain.policy import PrecisionPolicy
 from mptrain.settings import did_you_mean, from_plain, require, to_plain
+from mptrain.telemetry.drill import DebugConfig
+from mptrain.telemetry.monitor import TelemetryConfig
 from mptrain.trainer import TrainerConfig
 
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -38,16 +40,6 @@ class LoggerConfig:
 
     wandb: bool = True
     project: str = "mptrain"
-
-
-@dataclass(frozen=True)
-class TelemetryConfig:
-    """``every``: steps between samples of overflow and underflow, and between lines of progress."""
-
-    every: int = 10
-
-    def __post_init__(self) -> None:
-        require(self.every >= 1, "telemetry.every", self.every, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -74,6 +66,7 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
     seed: int = 0
     device: str = "auto"
     run_dir: str = ""

@@ -15,6 +15,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """This process's place among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def alone(value: Tensor) -> Tensor:
     """The agreement of a single process: its own value."""
     return value

@@ -90,24 +90,6 @@ def underflows(x: Tensor, fmt: Format) -> Tensor:
     return (magnitude > 0) & (magnitude <= fmt.value.underflow_at)
 
 
-def count_cast(x: Tensor, fmt: Format) -> Tensor:
-    """int64 [5]: elements, overflows, underflows, Inf and NaN of ``x`` (any float dtype) before a cast to ``fmt``.
-
-    For floating formats whose limits FP32 holds exactly (all but FP32 itself). In chunks, so that counting a large
-    activation does not show in the peak of memory.
-    """
-    spec = fmt.value
-    total = torch.zeros(5, dtype=torch.int64, device=x.device)
-    total[0] = x.numel()
-    for chunk in torch.split(x.reshape(-1), CHUNK):
-        size = chunk.float().abs()
-        infinite = size == math.inf
-        beyond = (size >= spec.overflow_at if spec.tie_overflows else size > spec.overflow_at) & ~infinite
-        flushed = (size > 0) & (size <= spec.underflow_at)
-        total[1:] += torch.stack([kind.sum() for kind in (beyond, flushed, infinite, size.isnan())])
-    return total
-
-
 def round_to(x: Tensor, fmt: Format) -> Tensor:
     """``x`` rounded to nearest-even in ``fmt`` and returned as FP64; finite values saturate at the maximum.
 

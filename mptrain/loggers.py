@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mptrain.telemetry import record as records
+from mptrain.telemetry.record import Record
 
 Metrics = dict[str, float]
 Event = dict[str, Any]
@@ -28,6 +32,7 @@ class Sink(Protocol):
     def tick(self, step: int) -> None: ...
     def metrics(self, step: int, values: Metrics) -> None: ...
     def event(self, event: Event) -> None: ...
+    def record(self, record: Record) -> None: ...
     def summary(self, values: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
 
@@ -42,6 +47,9 @@ class NullSink:
         pass
 
     def event(self, event: Event) -> None:
+        pass
+
+    def record(self, record: Record) -> None:
         pass
 
     def summary(self, values: dict[str, Any]) -> None:
@@ -69,6 +77,10 @@ class Sinks(NullSink):
         for sink in self.sinks:
             sink.event(event)
 
+    def record(self, record: Record) -> None:
+        for sink in self.sinks:
+            sink.record(record)
+
     def summary(self, values: dict[str, Any]) -> None:
         for sink in self.sinks:
             sink.summary(values)
@@ -79,7 +91,8 @@ class Sinks(NullSink):
 
 
 class JsonLines(NullSink):
-    """``metrics.jsonl`` and ``events.jsonl`` (appended to, so a resumed run goes on in them), ``summary.json``."""
+    """``metrics.jsonl``, ``events.jsonl`` and ``histograms.bin``, appended to, so that a resumed run goes on in them;
+    ``summary.json``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -92,6 +105,9 @@ class JsonLines(NullSink):
     def event(self, event: Event) -> None:
         self._events.write(_json(event) + "\n")
 
+    def record(self, record: Record) -> None:
+        records.append(self._folder / records.FILE, record)
+
     def summary(self, values: dict[str, Any]) -> None:
         partial = self._folder / "summary.json.partial"
         partial.write_text(_json(values, indent=2) + "\n")
@@ -103,14 +119,15 @@ class JsonLines(NullSink):
 
 
 class ConsoleSink(NullSink):
-    """A live progress line in a terminal, plain lines elsewhere; events as they come, at most ``EVENT_LINES``."""
+    """A live progress line in a terminal, plain lines elsewhere; events in a line each.
 
-    EVENT_LINES = 20
+    An event that comes again (same kind, layer and role) is told at its 2nd, 4th, 8th ... time with its number.
+    """
 
     def __init__(self, console: Console, max_steps: int, start: int) -> None:
         self._console = console
         self._max_steps = max_steps
-        self._events = 0
+        self._told: Counter[tuple[str, str, str]] = Counter()
         self._progress: Progress | None = None
         if console.is_terminal:
             columns = (
@@ -139,14 +156,16 @@ class ConsoleSink(NullSink):
             self._console.print(f"step {step}/{self._max_steps}  {line}", highlight=False)
 
     def event(self, event: Event) -> None:
-        self._events += 1
-        if self._events <= self.EVENT_LINES:
-            where = f" in {event['layer']}" if event.get("layer") else ""
-            what = f"{event['event']}: {event['reason']}" if "reason" in event else SCALE_EVENTS[event["event"]]
-            text = what.format(scale=event.get("scale", 0.0))
-            self._console.print(f"step {event['step']}: {text}{where}", highlight=False)
-        if self._events == self.EVENT_LINES:
-            self._console.print("further events are in events.jsonl", highlight=False)
+        key = (event["event"], str(event.get("layer", "")), str(event.get("role", "")))
+        self._told[key] += 1
+        times = self._told[key]
+        if times & (times - 1):  # not a power of two
+            return
+        where = f" in {event['layer']}" if event.get("layer") else ""
+        what = f"{event['event']}: {event['reason']}" if "reason" in event else SCALE_EVENTS[event["event"]]
+        again = f" ({times} times so far)" if times > 1 else ""
+        text = what.format(scale=event.get("scale", 0.0))
+        self._console.print(f"step {event['step']}: {text}{where}{again}", highlight=False)
 
     def close(self) -> None:
         if self._progress is not None:

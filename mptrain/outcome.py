@@ -12,8 +12,24 @@ from mptrain.scaling import ScaleEvent
 
 
 @dataclass(frozen=True)
+class Blame:
+    """Why a step was skipped, and where the first Inf or NaN was.
+
+    ``kind``: Inf or NaN; ``phase``: forward or backward; ``micro_batch``: from 0. What is not known is empty or -1.
+    """
+
+    reason: str
+    layer: str = ""
+    role: str = ""
+    kind: str = ""
+    phase: str = ""
+    micro_batch: int = -1
+    rank: int = 0
+
+
+@dataclass(frozen=True)
 class StepRecord:
-    """A resolved step. ``reason``, ``layer`` and ``role`` are empty if it was applied; ``grad_norm`` is unscaled.
+    """A resolved step. ``blame`` is None if it was applied; ``grad_norm`` is unscaled.
 
     ``scale`` is the loss scale it ran with, ``next_scale`` that of the step after it.
     """
@@ -22,10 +38,12 @@ class StepRecord:
     grad_norm: float
     scale: float
     event: ScaleEvent
-    reason: str = ""
-    layer: str = ""
-    role: str = ""
+    blame: Blame | None = None
     next_scale: float = 1.0
+
+    @property
+    def reason(self) -> str:
+        return "" if self.blame is None else self.blame.reason
 
 
 class StepOutcome:
@@ -35,11 +53,8 @@ class StepOutcome:
     copy runs beside the next step's kernels, so reading it a step later costs no stall.
     """
 
-    def __init__(self, values: Tensor, blame: Callable[[], tuple[str, str, str]]) -> None:
-        """``values``: FP32 [5] = found_inf, grad_norm, scale, event, next_scale.
-
-        ``blame()``: (reason, layer, role) of a skip.
-        """
+    def __init__(self, values: Tensor, blame: Callable[[], Blame]) -> None:
+        """``values``: FP32 [5] = found_inf, grad_norm, scale, event, next_scale. ``blame()``: of a skip."""
         self._blame = blame
         self._record: StepRecord | None = None
         self._ready: torch.cuda.Event | None = None
@@ -54,10 +69,8 @@ class StepOutcome:
             if self._ready is not None:
                 self._ready.synchronize()
             found_inf, grad_norm, scale, event, after = self._values.tolist()
-            reason, layer, role = self._blame() if found_inf else ("", "", "")
-            self._record = StepRecord(
-                not found_inf, grad_norm, scale, ScaleEvent(int(event)), reason, layer, role, after
-            )
+            blame = self._blame() if found_inf else None
+            self._record = StepRecord(not found_inf, grad_norm, scale, ScaleEvent(int(event)), blame, after)
         return self._record
 
     @property

@@ -27,10 +27,10 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from mptrain.backends.base import Backend, resolve
-from mptrain.convert import ConversionReport
-from mptrain.distributed import Agree, alone
+from mptrain.convert import ConversionReport, parameter_names
+from mptrain.distributed import Agree, alone, rank
 from mptrain.kernels.counters import Counters
-from mptrain.outcome import StepOutcome
+from mptrain.outcome import Blame, StepOutcome
 from mptrain.policy import PrecisionPolicy
 from mptrain.scaling import LossScaler
 
@@ -54,10 +54,11 @@ class Precision:
         self._agree = agree
         self._names: list[str] = []
         self._parameters: list[nn.Parameter] = []
+        self._losses: list[Tensor] = []  # of this step's micro-batches: a bad one tells forward from backward
 
     def prepare(self, model: nn.Module) -> Precision:
         """Convert ``model`` in place and bind to it. Its parameters must be FP32: they are the master weights."""
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = parameter_names(model)
         if not trained:
             raise ValueError("the model has no parameter that requires a gradient")
         if model in _PREPARED:
@@ -67,10 +68,12 @@ class Precision:
                 raise ValueError(
                     f"{name} is {parameter.dtype}: parameters are the FP32 master weights, call model.float() first"
                 )
-        self._names, self._parameters = list(trained), list(trained.values())
+        self._names, self._parameters = list(trained.values()), list(trained)
         self.device = self._parameters[0].device
         self.backend = resolve(self.policy, self.device)(self.policy, self.device, self._agree)
         self.report = self.backend.convert(model, self.counters)
+        self.counters.decisive = len(self.counters.slots)
+        self.counters.order = {name: place for place, (name, _) in enumerate(model.named_modules())}
         self.scaler = LossScaler(self.policy.loss_scale, self.device)
         _PREPARED.add(model)
         return self
@@ -81,6 +84,7 @@ class Precision:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of the scaled loss; the gradients add up, scaled, in FP32."""
+        self._losses.append(loss.detach())
         self.scaler.scaled(loss).backward()  # type: ignore[no-untyped-call]
         self.counters.end_microbatch()
 
@@ -94,14 +98,15 @@ class Precision:
         named = [(name, p.grad) for name, p in zip(self._names, self._parameters, strict=True) if p.grad is not None]
         if not named:
             raise ValueError("no gradient to step on: call precision.backward(loss) first")
-        norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in named], dtype=torch.float32))
         scale = self.scaler.scale
         norm = torch.linalg.vector_norm(norms)
         found_inf = (norm - norm).ne(0)  # NaN for Inf and NaN: two kernels where isfinite takes four
-        flags = self.counters.end_step()
-        if len(flags):
-            found_inf = found_inf | flags.any()
+        fault = self.counters.end_step()
+        if self.counters.decisive:
+            found_inf = found_inf | fault[: self.counters.decisive].any()
         found_inf = self._agree(found_inf)
+        blame = self._witness([name for name, _ in named], norms, fault, found_inf)
         divisor = scale if self.scaler.active else None
         if self.scaler.active:
             norm = norm / scale
@@ -111,8 +116,7 @@ class Precision:
         self._update(optimizer, divisor, found_inf)
         event = self.scaler.update(found_inf)
         values = torch.stack([found_inf.float(), norm, scale, event.float(), self.scaler.scale])
-        names = [name for name, _ in named]
-        return StepOutcome(values, lambda: self._blame(names, norms, flags))
+        return StepOutcome(values, blame)
 
     def _update(self, optimizer: Optimizer, divisor: Tensor | None, found_inf: Tensor) -> None:
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # set by torch on fused optimizers
@@ -131,18 +135,35 @@ class Precision:
                 torch._foreach_div_([p.grad for p in self._parameters if p.grad is not None], divisor)
             optimizer.step()
 
-    def _blame(self, names: list[str], norms: Tensor, flags: Tensor) -> tuple[str, str, str]:
-        """(reason, layer, role) of a skipped step: a quantized operand first, for it explains the gradients."""
-        first = self.counters.first_bad(flags)
+    def _witness(self, names: list[str], norms: Tensor, fault: Tensor, found_inf: Tensor) -> Callable[[], Blame]:
+        """What a skip will be explained with when the outcome is read; the gradients may be gone by then."""
+        losses, self._losses = self._losses, []
+        if found_inf.device.type == "cpu" and found_inf.item():
+            grads = [p.grad for p in self._parameters if p.grad is not None]
+            # A norm can overflow FP32 where every element is finite: those are no Inf in the gradient.
+            truly = torch.tensor([not bool(grad.isfinite().all()) for grad in grads])
+            norms = torch.where(truly, norms, norms.nan_to_num(posinf=torch.finfo(norms.dtype).max))
+        return lambda: self._blame(names, norms, fault, losses)
+
+    def _blame(self, names: list[str], norms: Tensor, fault: Tensor, losses: list[Tensor]) -> Blame:
+        """A row that was watched first, for it explains the loss; then the loss, for it explains the gradients."""
+        first = self.counters.first_fault(fault)
         if first is not None:
-            return "non-finite operand before the cast", *first
+            where = first.layer, first.role, first.kind, first.phase, first.micro_batch
+            return Blame(f"{first}", *where, rank())
         bad = (~norms.isfinite()).nonzero().flatten().tolist()
+        for micro, loss in enumerate(losses):
+            if not loss.isfinite():
+                kind = "NaN" if loss.isnan() else "Inf"
+                return Blame(f"{kind} loss of micro-batch {micro}", "", "loss", kind, "forward", micro, rank())
+        if not bad and torch.linalg.vector_norm(norms).isfinite():
+            return Blame("another rank found Inf or NaN", rank=rank())
         if not bad:
-            return "another rank found a non-finite gradient, or the norm of all gradients overflows FP32", "", ""
-        kind = "NaN" if norms[bad].isnan().any() else "Inf"
-        layer, _, leaf = names[bad[0]].rpartition(".")
+            return Blame("the norm of all gradients overflows FP32, though each element is finite", rank=rank())
+        layer, _, leaf = names[bad[-1]].rpartition(".")  # backward comes from the end
+        kind = "NaN" if norms[bad[-1]].isnan() else "Inf"
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        return f"{kind} in the gradient of {leaf}{more}", layer, "grad_weight"
+        return Blame(f"{kind} in the gradient of {leaf}{more}", layer, "grad_weight", kind, "backward", -1, rank())
 
     @contextmanager
     def evaluating(self, *, policy_on: bool = True) -> Iterator[None]:

@@ -7,16 +7,16 @@
     outcome = precision.step(optimizer, clip)
 
 Step t's outcome stays on the device until just before the optimizer step of t+1, when its copy has long arrived, so
-that schedule and ledger are exact and nothing stalls. Losses are read back every ``telemetry.every`` steps.
+that schedule and ledger are exact and nothing stalls. Losses are read back every ``telemetry.every`` steps. A step that
+the monitor samples is read back at once, and runs the model itself where the others run its compiled form.
 """
 
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mptrain.checkpoint import Checkpoints, Rng, Stateful
+from mptrain.interrupts import Interrupts
 from mptrain.outcome import StepOutcome
 from mptrain.precision import Precision
 from mptrain.settings import require
+from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.ledger import Ledger
-from mptrain.telemetry.meters import GIB, LiveBytes, Throughput, resident_tensors
-from mptrain.telemetry.monitor import Monitor
-
-MEMORY_STEP = 1  # the second step: optimizer state exists, and warm-up is not over
+from mptrain.telemetry.meters import PeakMemory, Throughput
+from mptrain.telemetry.monitor import Monitor, Sample
+from mptrain.telemetry.record import Record
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,23 @@ class Rates(Protocol):
     def at(self, applied: int) -> float: ...
 
 
+class Averaged(Stateful, Protocol):
+    """A running average of the weights."""
+
+    def update(self) -> None: ...
+    def in_place(self) -> AbstractContextManager[None]: ...
+
+
 class Sink(Protocol):
     def tick(self, step: int) -> None: ...
     def metrics(self, step: int, values: dict[str, float]) -> None: ...
     def event(self, event: dict[str, Any]) -> None: ...
+    def record(self, record: Record) -> None: ...
 
 
 class Trainer:
-    """Everything a run needs, handed in. ``run_model`` is the model, or its compiled form."""
+    """Everything a run needs, handed in. ``run_model``: the model, or its compiled form. Without ``monitor`` nobody
+    watches the numerics."""
 
     def __init__(
         self,
@@ -84,11 +94,13 @@ class Trainer:
         schedule: Rates,
         data: Data,
         sink: Sink,
-        monitor: Monitor,
+        monitor: Monitor | None,
         throughput: Throughput,
         seed: int = 0,
         every: int = 10,
         run_model: nn.Module | None = None,
+        average: Averaged | None = None,
+        drill: Drill | None = None,
         checkpoints: Checkpoints | None = None,
         checkpoint_every: int = 0,
         about: dict[str, Any] | None = None,
@@ -99,26 +111,33 @@ class Trainer:
         self.schedule, self.data, self.sink, self.monitor, self.throughput = schedule, data, sink, monitor, throughput
         self.seed, self.every, self.about = seed, every, about or {}
         self.run_model = model if run_model is None else run_model
+        self.average, self.drill = average, drill
         self.checkpoints, self.checkpoint_every = checkpoints, checkpoint_every
         self.flops_per_token, self.peak_flops_per_s = flops_per_token, peak_flops_per_s
         self.ledger = Ledger()
         self.device = precision.device
         self.step_number = 0
-        self.stopped_by: signal.Signals | None = None
+        self.interrupts = Interrupts()
         self.losses: dict[int, float] = {}  # step -> mean training loss of its micro-batches, as read back
         self.final: dict[str, float] = {}
-        self.peak_memory_gib = float("nan")
+        self.memory = PeakMemory(self.device)
         self._pending: tuple[int, StepOutcome] | None = None
         self._unread: list[tuple[int, Tensor, float]] = []
+        self._sampled: dict[str, float] = {}
+
+    @property
+    def stopped_early(self) -> bool:
+        """Did a signal end training?"""
+        return self.interrupts.stopped_by is not None
 
     def fit(self, until: int | None = None) -> None:
         """Train to ``max_steps`` (or ``until``), evaluate, save. SIGINT or SIGTERM: finish the step, save, return."""
         last = self.config.max_steps if until is None else min(until, self.config.max_steps)
         saved = -1
         self.model.train()
-        self._start_memory()
-        with self._signals():
-            while self.step_number < last and self.stopped_by is None:
+        self.memory.start()
+        with self.interrupts.handled():
+            while self.step_number < last and not self.stopped_early:
                 self.step()
                 done = self.step_number
                 if self.config.eval_every and done % self.config.eval_every == 0 and done < last:
@@ -129,32 +148,53 @@ class Trainer:
             self._flush()
             if self.checkpoints is not None and saved != self.step_number:
                 self.save()
-            if self.stopped_by is None and until is None:
+            if not self.stopped_early and until is None:
                 self.final = self.evaluate(masters=self.precision.policy.name != "fp32")
                 self.sink.metrics(self.step_number, self.final)
-        self._end_memory()
+        self.memory.end()
 
     def step(self) -> None:
         """One optimizer step: micro-batches, the outcome of the step before, then apply or skip."""
         start = time.perf_counter()
-        self.monitor.begin_step(self.step_number + 1)
-        with self._memory_meter():
-            loss = self._gradients()
-            self._settle()
-            rate = self.schedule.at(self.ledger.applied)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            outcome = self.precision.step(self.optimizer, self.config.clip)
-            self.optimizer.zero_grad(set_to_none=True)
-        self.step_number += 1
-        self._pending = (self.step_number, outcome)
-        self._unread.append((self.step_number, loss, rate))
-        if self.step_number % self.every == 0 or self.monitor.sampling:
+        step, sample = self.step_number + 1, None
+        watching = self.monitor if self.monitor is not None and self.monitor.due(step) else None
+        if watching:
+            watching.begin_step()
+        with self.memory.measured(len(self.throughput.seconds), self.model, self.optimizer), self._drilled(step):
+            loss = self._gradients(self.model if watching else self.run_model)
+        self._settle()
+        rate = self.schedule.at(self.ledger.applied)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if watching:
+            watching.see_gradients()
+        outcome = self.precision.step(self.optimizer, self.config.clip)
+        if watching:
+            sample = watching.end_step(step, self.optimizer, outcome)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_number = step
+        self._pending = (step, outcome)
+        self._unread.append((step, loss, rate))
+        if sample:
+            self._tell(sample)
+        if sample or step % self.every == 0:
             self._flush()
         self.throughput.add(time.perf_counter() - start)
-        self.sink.tick(self.step_number)
+        self.sink.tick(step)
 
-    def _gradients(self) -> Tensor:
+    def _drilled(self, step: int) -> AbstractContextManager[None]:
+        return self.drill.planted(self.model) if self.drill and self.drill.step == step else nullcontext()
+
+    def _tell(self, sample: Sample) -> None:
+        """Hand on what the monitor saw. The ledger hears of it before it enters the step."""
+        self._sampled = sample.metrics
+        self.sink.record(sample.record)
+        if sample.moved is not None:
+            self.ledger.observe(sample.moved)
+        for event in sample.events:
+            self.sink.event(event)
+
+    def _gradients(self, model: nn.Module) -> Tensor:
         """Forward and backward of every micro-batch; the mean loss (0-dim, on the device)."""
         n = self.config.accumulate
         total: Tensor | None = None
@@ -163,7 +203,7 @@ class Trainer:
                 self.step_number, micro=micro, microbatches=n, batch_size=self.config.batch_size, seed=self.seed
             )
             with self.precision.forward():
-                loss = self.run_model(**self._to_device(batch))
+                loss = model(**self._to_device(batch))
             if n > 1:
                 loss = loss / n
             self.precision.backward(loss)
@@ -183,8 +223,13 @@ class Trainer:
             return
         step, outcome = self._pending
         self._pending = None
-        for event in self.ledger.record(step, outcome.read()):
+        record = outcome.read()
+        for event in self.ledger.record(step, record):
             self.sink.event(event)
+        if record.applied and self.average is not None:
+            self.average.update()
+        if self.monitor is not None:
+            self.monitor.suspect(record)
 
     def _flush(self) -> None:
         """Read back what has gathered on the device and hand it to the sinks: one row a step, meters on the last."""
@@ -206,7 +251,8 @@ class Trainer:
             if self.precision.scaler.active:
                 row["scale/value"] = outcome.scale
         row["scale/skipped_total"] = float(self.ledger.skipped)
-        self.sink.metrics(step, row | self._speed() | self.monitor.end_step())
+        self.sink.metrics(step, row | self._speed() | self._sampled)
+        self._sampled = {}
 
     def _speed(self) -> dict[str, float]:
         rate = self.throughput.tokens_per_s(last=self.every)
@@ -224,6 +270,9 @@ class Trainer:
         row = {"val/loss": self._validation_loss(policy_on=True)}
         if masters:
             row["val/loss_masters"] = self._validation_loss(policy_on=False)
+        if self.average is not None:
+            with self.average.in_place():
+                row["val/loss_average"] = self._validation_loss(policy_on=True)
         self.model.train()
         return row
 
@@ -236,14 +285,16 @@ class Trainer:
 
     def parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds. The data's position is the step: its order is a function of (seed, step)."""
-        return {
+        parts: dict[str, Stateful | None] = {
             "model": self.model,
             "optimizer": self.optimizer,
             "precision": self.precision,
             "ledger": self.ledger,
             "monitor": self.monitor,
+            "average": self.average,
             "rng": Rng(),
         }
+        return {name: part for name, part in parts.items() if part is not None}
 
     def save(self) -> None:
         """Write a checkpoint of the state after the last step."""
@@ -256,44 +307,10 @@ class Trainer:
         """Continue from the state of :func:`mptrain.checkpoint.load`. ValueError if it is of another model."""
         for name, part in self.parts().items():
             try:
-                part.load_state_dict(state[name])
+                part.load_state_dict(state.get(name, {}) if name in ("monitor", "average") else state[name])
             except (RuntimeError, KeyError, ValueError) as error:
                 first = str(error).splitlines()[0]
                 raise ValueError(
                     f"the checkpoint's {name} does not fit this run ({first}): use the model and optim it was made with"
                 ) from error
         self.step_number = step
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends training after this step; a second SIGINT interrupts at once."""
-
-        def stop(number: int, frame: Any) -> None:
-            if self.stopped_by is not None:
-                raise KeyboardInterrupt
-            self.stopped_by = signal.Signals(number)
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _start_memory(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def _end_memory(self) -> None:
-        if self.device.type == "cuda":
-            self.peak_memory_gib = torch.cuda.max_memory_allocated(self.device) / GIB
-
-    @contextmanager
-    def _memory_meter(self) -> Iterator[None]:
-        """On a CPU, one early step runs under :class:`LiveBytes`."""
-        measured = self.device.type == "cpu" and len(self.throughput.seconds) == MEMORY_STEP
-        meter = LiveBytes(resident_tensors(self.model, self.optimizer)) if measured else nullcontext()
-        with meter:
-            yield
-        if isinstance(meter, LiveBytes):
-            self.peak_memory_gib = meter.peak / GIB

@@ -39,7 +39,7 @@ def test_every_option_composes_and_shows_its_command_first(option):
     assert len(text.splitlines()) <= 20
     plain = to_plain(getattr(settings, group))
     for key, value in yaml.safe_load(text).items():
-        if value != "???":
+        if key != "defaults" and value != "???":
             assert _contains(plain[key], value), f"{group}.{key}"
 
 

@@ -1,22 +1,27 @@
 """The step ledger: what a run of steps counts and what it tells."""
 
+from dataclasses import asdict
+
 import pytest
 
 from mptrain import ScaleEvent, StepRecord
-from mptrain.telemetry.ledger import SKIPS_ALARM, Ledger
+from mptrain.outcome import Blame
+from mptrain.telemetry.ledger import SKIPS_ALARM, UNCHANGED_ALARM, Ledger
 
 GROWN = StepRecord(True, 1.0, 32.0, ScaleEvent.grew, next_scale=64.0)
 APPLIED = StepRecord(True, 1.0, 32.0, ScaleEvent.steady)
 
 
 def skipped(event=ScaleEvent.tolerated, scale=32.0, reason="Inf in the gradient of weight", layer="up"):
-    return StepRecord(False, float("inf"), scale, event, reason, layer, "grad_weight", next_scale=scale / 2)
+    return StepRecord(False, float("inf"), scale, event, blame(layer, reason), next_scale=scale / 2)
+
+
+def blame(layer="up", reason="Inf in the gradient of weight"):
+    return Blame(reason, layer, "grad_weight", "Inf", "backward", micro_batch=1, rank=2)
 
 
 def skip_event(step, layer="up", reason="Inf in the gradient of weight"):
-    return {
-        "event": "skipped", "step": step, "reason": reason, "layer": layer, "role": "grad_weight", "rank": 0
-    }  # fmt: skip
+    return {"event": "skipped", "step": step, **asdict(blame(layer, reason))}
 
 
 def record(ledger, steps, first=1):
@@ -78,9 +83,27 @@ def test_a_loaded_ledger_alarms_when_the_saved_one_would():
     record(ran, [APPLIED] * 5 + [skipped()] * 7)
     state = ran.state_dict()
     loaded.load_state_dict(state)
-    assert state == {"applied": 5, "skipped": 7, "skipped_in_a_row": 7}
+    assert state == {"applied": 5, "skipped": 7, "skipped_in_a_row": 7, "unchanged": 7, "moving": 1}
     after = [skipped(), APPLIED, GROWN, skipped()]
     assert record(loaded, after, first=13) == (told := record(ran, after, first=13))
     assert [event["event"] for event in told] == ["skipped", "alarm", "scale_grew", "skipped"]
-    assert loaded.state_dict() == ran.state_dict() == {"applied": 7, "skipped": 9, "skipped_in_a_row": 1}
+    assert loaded.state_dict() == ran.state_dict()
+    assert (loaded.applied, loaded.skipped, loaded.skipped_in_a_row) == (7, 9, 1)
     assert state["skipped"] == 7, "a state is of its time"
+
+
+def test_alarm_when_no_weight_changes():
+    """Skipped steps change none; applied ones are as the last sampled one was."""
+    ledger = Ledger()
+    record(ledger, [APPLIED] * 200)
+    assert ledger.unchanged == 0, "nothing was observed to stand still"
+    ledger.observe(False)
+    events = record(ledger, [APPLIED] * (UNCHANGED_ALARM - 1))
+    assert events == []
+    events = record(ledger, [APPLIED], first=UNCHANGED_ALARM)
+    lost = "no weight has changed for 50 steps: updates are lost in rounding, use optim=adamw (FP32 masters)"
+    assert events == [{"event": "alarm", "step": UNCHANGED_ALARM, "reason": lost}]
+    ledger.observe(True)
+    assert record(ledger, [APPLIED] * 60) == []
+    alarms = [e["reason"] for e in record(ledger, [skipped()] * UNCHANGED_ALARM) if e["event"] == "alarm"]
+    assert alarms[-1] == "no weight has changed for 50 steps"

@@ -1,78 +1,23 @@
 """train.py as a user runs it: bad input, every precision to the end, a second run, resumption, interruption."""
 
-import contextlib
-import io
 import json
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
+from commands import ROOT, TINY, rows_of, summary_of, train
 from safetensors.torch import save_file
 
 from mptrain.telemetry.meters import Throughput
 
-ROOT = Path(__file__).parent.parent
 PRECISIONS = sorted(path.stem for path in (ROOT / "conf" / "precision").glob("*.yaml"))
-CORPUS = Path(sysconfig.get_path("stdlib")) / "asyncio"
-TINY = (
-    f"data.root={CORPUS}",
-    "model.n_layer=2",
-    "model.n_head=2",
-    "model.n_embd=32",
-    "model.block_size=32",
-    "trainer.max_steps=6",
-    "trainer.batch_size=2",
-    "trainer.eval_batches=2",
-    "telemetry.every=2",
-)
-
-
-@pytest.fixture(autouse=True)
-def _process_state(one_thread, monkeypatch, tmp_path):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("MPTRAIN_CACHE", os.environ.get("MPTRAIN_CACHE") or str(tmp_path / "cache"))
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    yield
-    torch.backends.mkldnn.matmul.fp32_precision = before
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def train(monkeypatch, tmp_path, *overrides, code=0):
-    """Run train.py in this process; returns what it printed (stdout and stderr)."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"runs_dir={tmp_path / 'runs'}", "logger=jsonl", *overrides])
-    GlobalHydra.instance().clear()
-    out, err = io.StringIO(), io.StringIO()
-    status = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        except SystemExit as leaving:
-            status = leaving.code or 0
-    text = out.getvalue() + err.getvalue()
-    assert status == code, text
-    return text
-
-
-def summary_of(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("command_line")
 
 
 BAD = {

@@ -71,12 +71,15 @@ class Booking:
             scale = kernels.current_scale(amax, fmt, self._config.margin)
             if self._scale_of is not None:
                 scale = self._scale_of(slot)
+            sums = books.row(slot)
             if self._config.scaling in (Scaling.rowwise, Scaling.block):
-                rows = rows.float() * self._local_scales(rows, role, fmt)
-                kernels.quantize(rows, torch.ones_like(scale), fmt, counts=books.counts[slot])
+                local = rows.float() * self._local_scales(rows, role, fmt)
+                one, cast = torch.ones_like(scale), {name: sums.pop(name) for name in ("counts", "errors") if sums}
+                kernels.observe(local, fmt=fmt, scale=one, **cast)  # its error is relative to values near the maximum
+                kernels.observe(rows, **sums)
             else:
-                kernels.quantize(rows, scale, fmt, counts=books.counts[slot])
-            books.amax[slot] = amax
+                kernels.observe(rows, fmt=fmt, scale=scale, **sums)
+            books.note(slot, amax)
             books.scale[slot] = scale
 
     def _local_scales(self, rows: Tensor, role: str, fmt: Format) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.backends._booking import replaying
-from mptrain.backends._casts import watch_casts
 from mptrain.convert import ConversionReport
 from mptrain.distributed import Agree
 from mptrain.formats import Format
@@ -59,8 +58,7 @@ class Backend:
 
     def convert(self, model: nn.Module, counters: Counters) -> ConversionReport:
         self._counters = counters
-        if self._policy.compute is not Format.fp32:
-            watch_casts(model, self._policy.compute, counters, self._device)
+        counters.allocate(self._device)
         return ConversionReport()
 
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mptrain import kernels
 from mptrain.backends._booking import bypassing, replaying
-from mptrain.backends._casts import watch_casts
 from mptrain.convert import ConversionReport, select, swap
 from mptrain.distributed import Agree
 from mptrain.emulation.delayed import DelayedScaling
@@ -51,7 +50,7 @@ class Backend:
     def convert(self, model: nn.Module, counters: Counters) -> ConversionReport:
         self._counters = counters
         if not self._policy.quantized:
-            watch_casts(model, self._policy.compute, counters, self._device)
+            counters.allocate(self._device)
             return ConversionReport()
         config = self._policy.quantization
         chosen, kept = select(model, self._policy.keep, multiple=16)

@@ -147,7 +147,8 @@ class FixedTable(DelayedScaling):
 
     def _publish(self) -> None:
         self._publishing = False
-        self._counters.amax.copy_(self.staged)
+        mine = self._counters.amax[: len(self.staged)]
+        torch.maximum(mine, self.staged, out=mine)
 
 
 class Operands(Booking):

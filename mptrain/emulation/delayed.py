@@ -25,7 +25,7 @@ class DelayedScaling:
 
     def __init__(self, config: Quantization, counters: Counters, device: torch.device, agree: Agree) -> None:
         n = len(counters.slots)
-        self._config, self._slots, self._agree = config, counters.slots, agree
+        self._config, self._slots, self._agree = config, list(counters.slots), agree
         self.scale = torch.ones(n, dtype=torch.float32, device=device)
         self.staged = torch.zeros(n, dtype=torch.float32, device=device)
         self.history = torch.zeros(config.history, n, dtype=torch.float32, device=device)
@@ -34,9 +34,11 @@ class DelayedScaling:
         formats = [config.format_of(role) for _, role in counters.slots]
         self._max = torch.tensor([fmt.value.max for fmt in formats], dtype=torch.float32, device=device)
 
-    def stage(self, slot: int) -> None:
-        """The kernel wrote this slot's amax into ``staged[slot]``."""
+    def stage(self, slot: int, amax: Tensor | None = None) -> None:
+        """This slot ran, with this amax (None: the kernel raised ``staged[slot]`` itself). The largest counts."""
         self.ran[slot] = True
+        if amax is not None:
+            torch.maximum(self.staged[slot], amax, out=self.staged[slot])
 
     def rotate(self) -> None:
         """Enter the staged amaxes into the histories of the slots that ran and renew their scales."""

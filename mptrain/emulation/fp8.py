@@ -22,7 +22,7 @@ from mptrain.policy import Quantization
 
 
 class Quantizers:
-    """Quantizes the three operands of one layer and keeps their books (counts, amax, scale)."""
+    """Quantizes the three operands of one layer and keeps their books (amax, scale, on sampled steps the sums)."""
 
     def __init__(
         self,
@@ -48,31 +48,31 @@ class Quantizers:
         slot, fmt = self._slots[role], self._config.format_of(role)
         # In a recomputed forward the operands were booked before; grad_output is seen once and only in backward.
         booked = not books.quiet and not (books.replaying and role != "grad_output")
-        counts = books.counts[slot] if booked and books.counting else None
+        sums = books.row(slot) if booked else {}
         if self._delayed is None:
             amax = kernels.amax(x)
             scale = kernels.current_scale(amax, fmt, self._config.margin)
-            first, second = self._cast(x, role, scale, counts, None)
+            first, second = self._cast(x, role, scale, None, sums)
         else:
-            first, second, scale, amax = self._quantize_delayed(x, role, counts, booked)
+            first, second, scale, amax = self._quantize_delayed(x, role, sums, booked)
         if booked:
-            books.amax[slot] = amax
+            books.note(slot, amax)
             if books.counting:
                 books.scale[slot] = scale
         return first, second, scale
 
     def _cast(
-        self, x: Tensor, role: str, scale: Tensor, counts: Tensor | None, amax: Tensor | None
+        self, x: Tensor, role: str, scale: Tensor, amax: Tensor | None, sums: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         fmt = self._config.format_of(role)
         if role == "grad_output":
-            return kernels.operands(x, scale, fmt, carrier=self.carrier, counts=counts, amax=amax)
-        quantized, carried = kernels.quantize(x, scale, fmt, carrier=self.carrier, counts=counts, amax=amax)
+            return kernels.operands(x, scale, fmt, carrier=self.carrier, amax=amax, **sums)
+        quantized, carried = kernels.quantize(x, scale, fmt, carrier=self.carrier, amax=amax, **sums)
         assert carried is not None
         return quantized, carried
 
     def _quantize_delayed(
-        self, x: Tensor, role: str, counts: Tensor | None, booked: bool
+        self, x: Tensor, role: str, sums: dict[str, Tensor], booked: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         table, slot = self._delayed, self._slots[role]
         assert table is not None
@@ -81,10 +81,9 @@ class Quantizers:
             scale = table.warm(slot, kernels.amax(x))
         scale = scale.clone()  # backward must divide by this micro-batch's scale after the table has moved on
         amax = torch.empty((), dtype=torch.float32, device=x.device)
-        first, second = self._cast(x, role, scale, counts, amax)
+        first, second = self._cast(x, role, scale, amax, sums)
         if booked:
-            table.staged[slot] = amax
-            table.stage(slot)
+            table.stage(slot, amax)
         return first, second, scale, amax
 
 

@@ -1,24 +1,57 @@
-"""Counts, amaxes and scales of every (layer, role), written by the backends and read by telemetry.
+"""Counts, amaxes, scales and histograms of every row (layer, role), written by the backends and by telemetry.
 
-One row a slot, one tensor for all of them, so that a sampled step is read back in a single copy and the check for
-non-finite operands is one vectorised call per micro-batch. Columns: :data:`mptrain.kernels.COUNTS`.
+One line a row, one tensor a kind, so that a sampled step is read back in a few copies and the check for non-finite
+values is one vectorised call per micro-batch. What a sampled step adds up (:data:`SUMS`) are sums over elements:
+micro-batches, calls of a shared layer and ranks merge by addition, exactly where the sums are whole numbers. The tables
+of these sums exist from the beginning of a sampled step to :meth:`Counters.take`, and no longer.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-ROLES = ("input", "weight", "grad_output")
+from mptrain.kernels.bins import N_BINS
+
+OPERANDS = ("input", "weight", "grad_output")
+BACKWARD = ("grad_output", "grad_weight")
+FORWARD_RANK = {"input": 0, "weight": 1, "output": 2}
 N_COUNTS = 5  # elements, saturated, flushed, inf, nan: mptrain.kernels.COUNTS
+SUMS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {  # what one pass over a tensor adds: mptrain.kernels.observe
+    "counts": ((N_COUNTS,), torch.int64),
+    "histogram": ((N_BINS,), torch.int64),
+    "errors": ((2,), torch.float64),
+    "blocks": ((2, 256), torch.int64),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The first Inf or NaN of a step. ``phase``: forward, backward, or empty where that is not known."""
+
+    kind: str
+    layer: str
+    role: str
+    phase: str = ""
+    micro_batch: int = -1
+
+    def __str__(self) -> str:
+        where = f" of micro-batch {self.micro_batch}" if self.micro_batch >= 0 else ""
+        phase = f" ({self.phase}{where})" if self.phase else ""
+        return f"{self.kind} in {self.role}{phase}"
 
 
 class Counters:
     """Device-side counters. ``counting``: this step is sampled. ``replaying``: a forward is being recomputed.
 
-    ``amax`` holds each slot's amax of the current micro-batch, Inf or NaN included (before any saturating cast);
-    ``nonfinite`` remembers over the micro-batches of a step which slots saw one. ``quiet`` is set in evaluation:
-    then backends neither count, nor stage, nor report. ``bypassed``: converted layers run as plain FP32 layers.
+    ``amax`` holds each row's amax of the current step, Inf or NaN included (before any saturating cast); ``fault``
+    which rows saw a non-finite value, of which kind and in which micro-batch first. The first ``decisive`` rows are
+    operands that a saturating cast would hide: a fault there skips the step; the others, seen on sampled steps only,
+    explain a skip and never cause one, or watching a run would change it. ``quiet`` is set in evaluation: then backends
+    neither count, nor stage, nor report. ``bypassed``: converted layers run as plain FP32 layers. ``order``: the place
+    of each layer in the model.
     """
 
     def __init__(self) -> None:
@@ -27,43 +60,89 @@ class Counters:
         self.replaying = False
         self.quiet = False
         self.bypassed = False
+        self.micro = 0
+        self.decisive = 0
+        self.order: dict[str, int] = {}
+        self.sums: dict[str, Tensor] = {}
         self.allocate(torch.device("cpu"))
 
-    def add(self, layer: str) -> dict[str, int]:
-        """Reserve the three slots of a layer; returns role -> slot. Call before :meth:`allocate`."""
+    def add(self, layer: str, roles: tuple[str, ...] = OPERANDS) -> dict[str, int]:
+        """Reserve rows of a layer; returns role -> index of the row. Call before :meth:`allocate`."""
         first = len(self.slots)
-        self.slots += [(layer, role) for role in ROLES]
-        return {role: first + index for index, role in enumerate(ROLES)}
+        self.slots += [(layer, role) for role in roles]
+        return {role: first + index for index, role in enumerate(roles)}
 
     def allocate(self, device: torch.device) -> None:
+        """The small tables, anew, for the rows added so far."""
         n = len(self.slots)
-        self.counts = torch.zeros(n, N_COUNTS, dtype=torch.int64, device=device)
+        self.device = device
         self.amax = torch.zeros(n, dtype=torch.float32, device=device)
+        self.last_amax = self.amax
         self.scale = torch.ones(n, dtype=torch.float32, device=device)
-        self.nonfinite = torch.zeros(n, dtype=torch.bool, device=device)
+        self.fault = torch.zeros(n, dtype=torch.int32, device=device)  # 0, or 1 + 2 * micro-batch + is it NaN
+
+    def sample(self) -> None:
+        """This step is sampled: make the tables of sums."""
+        self.counting = True
+        n = len(self.slots)
+        self.sums = {name: torch.zeros(n, *shape, dtype=d, device=self.device) for name, (shape, d) in SUMS.items()}
+
+    def take(self) -> dict[str, Tensor]:
+        """The sums of the sampled step, by name, on the device; sampling ends."""
+        sums, self.sums, self.counting = self.sums, {}, False
+        return sums
+
+    def row(self, slot: int) -> dict[str, Tensor]:
+        """What a pass over this row's tensor shall add to: keyword arguments for the kernels; empty if not sampled.
+
+        A backend casts a weight in every micro-batch of a step; it is counted in the first.
+        """
+        if not self.counting or (self.micro and slot < self.decisive and self.slots[slot][1] == "weight"):
+            return {}
+        return {name: table[slot] for name, table in self.sums.items()}
+
+    def note(self, slot: int, amax: Tensor) -> None:
+        """A layer may run more than once: an Inf seen in its first call must outlive the second."""
+        torch.maximum(self.amax[slot], amax, out=self.amax[slot])
 
     def end_microbatch(self) -> None:
-        """Remember which slots saw Inf or NaN in this micro-batch."""
-        if self.slots:
-            self.nonfinite |= ~self.amax.isfinite()
+        """Remember which rows saw Inf or NaN in this micro-batch first."""
+        if self.decisive or self.counting:
+            self._blame()
+        self.micro += 1
+
+    def _blame(self) -> None:
+        finite = self.amax.isfinite()
+        if self.device.type == "cpu" and bool(finite.all()):  # a CPU reads for nothing
+            return
+        code = 1 + 2 * self.micro + self.amax.isnan().int()
+        self.fault = torch.where(finite | (self.fault > 0), self.fault, code)
 
     def end_step(self) -> Tensor:
-        """The step's non-finite flags (bool [slots]); the next step starts clean."""
-        flags = self.nonfinite
-        if not self.slots:
-            return flags
-        self.nonfinite = torch.zeros_like(flags)
-        self.amax.zero_()
-        return flags
+        """The step's faults (int32 [rows], see ``fault``); the next step starts clean."""
+        if self.counting:
+            self._blame()  # of the weights' gradients, seen after the last micro-batch
+        fault, self.micro, self.last_amax = self.fault, 0, self.amax
+        if self.decisive or self.counting:
+            self.fault = torch.zeros_like(fault)
+            self.amax = torch.zeros_like(self.amax)
+        return fault
 
-    def take(self) -> Tensor:
-        """Counts since the last call (int64 [slots, 5], on the device); the table starts again from zero."""
-        counts = self.counts
-        self.counts = torch.zeros_like(counts)
-        return counts
+    def first_fault(self, fault: Tensor) -> Fault | None:
+        """The non-finite value that came first: by micro-batch, forward in the model's order, backward from its end."""
+        found = [(index, code) for index, code in enumerate(fault.tolist()) if code]
+        if not found:
+            return None
 
-    def first_bad(self, flags: Tensor) -> tuple[str, str] | None:
-        """(layer, role) where a non-finite value first appeared: forward in layer order, then backward in reverse."""
-        bad = [self.slots[index] for index in flags.nonzero().flatten().tolist()]
-        forward = [slot for slot in bad if slot[1] != "grad_output"]
-        return forward[0] if forward else bad[-1] if bad else None
+        def when(item: tuple[int, int]) -> tuple[int, ...]:
+            layer, role = self.slots[item[0]]
+            micro, place = (item[1] - 1) // 2, self.order.get(layer, 0)
+            if role in BACKWARD:
+                return micro, 1, -place, BACKWARD.index(role)
+            return micro, 0, place, FORWARD_RANK.get(role, 3)
+
+        index, code = min(found, key=when)
+        layer, role = self.slots[index]
+        phase = "backward" if role in BACKWARD else "forward"
+        micro = -1 if role == "grad_weight" else (code - 1) // 2  # they add up over the micro-batches
+        return Fault("NaN" if (code - 1) % 2 else "Inf", layer, role, phase, micro)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
+MEMORY_STEP = 1  # the second step: optimizer state exists, and warm-up is not over
 WARMUP_STEPS = 3  # kernels chosen, optimizer state allocated, memory measured: none of it is the speed of training
 
 # Dense peak rates in TFLOP/s, vendor figures. MFU is against the peak of the format the GEMMs really ran in.
@@ -89,6 +91,32 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+class PeakMemory:
+    """The peak of a run in GiB: the allocator's on a GPU, of live tensors over one early step on a CPU; NaN before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.peak_gib = float("nan")
+
+    def start(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def end(self) -> None:
+        if self._device.type == "cuda":
+            self.peak_gib = torch.cuda.max_memory_allocated(self._device) / GIB
+
+    @contextmanager
+    def measured(self, steps_done: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Around forward and backward: on a CPU, step ``MEMORY_STEP`` (from 0) runs under :class:`LiveBytes`."""
+        if self._device.type != "cpu" or steps_done != MEMORY_STEP:
+            yield
+            return
+        with LiveBytes(resident_tensors(model, optimizer)) as meter:
+            yield
+        self.peak_gib = meter.peak / GIB
 
 
 def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -1,78 +1,177 @@
-"""Overflow and underflow per layer and role, counted on sampled steps and read back once each.
+"""The flight recorder's timer and reader: which steps are sampled, and what is made of them, read back once each.
 
 *Overflow events* are elements that would round past the format's maximum, plus Inf and NaN seen before the cast;
-*underflow* is the share of elements that were not zero and became zero.
+*underflow* is the share of elements that were not zero and became zero. Sampled are the first step, every ``every``-th,
+the last, and the step after a skipped one whose first bad tensor nobody saw. On all other steps no hook is installed
+and nothing is read back.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mptrain.kernels import COUNTS
-from mptrain.kernels.counters import N_COUNTS, Counters
+from mptrain.kernels.counters import N_COUNTS, OPERANDS
+from mptrain.outcome import StepOutcome, StepRecord
+from mptrain.precision import Precision
+from mptrain.settings import require
+from mptrain.telemetry.ledger import Event, alarm
+from mptrain.telemetry.observer import LOST, Observer
+from mptrain.telemetry.record import Record
+from mptrain.telemetry.stats import STATISTICS
 
 ELEMENTS, SATURATED, FLUSHED, INF, NAN = range(N_COUNTS)
 assert len(COUNTS) == N_COUNTS
 WORST = 5  # layers named in the summary
 
 
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """``every``: steps between rows of metrics and progress; ``record_every``: between samples of the flight recorder
+    (histograms, overflow, underflow, lost updates), 0 for none. Alarms are raised for a layer above
+    ``alarm_saturated_frac`` or ``alarm_flushed_frac`` of an operand's elements."""
+
+    every: int = 10
+    record_every: int = 50
+    alarm_saturated_frac: float = 0.001
+    alarm_flushed_frac: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "telemetry.every", self.every, "at least 1")
+        require(self.record_every >= 0, "telemetry.record_every", self.record_every, "0 (off) or more")
+        for name in ("alarm_saturated_frac", "alarm_flushed_frac"):
+            require(0 <= getattr(self, name) <= 1, f"telemetry.{name}", getattr(self, name), "in [0, 1]")
+
+
+@dataclass
+class Sample:
+    """What a sampled step came to. ``moved``: did a weight change (None: it was skipped, or nobody can tell)?"""
+
+    record: Record
+    metrics: dict[str, float]
+    events: list[Event]
+    moved: bool | None
+
+
 class Monitor:
-    """Decides which steps are sampled and adds up what they counted (``totals``: int64 [slots, 5] on the host)."""
+    """``totals``: counts (int64 [rows, 5], on the host) of all sampled steps so far."""
 
-    def __init__(self, counters: Counters, every: int) -> None:
-        self._counters, self._every = counters, every
-        self.totals = torch.zeros(len(counters.slots), N_COUNTS, dtype=torch.int64)
+    def __init__(self, model: nn.Module, precision: Precision, config: TelemetryConfig, last_step: int) -> None:
+        self._counters, self._config, self._last = precision.counters, config, last_step
+        self._observer = Observer(model, precision.counters, precision.policy)
+        self._suspicious = self._watching = False
+        self._loud: set[tuple[str, str, str]] = set()
+        self.totals = torch.zeros(len(self._counters.slots), N_COUNTS, dtype=torch.int64)
 
-    @property
-    def sampling(self) -> bool:
-        """Is the step under way a sampled one?"""
-        return self._counters.counting
+    def due(self, step: int) -> bool:
+        """Is ``step`` (from 1) a sampled one? The first and the last are, so that the shortest run has a record."""
+        every = self._config.record_every
+        self._watching = bool(every) and (step in (1, self._last) or step % every == 0 or self._suspicious)
+        return self._watching
 
-    def begin_step(self, step: int) -> None:
-        """``step`` counts from 1. The first is sampled too, so that the shortest run has counts."""
-        self._counters.counting = step == 1 or step % self._every == 0
+    def suspect(self, record: StepRecord) -> None:
+        """A step was skipped: unless its first bad tensor was seen, the next step is watched."""
+        seen = self._watching or (record.blame is not None and record.blame.role in OPERANDS)
+        self._suspicious = bool(self._config.record_every) and not record.applied and not seen
 
-    def end_step(self) -> dict[str, float]:
-        """The counts of a sampled step as flat metrics; nothing on other steps."""
-        if not self._counters.counting:
-            return {}
-        self._counters.counting = False
-        counts = self._counters.take().cpu()
-        self.totals += counts
-        return summarize(counts)
+    def begin_step(self) -> None:
+        self._suspicious = False
+        self._observer.attach()
+
+    def see_gradients(self) -> None:
+        """After the micro-batches, before ``precision.step``."""
+        self._observer.detach()
+        self._observer.see_gradients()
+
+    def end_step(self, step: int, optimizer: Optimizer, outcome: StepOutcome) -> Sample:
+        """After ``precision.step``: see the updates, read everything back."""
+        counters, observer = self._counters, self._observer
+        amax, result = counters.last_amax.cpu(), outcome.read()
+        if result.applied:
+            observer.see_updates(optimizer)
+        tables = {name: table.cpu() for name, table in counters.take().items()}
+        self.totals += tables["counts"]
+        for name, states in observer.extra.items():
+            shape = next(iter(states.values())).shape
+            tables[name] = torch.stack([states.get(row, torch.zeros(shape)).cpu() for row in range(len(amax))])
+        tables |= {"amax": amax, "scale": counters.scale.cpu(), "lost": observer.lost.cpu()}
+        rows = [(*slot, str(fmt or "")) for slot, fmt in zip(counters.slots, observer.formats, strict=True)]
+        record = Record(step, {"loss_scale": result.scale, "applied": result.applied}, rows, tables)
+        moved = self._moved(optimizer, tables["lost"]) if result.applied else None
+        return Sample(record, self._metrics(record), self._alarms(record), moved)
+
+    def _moved(self, optimizer: Optimizer, lost: Tensor) -> bool | None:
+        """Did any coordinate change, given how this optimizer stores weights? None without an update to look at."""
+        total = dict(zip(LOST, lost.sum(0).tolist(), strict=True))
+        stored = getattr(optimizer, "weights", "fp32")
+        return bool(total["asked"] > total[stored]) if total["asked"] else None
+
+    def _metrics(self, record: Record) -> dict[str, float]:
+        """``numerics/*`` over all operands, then figures of each row: ``<figure>/<layer>/<role>``."""
+        values = summarize(record.tables["counts"])
+        asked = record.tables["lost"].sum(0).tolist()
+        if asked[0]:
+            values |= {f"numerics/lost_{name}_frac": n / asked[0] for name, n in zip(LOST[1:], asked[1:], strict=True)}
+        names = [f"{layer}/{role}" for layer, role, _ in record.rows]
+        cast = [role in OPERANDS and bool(fmt) for _, role, fmt in record.rows]
+        scaled = torch.tensor(cast) & (record.tables["scale"] != 1)
+        figures = {"amax": record.tables["amax"].double(), "scale": record.tables["scale"].double()}
+        chosen = {"amax": torch.tensor(cast), "scale": scaled}
+        for statistic in STATISTICS.values():
+            figures |= statistic.finish(record.tables[statistic.name])
+        lost = record.tables["lost"]
+        figures["lost_bf16_frac"] = lost[:, LOST.index("bf16")] / lost[:, 0]
+        for figure, column in figures.items():
+            shown = chosen.get(figure, column.isfinite()) & column.isfinite()
+            for row in shown.nonzero().flatten().tolist():
+                values[f"{figure}/{names[row]}"] = float(column[row])
+        return values
+
+    def _alarms(self, record: Record) -> list[Event]:
+        """Layers past a threshold, each told once until it has recovered."""
+        counts = record.tables["counts"].double()
+        limits = {"saturated": self._config.alarm_saturated_frac, "flushed to zero": self._config.alarm_flushed_frac}
+        events = []
+        for column, (what, limit) in enumerate(limits.items(), start=SATURATED):
+            shares = (counts[:, column] / counts[:, ELEMENTS]).nan_to_num()
+            above = set((shares > limit).nonzero().flatten().tolist())
+            for row, (layer, role, fmt) in enumerate(record.rows):
+                key = (layer, role, what)
+                if row in above and key not in self._loud:
+                    text = f"{shares[row]:.2%} of {role} {what} in {fmt}"
+                    events.append(alarm(record.step, text, layer=layer, role=role))
+                (self._loud.add if row in above else self._loud.discard)(key)
+        return events
 
     def worst(self) -> list[dict[str, Any]]:
-        """The slots with the largest share of saturated or flushed elements so far."""
+        """The operands with the largest share of saturated or flushed elements so far."""
         rows = []
         for (layer, role), row in zip(self._counters.slots, self.totals.tolist(), strict=True):
-            elements = max(1, row[ELEMENTS])
-            overflow = row[SATURATED] + row[INF] + row[NAN]
-            rows.append(
-                {
-                    "layer": layer,
-                    "role": role,
-                    "overflow_events": overflow,
-                    "underflow_frac": row[FLUSHED] / elements,
-                }
-            )
+            if row[ELEMENTS]:
+                overflow = row[SATURATED] + row[INF] + row[NAN]
+                share = row[FLUSHED] / row[ELEMENTS]
+                rows.append({"layer": layer, "role": role, "overflow_events": overflow, "underflow_frac": share})
         rows.sort(key=lambda r: (r["overflow_events"], r["underflow_frac"]), reverse=True)
         return rows[:WORST]
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {f"{layer}/{role}": self.totals[i] for i, (layer, role) in enumerate(self._counters.slots)}
+        rows = enumerate(self._counters.slots)
+        return {f"{layer}/{role}": self.totals[i] for i, (layer, role) in rows if self.totals[i, ELEMENTS]}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue the totals; slots of another precision than this run's have no place here."""
+        """Continue the totals; rows of another precision than this run's have no place here."""
         for index, (layer, role) in enumerate(self._counters.slots):
             if f"{layer}/{role}" in state:
                 self.totals[index] = state[f"{layer}/{role}"].cpu()
 
 
 def summarize(counts: Tensor) -> dict[str, float]:
-    """``numerics/*`` metrics of an int64 [slots, 5] table, over all slots."""
+    """``numerics/*`` metrics of an int64 [rows, 5] table, over all rows."""
     row = counts.sum(0).tolist()
     return {
         "numerics/overflow_events": float(row[SATURATED] + row[INF] + row[NAN]),
