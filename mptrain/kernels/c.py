@@ -1,4 +1,4 @@
-"""The kernels in C: quantize.c, built by the machine's own compiler at first use, cached, called through ctypes.
+"""The kernels in C: built by the machine's own compiler at first use, cached, called through ctypes.
 
 Threads. torch already runs an OpenMP runtime; a second one in the process would fight it with spinning threads. So the
 library is compiled for OpenMP but linked without a runtime: its GOMP_* symbols resolve to the runtime that torch loaded
@@ -30,8 +30,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mptrain.formats import Format
 from mptrain.kernels import eager
+from mptrain.kernels.bins import N_BINS
+from mptrain.kernels.statistics import Statistics
 
-SOURCE = Path(__file__).with_name("quantize.c")
+SOURCES = Path(__file__).parent  # every .c file of this folder is compiled, and may include every .h
 # -O2 with the vectoriser is as fast as -O3 and builds in two thirds of the time (measured: 3.2 against 5.1 s).
 FLAGS = ("-std=gnu11", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-fPIC")
 # No contraction: x * scale + magic as one FMA would skip a rounding. No -ffast-math: NaN and Inf are data.
@@ -40,10 +42,10 @@ TIMEOUT_S = 120
 # Below this a second thread costs more than it saves: waking it takes some 5 us, 64 Ki elements take 15.
 THREADED_FROM = 65536
 INPUT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FORMAT = {Format.fp8_e4m3: 0, Format.fp8_e5m2: 1, Format.fp16: 2, Format.tf32: 3}
-CODES = {fmt.value.dtype: index for fmt, index in FORMAT.items() if fmt.value.dtype is not None}
+FORMAT = {Format.fp8_e4m3: 0, Format.fp8_e5m2: 1, Format.fp16: 2, Format.tf32: 3, Format.bf16: 4}
+CODES = {fmt.value.dtype: FORMAT[fmt] for fmt in (Format.fp8_e4m3, Format.fp8_e5m2, Format.fp16)}
 OUTPUT = {None: 0, torch.bfloat16: 1, torch.float32: 2}
-SCALED_BACK, VALUES_BF16 = 3, 4
+SCALED_BACK, VALUES_BF16, NOTHING = 3, 4, 5
 
 
 def missing(device: torch.device) -> str:
@@ -59,35 +61,25 @@ def amax(x: Tensor, out: Tensor) -> None:
     _loaded().mp_amax(x.data_ptr(), n, INPUT[x.dtype], _threads(n), out.data_ptr())
 
 
-def quantize(
-    x: Tensor,
-    scale: Tensor,
-    fmt: Format,
-    q: Tensor,
-    carried: Tensor | None,
-    counts: Tensor | None,
-    amax: Tensor | None,
-) -> None:
+def observe(x: Tensor, scale: Tensor | None, fmt: Format | None, wanted: Statistics) -> None:
+    """The statistics of ``x`` (contiguous), those of a cast for ``fmt`` at ``scale``."""
+    _run(x, scale, fmt or Format.fp8_e4m3, NOTHING, None, None, wanted)
+
+
+def quantize(x: Tensor, scale: Tensor, fmt: Format, q: Tensor, carried: Tensor | None, wanted: Statistics) -> None:
     """``x * scale`` rounded in ``fmt`` into ``q`` and, widened again, into ``carried``; all contiguous, x's shape."""
     output = OUTPUT[None if carried is None else carried.dtype]
-    _run(x, scale, fmt, output, q.data_ptr(), _pointer(carried), counts, amax)
+    _run(x, scale, fmt, output, q.data_ptr(), _pointer(carried), wanted)
 
 
-def operands(
-    x: Tensor, scale: Tensor, fmt: Format, out: Tensor, turned: Tensor, counts: Tensor | None, amax: Tensor | None
-) -> None:
+def operands(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, turned: Tensor, wanted: Statistics) -> None:
     """The values of :func:`quantize` in BF16, without codes: a matrix into ``out``, its transpose into ``turned``."""
-    rows, cols = x.shape
-    pointers = scale.data_ptr(), None, out.data_ptr(), turned.data_ptr(), _pointer(counts), _pointer(amax)
-    keys = INPUT[x.dtype], FORMAT[fmt], VALUES_BF16
-    _loaded().mp_quantize(x.data_ptr(), rows, cols, *keys, *pointers, _threads(x.numel()))
+    _run(x, scale, fmt, VALUES_BF16, None, out.data_ptr(), wanted, turned.data_ptr())
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, fmt: Format, out: Tensor, counts: Tensor | None, amax: Tensor | None
-) -> None:
+def fake_quantize(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, wanted: Statistics) -> None:
     """``x`` rounded in ``fmt`` and multiplied by FP32 ``1 / scale``, into ``out`` (``x``'s shape and dtype)."""
-    _run(x, scale, fmt, SCALED_BACK, None, out.data_ptr(), counts, amax)
+    _run(x, scale, fmt, SCALED_BACK, None, out.data_ptr(), wanted)
 
 
 def decode(q: Tensor, out: Tensor) -> None:
@@ -109,30 +101,18 @@ def column_sums(x: Tensor, out: Tensor) -> None:
 
 def _run(
     x: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     fmt: Format,
     output: int,
     codes: int | None,
     values: int | None,
-    counts: Tensor | None,
-    amax: Tensor | None,
+    wanted: Statistics,
+    turned: int | None = None,
 ) -> None:
-    n = x.numel()
-    _loaded().mp_quantize(
-        x.data_ptr(),
-        1,
-        n,
-        INPUT[x.dtype],
-        FORMAT[fmt],
-        output,
-        scale.data_ptr(),
-        codes,
-        values,
-        None,
-        _pointer(counts),
-        _pointer(amax),
-        _threads(n),
-    )
+    n, cols = x.numel(), x.shape[-1] if x.dim() else 1
+    keys = n // cols if n else 0, cols, INPUT[x.dtype], FORMAT[fmt], output
+    statistics = map(_pointer, wanted)
+    _loaded().mp_quantize(x.data_ptr(), *keys, _pointer(scale), codes, values, turned, *statistics, _threads(n))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -165,7 +145,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
                 return library, ""
     except (OSError, subprocess.SubprocessError) as error:
         reason = f"{error}"
-    return None, f"{shlex.join(command)} could not build quantize.c: {reason}"
+    return None, f"{shlex.join(command)} could not build the kernels: {reason}"
 
 
 def _variants() -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -224,7 +204,8 @@ def _fingerprint(command: tuple[str, ...], flags: tuple[str, ...], linked: tuple
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features += next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    text = "\0".join([SOURCE.read_text(), *command, version, *flags, "link", *linked, features])
+    sources = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]"))]
+    text = "\0".join([*sources, *command, version, *flags, "link", *linked, features])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -235,9 +216,10 @@ def _build(command: list[str], flags: tuple[str, ...], linked: tuple[str, ...], 
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as private:
-        made, result = os.path.join(private, "quantize.o"), os.path.join(private, "quantize.so")
-        for step in ([*flags, "-c", str(SOURCE), "-o", made], ["-shared", made, *linked, "-o", result]):
-            done = subprocess.run([*command, *step], capture_output=True, text=True, timeout=TIMEOUT_S)
+        sources, result = sorted(SOURCES.glob("*.c")), os.path.join(private, "quantize.so")
+        objects = [f"{source.stem}.o" for source in sources]
+        for step in ([*flags, "-c", *map(str, sources)], ["-shared", *objects, *linked, "-o", result]):
+            done = subprocess.run([*command, *step], cwd=private, capture_output=True, text=True, timeout=TIMEOUT_S)
             if done.returncode != 0:
                 lines = done.stderr.strip().splitlines()
                 return next((line for line in lines if "error" in line), "") or f"exit status {done.returncode}"
@@ -251,7 +233,7 @@ def _load(path: Path) -> ctypes.CDLL | None:
     pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     signatures = {
         "mp_amax": [pointer, size, number, number, pointer],
-        "mp_quantize": [pointer, size, size, number, number, number, *[pointer] * 6, number],
+        "mp_quantize": [pointer, size, size, number, number, number, *[pointer] * 9, number],
         "mp_decode": [pointer, size, number, number, pointer, number],
         "mp_column_sums": [pointer, size, size, number, pointer, number],
         "mp_scale": [pointer, real, real, pointer],
@@ -263,16 +245,23 @@ def _load(path: Path) -> ctypes.CDLL | None:
 
 
 def _agrees(library: ctypes.CDLL) -> bool:
-    """Compare with torch's casts on every 16th BF16 value: a miscompiled kernel must not train anyone's model."""
+    """Compare with torch on every 16th BF16 value: a miscompiled kernel must not train anyone's model."""
     with _disable_current_modes():  # the first call may come from inside a FakeTensorMode or a default device
         x = torch.arange(0, 65536, 16, dtype=torch.int32, device="cpu").to(torch.int16).view(torch.bfloat16)
         scale = torch.ones((), dtype=torch.float32, device="cpu")
+        bins = [torch.zeros(N_BINS, dtype=torch.int64, device="cpu") for _ in range(2)]
         for fmt in (Format.fp8_e4m3, Format.fp8_e5m2, Format.fp16):
             expected, got = (torch.empty_like(x, dtype=fmt.value.dtype) for _ in range(2))
-            eager.quantize(x, scale, fmt, expected, None, None, None)
-            pointers = scale.data_ptr(), got.data_ptr(), None, None, None, None
-            library.mp_quantize(x.data_ptr(), 1, x.numel(), INPUT[x.dtype], FORMAT[fmt], 0, *pointers, 1)
+            eager.quantize(x, scale, fmt, expected, None, Statistics(histogram=bins[0]))
+            keys = 1, x.numel(), INPUT[x.dtype], FORMAT[fmt], 0
+            statistics = None, None, bins[1].data_ptr(), None, None
+            library.mp_quantize(x.data_ptr(), *keys, scale.data_ptr(), got.data_ptr(), None, None, *statistics, 1)
             bits = torch.int16 if fmt is Format.fp16 else torch.uint8
             if not torch.equal(expected.view(bits), got.view(bits)):
                 return False
-    return True
+        # Normal numbers too: most of them in the window of octaves that is counted by bits.
+        x = torch.linspace(-1, 1, 5000, dtype=torch.float32, device="cpu")
+        eager.observe(x, None, None, Statistics(histogram=bins[0]))
+        keys = 1, x.numel(), INPUT[x.dtype], 0, NOTHING
+        library.mp_quantize(x.data_ptr(), *keys, *[None] * 6, bins[1].data_ptr(), None, None, 1)
+        return torch.equal(*bins)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mptrain.formats import Format
 from mptrain.kernels import eager
+from mptrain.kernels.statistics import Statistics
 
 INFINITE, NAN_BITS, MAGNITUDE = 0x7F800000, 0x7FC00000, 0x7FFFFFFF
 SIGN = -0x80000000
@@ -56,7 +57,7 @@ class Bits:
 
 
 # Not a cached function: Dynamo would trace through the cache, and warns of it.
-BITS = {fmt: Bits.of(fmt) for fmt in (Format.fp8_e4m3, Format.fp8_e5m2, Format.fp16, Format.tf32)}
+BITS = {fmt: Bits.of(fmt) for fmt in (Format.fp8_e4m3, Format.fp8_e5m2, Format.fp16, Format.tf32, Format.bf16)}
 
 
 def missing(device: torch.device) -> str:
@@ -73,16 +74,22 @@ def amax(x: Tensor, out: Tensor) -> None:
     eager.amax(x, out)
 
 
+def observe(x: Tensor, scale: Tensor | None, fmt: Format | None, wanted: Statistics) -> None:
+    """The statistics of ``x``: a histogram is no loop that Inductor fuses."""
+    eager.observe(x, scale, fmt, wanted)
+
+
 def quantize(
     x: Tensor,
     scale: Tensor,
     fmt: Format,
     q: Tensor,
     carried: Tensor | None,
-    counts: Tensor | None,
-    amax: Tensor | None,
+    wanted: Statistics,
 ) -> None:
     """``x * scale`` rounded in ``fmt`` into ``q`` and, widened again, into ``carried``; all of ``x``'s shape."""
+    wanted = _observed(x, scale, fmt, wanted)
+    counts, amax = wanted.counts, wanted.amax
     plain = counts is None and fmt.value.bits == 8
     if plain and carried is not None and _castable(x, carried) and _quantized_by_casts(x, scale, fmt, q, carried):
         if amax is not None:
@@ -93,12 +100,11 @@ def quantize(
     _quantize(x.view(-1), scale.view(()), fmt, codes, values, counts, largest)
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, fmt: Format, out: Tensor, counts: Tensor | None, amax: Tensor | None
-) -> None:
+def fake_quantize(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, wanted: Statistics) -> None:
     """``x`` rounded in ``fmt`` and multiplied by FP32 ``1 / scale``, into ``out`` (``x``'s shape and dtype)."""
-    largest = None if amax is None else amax.view(())
-    _fake_quantize(x.view(-1), scale.view(()), fmt, _bits(out), counts, largest)
+    wanted = _observed(x, scale, fmt, wanted)
+    largest = None if wanted.amax is None else wanted.amax.view(())
+    _fake_quantize(x.view(-1), scale.view(()), fmt, _bits(out), wanted.counts, largest)
 
 
 def decode(q: Tensor, out: Tensor) -> None:
@@ -120,6 +126,13 @@ def column_sums(x: Tensor, out: Tensor) -> None:
 def current_scale(amax: Tensor, maximum: float, divisor: float, out: Tensor) -> None:
     """As :func:`mptrain.kernels.eager.current_scale`: one element has nothing to fuse."""
     eager.current_scale(amax, maximum, divisor, out)
+
+
+def _observed(x: Tensor, scale: Tensor, fmt: Format, wanted: Statistics) -> Statistics:
+    """Write what is wanted beside counts and amax, before ``x`` may be rounded in place; return those two."""
+    if wanted.histogram is not None or wanted.errors is not None or wanted.blocks is not None:
+        eager.observe(x, scale, fmt, wanted._replace(counts=None, amax=None))
+    return Statistics(wanted.counts, wanted.amax)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mptrain.formats import Format
+from mptrain.kernels import bins
+from mptrain.kernels.statistics import BLOCK_SIZES, EXPONENTS, Statistics
 
 FLT_MAX = Format.fp32.value.max
 
@@ -32,14 +34,19 @@ def amax(x: Tensor, out: Tensor) -> None:
     out.masked_fill_(out.isnan(), math.nan)
 
 
+def observe(x: Tensor, scale: Tensor | None, fmt: Format | None, wanted: Statistics) -> None:
+    """The statistics of ``x``, those of a cast for ``fmt`` at ``scale``."""
+    rounded = None if fmt is None or scale is None else _rounded(_clamped(x, scale, fmt), fmt)
+    statistics(x, rounded, scale, fmt, wanted)
+
+
 def quantize(
     x: Tensor,
     scale: Tensor,
     fmt: Format,
     q: Tensor,
     carried: Tensor | None,
-    counts: Tensor | None,
-    amax: Tensor | None,
+    wanted: Statistics,
 ) -> None:
     """``x * scale`` rounded in ``fmt`` into ``q`` and, widened again, into ``carried``; all of ``x``'s shape."""
     y = _clamped(x, scale, fmt)
@@ -49,17 +56,15 @@ def quantize(
     if carried is not None:
         carried.copy_(q)
         carried.masked_fill_(y.isnan(), math.nan)
-    _statistics(x, y, q.float(), scale, fmt, counts, amax)
+    statistics(x, q.float(), scale, fmt, wanted)
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, fmt: Format, out: Tensor, counts: Tensor | None, amax: Tensor | None
-) -> None:
+def fake_quantize(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, wanted: Statistics) -> None:
     """``x`` rounded in ``fmt`` and multiplied by FP32 ``1 / scale``, into ``out`` (``x``'s shape and dtype)."""
     y = _clamped(x, scale, fmt)
-    rounded = _round_tf32(y) if fmt is Format.tf32 else y.to(_storage(fmt)).float()
+    rounded = _rounded(y, fmt)
     back = rounded * scale.reciprocal()
-    _statistics(x, y, rounded, scale, fmt, counts, amax)
+    statistics(x, rounded, scale, fmt, wanted)
     out.copy_(back)
     out.masked_fill_(back.isnan(), math.nan)
 
@@ -103,20 +108,46 @@ def _round_tf32(y: Tensor) -> Tensor:
     return torch.where(y.isfinite(), rounded, y)
 
 
-def _statistics(
-    x: Tensor, y: Tensor, rounded: Tensor, scale: Tensor, fmt: Format, counts: Tensor | None, out: Tensor | None
-) -> None:
-    """Add elements, saturated, flushed, inf, nan to ``counts`` (int64[5]); overwrite ``out`` with max |x|.
+def _rounded(y: Tensor, fmt: Format) -> Tensor:
+    """FP32 values of ``y`` (from :func:`_clamped`) in ``fmt``."""
+    return _round_tf32(y) if fmt is Format.tf32 else y.to(_storage(fmt)).float()
 
-    Saturation needs the product before it was clamped to the maximum, so it is computed again.
-    """
-    if out is not None:
-        amax(x, out)
-    if counts is None:
+
+def statistics(x: Tensor, rounded: Tensor | None, scale: Tensor | None, fmt: Format | None, wanted: Statistics) -> None:
+    """Write all that is wanted; ``rounded``, ``scale`` and ``fmt`` for what a cast does."""
+    if wanted.amax is not None:
+        amax(x, wanted.amax)
+    if wanted.histogram is not None:
+        wanted.histogram.add_(torch.bincount(bins.indices(x), minlength=bins.N_BINS))
+    if wanted.blocks is not None:
+        _add_blocks(x, wanted.blocks)
+    if rounded is None or scale is None or fmt is None:
         return
+    if wanted.counts is not None:
+        _add_counts(x, rounded, scale, fmt, wanted.counts)
+    if wanted.errors is not None:
+        wide, back = x.double().flatten(), (rounded * scale.reciprocal()).double().flatten()
+        finite = wide.isfinite() & back.isfinite()
+        squares = torch.stack([wide, wide - back]).masked_fill(~finite, 0).square()
+        wanted.errors.add_(squares.sum(1))
+
+
+def _add_counts(x: Tensor, rounded: Tensor, scale: Tensor, fmt: Format, counts: Tensor) -> None:
+    """Saturation needs the product before it was clamped to the maximum, so it is computed again."""
     magnitude, spec = (x.float() * scale).abs(), fmt.value
     beyond = magnitude >= spec.overflow_at if spec.tie_overflows else magnitude > spec.overflow_at
     finite = x.isfinite()
     masks = (beyond & finite, finite & (x != 0) & (rounded == 0), x.isinf(), x.isnan())
     counts[0] += x.numel()
     counts[1:] += torch.stack([mask.sum() for mask in masks])
+
+
+def _add_blocks(x: Tensor, blocks: Tensor) -> None:
+    """Rows are filled up with zeros to whole blocks."""
+    if x.numel() == 0:
+        return
+    bits = x.float().reshape(-1, x.shape[-1] if x.dim() else 1).view(torch.int32) & bins.MAGNITUDE
+    for row, size in zip(blocks, BLOCK_SIZES, strict=True):
+        whole = torch.nn.functional.pad(bits, (0, -bits.shape[1] % size))
+        exponents = whole.view(-1, size).amax(1) >> 23
+        row += torch.bincount(exponents, minlength=EXPONENTS)

@@ -1,7 +1,8 @@
 """The kernels in Triton, for CUDA: the arithmetic of quantize.c, one launch per call.
 
 Statistics are reduced in each program and added with one atomic per column, in integers, so their sum does not depend
-on the order in which programs finish.
+on the order in which programs finish. A histogram has some hundred columns in use: its programs are few (a grid-stride
+loop), so that each adds them once for many blocks.
 """
 
 # A kernel's arguments are pointers and tensors of the compiler's own language, which has no annotations for them.
@@ -21,8 +22,10 @@ from torch import Tensor
 from mptrain.formats import Format
 from mptrain.kernels import eager
 from mptrain.kernels.compiled import BITS
+from mptrain.kernels.statistics import Statistics
 
 BLOCK = 4096
+PROGRAMS = 4  # of a histogram, for each multiprocessor
 # A product and a sum fused into one FMA would skip a rounding.
 EXACT = {"enable_fp_fusion": False}
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -43,25 +46,27 @@ def amax(x: Tensor, out: Tensor) -> None:
             _amax[_grid(x)](_bits(x), out.view(torch.int32), x.numel(), KINDS[x.dtype], BLOCK, **EXACT)
 
 
+def observe(x: Tensor, scale: Tensor | None, fmt: Format | None, wanted: Statistics) -> None:
+    """The statistics of ``x``, those of a cast for ``fmt`` at ``scale``."""
+    _run(x, scale, fmt, None, None, wanted)
+
+
 def quantize(
     x: Tensor,
     scale: Tensor,
     fmt: Format,
     q: Tensor,
     carried: Tensor | None,
-    counts: Tensor | None,
-    amax: Tensor | None,
+    wanted: Statistics,
 ) -> None:
     """``x * scale`` rounded in ``fmt`` into ``q`` and, widened again, into ``carried``; all contiguous, x's shape."""
     codes = q.view(torch.uint8 if fmt.value.bits == 8 else torch.int16)
-    _run(x, scale, fmt, codes, carried, counts, amax)
+    _run(x, scale, fmt, codes, carried, wanted)
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, fmt: Format, out: Tensor, counts: Tensor | None, amax: Tensor | None
-) -> None:
+def fake_quantize(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, wanted: Statistics) -> None:
     """``x`` rounded in ``fmt`` and multiplied by FP32 ``1 / scale``, into ``out`` (``x``'s shape and dtype)."""
-    _run(x, scale, fmt, None, out, counts, amax)
+    _run(x, scale, fmt, None, out, wanted)
 
 
 def decode(q: Tensor, out: Tensor) -> None:
@@ -85,21 +90,32 @@ def _grid(x: Tensor) -> tuple[int]:
     return (triton.cdiv(x.numel(), BLOCK),)
 
 
+def _programs(x: Tensor, histogram: Tensor | None) -> tuple[int]:
+    blocks = _grid(x)[0]
+    if histogram is None:
+        return (blocks,)
+    on_cuda = x.device.type == "cuda"  # not so under Triton's interpreter
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if on_cuda else 1
+    return (min(blocks, PROGRAMS * processors),)
+
+
 def _run(
     x: Tensor,
-    scale: Tensor,
-    fmt: Format,
+    scale: Tensor | None,
+    fmt: Format | None,
     codes: Tensor | None,
     values: Tensor | None,
-    counts: Tensor | None,
-    amax: Tensor | None,
+    wanted: Statistics,
 ) -> None:
-    """Launch on ``x``'s device. ``codes`` None means: scale the values back."""
+    """Launch on ``x``'s device. ``codes`` None means: scale the values back; ``values`` None too: observe only."""
+    counts, amax, histogram = wanted.counts, wanted.amax, wanted.histogram
+    if wanted.errors is not None or wanted.blocks is not None:  # first: x may be rounded in place
+        eager.observe(x, scale, fmt, Statistics(errors=wanted.errors, blocks=wanted.blocks))
     if amax is not None:
         amax.zero_()
-    if not x.numel():
+    if not x.numel() or (codes is values is counts is amax is histogram is None):
         return
-    bits = BITS[fmt]
+    bits = BITS[fmt or Format.fp16]
     options: dict[str, Any] = {
         "FROM": KINDS[x.dtype],
         "TO": None if values is None else KINDS[values.dtype],
@@ -109,13 +125,15 @@ def _run(
         "OVERFLOW": bits.overflow,
         "NAN": bits.nan,
         "SIGN": 1 << (31 - bits.sign_shift),
-        "TF32": fmt is Format.tf32,
+        "WIDE": fmt in (Format.tf32, Format.bf16),
         "BLOCK": BLOCK,
     }
     target = None if values is None else _bits(values)
     largest = None if amax is None else amax.view(torch.int32)
+    tables = counts, largest, histogram
     with torch.cuda.device_of(x):
-        _quantize[_grid(x)](_bits(x), scale, codes, target, counts, largest, x.numel(), **options, **EXACT)
+        grid = _programs(x, histogram)
+        _quantize[grid](_bits(x), scale, codes, target, *tables, x.numel(), grid[0], **options, **EXACT)
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -178,27 +196,43 @@ def _round(m, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, CLAMP: tl.constexpr,
 
 
 @triton.jit
-def _round_tf32(m):
-    """As _round, on FP32 bits; TF32 has no codes of its own, so the first is not for storing."""
-    rounded = tl.where(m >= 0x7F800000, m, (m + 0xFFF + ((m >> 13) & 1)) & -0x2000)
+def _round_wide(m, MANTISSA: tl.constexpr):
+    """As _round, on FP32 bits, for TF32 and BF16; they have no codes of their own, so the first is not for storing."""
+    unit: tl.constexpr = 1 << (23 - MANTISSA)
+    rounded = tl.where(m >= 0x7F800000, m, (m + (unit // 2 - 1) + ((m >> (23 - MANTISSA)) & 1)) & -unit)
     return rounded, tl.where(m > 0x7F800000, 0x7FC00000, rounded)
 
 
 @triton.jit
-def _count(counts_ptr, n, raw, m, value, OVERFLOW: tl.constexpr):
-    """Add this program's share, from magnitude bits: ``raw`` of x, ``m`` of x * scale, ``value`` of the result."""
+def _count(counts_ptr, n, first, raw, m, value, OVERFLOW: tl.constexpr):
+    """Add a block's share, from magnitude bits: ``raw`` of x, ``m`` of x * scale, ``value`` of the result."""
     finite = raw < 0x7F800000
-    if tl.program_id(0) == 0:
-        tl.atomic_add(counts_ptr, n.to(tl.int64), sem="relaxed")
+    if first:
+        tl.atomic_add(counts_ptr, tl.full((), n, tl.int64), sem="relaxed")
     saturated = tl.sum((finite & (m >= OVERFLOW) & (m <= 0x7F800000)).to(tl.int32), 0)
     flushed = tl.sum((finite & (raw != 0) & (value == 0)).to(tl.int32), 0)
     nonfinite = tl.sum((raw >= 0x7F800000).to(tl.int32), 0)
     nan = tl.sum((raw > 0x7F800000).to(tl.int32), 0)
-    if saturated + flushed + nonfinite > 0:  # most programs of a healthy tensor have nothing to add
+    if saturated + flushed + nonfinite > 0:  # most blocks of a healthy tensor have nothing to add
         tl.atomic_add(counts_ptr + 1, saturated.to(tl.int64), sem="relaxed")
         tl.atomic_add(counts_ptr + 2, flushed.to(tl.int64), sem="relaxed")
         tl.atomic_add(counts_ptr + 3, (nonfinite - nan).to(tl.int64), sem="relaxed")
         tl.atomic_add(counts_ptr + 4, nan.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _bins(raw, mask):
+    """A block's magnitudes by the bins of bins.py (int64 [2048]); what ``mask`` leaves out is in the last."""
+    index = (raw - 1) >> 20
+    index = tl.where(raw == 0, 2040, index)
+    index = tl.where(raw >= 0x7F800000, tl.where(raw == 0x7F800000, 2041, 2042), index)
+    return tl.histogram(tl.where(mask, index, 2047), 2048).to(tl.int64)
+
+
+@triton.jit
+def _add_bins(histogram_ptr, found):
+    index = tl.arange(0, 2048)
+    tl.atomic_add(histogram_ptr + index, found, mask=(found != 0) & (index < 2043), sem="relaxed")
 
 
 @triton.jit
@@ -209,7 +243,9 @@ def _quantize(
     values_ptr,
     counts_ptr,
     amax_ptr,
+    histogram_ptr,
     n,
+    programs,
     FROM: tl.constexpr,
     TO: tl.constexpr,
     MANTISSA: tl.constexpr,
@@ -218,31 +254,39 @@ def _quantize(
     OVERFLOW: tl.constexpr,
     NAN: tl.constexpr,
     SIGN: tl.constexpr,
-    TF32: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < n
-    x = _widen(tl.load(x_ptr + index, mask=mask, other=0), FROM)
-    scale = tl.load(scale_ptr)
-    y = (x.to(tl.float32, bitcast=True) * scale).to(tl.int32, bitcast=True)
-    m = y & 0x7FFFFFFF
-    if TF32:
-        code, value = _round_tf32(m)
-    else:
-        code, value = _round(m, MANTISSA, LOWEST, CLAMP, NAN)
-    negative = (y < 0) & (m <= 0x7F800000)
-    signed = tl.where(negative, value | -0x80000000, value)
-    if codes_ptr is None:
-        back = signed.to(tl.float32, bitcast=True) * tl.math.div_rn(1.0, scale)
-        tl.store(values_ptr + index, _narrow(back.to(tl.int32, bitcast=True), TO), mask=mask)
-    else:
-        code = tl.where(negative, code | SIGN, code)
-        tl.store(codes_ptr + index, code.to(codes_ptr.dtype.element_ty), mask=mask)
-        if TO is not None:
-            tl.store(values_ptr + index, _narrow(signed, TO), mask=mask)
-    raw = x & 0x7FFFFFFF
-    if amax_ptr is not None:
-        tl.atomic_max(amax_ptr, tl.max(tl.where(raw > 0x7F800000, 0x7FC00000, raw), 0), sem="relaxed")
-    if counts_ptr is not None:
-        _count(counts_ptr, n, tl.where(mask, raw, 0), m, value, OVERFLOW)
+    if histogram_ptr is not None:
+        found = tl.zeros((2048,), tl.int64)
+    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), programs):
+        index = tl.full((), block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = index < n
+        x = _widen(tl.load(x_ptr + index, mask=mask, other=0), FROM)
+        raw = x & 0x7FFFFFFF
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr)
+            y = (x.to(tl.float32, bitcast=True) * scale).to(tl.int32, bitcast=True)
+            m = y & 0x7FFFFFFF
+            if WIDE:
+                code, value = _round_wide(m, MANTISSA)
+            else:
+                code, value = _round(m, MANTISSA, LOWEST, CLAMP, NAN)
+            negative = (y < 0) & (m <= 0x7F800000)
+            signed = tl.where(negative, value | -0x80000000, value)
+            if codes_ptr is not None:
+                code = tl.where(negative, code | SIGN, code)
+                tl.store(codes_ptr + index, code.to(codes_ptr.dtype.element_ty), mask=mask)
+                if TO is not None:
+                    tl.store(values_ptr + index, _narrow(signed, TO), mask=mask)
+            elif TO is not None:
+                back = signed.to(tl.float32, bitcast=True) * tl.math.div_rn(1.0, scale)
+                tl.store(values_ptr + index, _narrow(back.to(tl.int32, bitcast=True), TO), mask=mask)
+            if counts_ptr is not None:
+                _count(counts_ptr, n, block == 0, tl.where(mask, raw, 0), m, value, OVERFLOW)
+        if amax_ptr is not None:
+            tl.atomic_max(amax_ptr, tl.max(tl.where(raw > 0x7F800000, 0x7FC00000, raw), 0), sem="relaxed")
+        if histogram_ptr is not None:
+            found += _bins(raw, mask)
+    if histogram_ptr is not None:
+        _add_bins(histogram_ptr, found)

@@ -312,10 +312,10 @@ def test_choosing_an_implementation(monkeypatch):
         pass
     with kernels.use("triton"), pytest.raises(ValueError, match="cannot serve cpu"):
         kernels.amax(torch.ones(1))
-    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(kernels.choice, "_chosen", {})
     monkeypatch.setenv("MPTRAIN_KERNELS", "eager")
     assert kernels.implementation(CPU) == "eager"
-    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(kernels.choice, "_chosen", {})
     monkeypatch.setenv("MPTRAIN_KERNELS", "numpy")
     with pytest.raises(ValueError, match="MPTRAIN_KERNELS: unknown kernels 'numpy'"):
         kernels.implementation(CPU)

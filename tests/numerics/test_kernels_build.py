@@ -84,10 +84,18 @@ def test_without_a_working_compiler_the_reason_is_told(fresh_build, monkeypatch,
     assert ran.stdout.strip() == "eager"
 
 
-def test_a_wrong_library_is_refused(fresh_build, monkeypatch, tmp_path):
-    wrong = tmp_path / "quantize.c"
-    wrong.write_text(c.SOURCE.read_text().replace("0x43e00000u", "0x43d00000u"))  # E4M3's maximum: 416
-    monkeypatch.setattr(c, "SOURCE", wrong)
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("common.h", "0x43e00000u", "0x43d00000u"),  # E4M3's maximum: 416
+        ("observe.h", "#define LAST 2040", "#define LAST 2039"),
+    ],
+)
+def test_a_wrong_library_is_refused(fresh_build, monkeypatch, tmp_path, file, right, wrong):
+    for source in c.SOURCES.glob("*.[ch]"):
+        text = source.read_text()
+        (tmp_path / source.name).write_text(text.replace(right, wrong) if source.name == file else text)
+    monkeypatch.setattr(c, "SOURCES", tmp_path)
     assert "differ from torch's casts" in fresh_build()[1]
 
 

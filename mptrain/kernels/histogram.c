@@ -1,0 +1,297 @@
+/* Histograms of one block: of magnitudes (FP32 exponent and 3 mantissa bits) and of the exponents of block maxima.
+ *
+ * Counting by bits. 64 elements become 64 bytes, each the distance of the element's bin from the block's top bin, and
+ * those become 8 planes of 64 bits by one 8 x 8 bit transpose (GFNI) and one byte permutation. The three low planes give
+ * the 8 mantissas as 8 lanes of a vector, the next three 8 exponents, and each of the 64 bins is the number of bits in
+ * the AND of two: 8 lanes at a time, 3 instructions for each exponent. What is farther than 8 exponents away is written
+ * to a list of bytes and counted one by one, 1.3 % of normal data; a window that holds more is looked for if an eighth
+ * of a block falls outside. The order of the elements does not matter, so nothing puts them back in order.
+ *
+ * Elements a cycle, one core, 64 Ki elements of BF16 (maximum included): FIGURES. */
+
+#include "observe.h"
+
+ALWAYS u32 raw_index(int in, u32 code) {
+    return in == BF16 ? (code + 15) >> 4 : (magnitude_bits(in, code) + 0xfffffu) >> 20;
+}
+
+ALWAYS u32 code_at(int in, const void *x, i64 i) {
+    return in == F32 ? ((const u32 *)x)[i] & 0x7fffffffu : ((const u16 *)x)[i] & 0x7fffu;
+}
+
+static i64 infinities(int in, const void *x, i64 start, i64 stop) {
+    i64 found = 0;
+    for (i64 i = start; i < stop; i++) found += code_at(in, x, i) == infinite_code(in);
+    return found;
+}
+
+#if SLICED
+
+#include <immintrin.h>
+
+#define LIST 64          /* bins in the window */
+#define FAR 255          /* zero, or 32 exponents away */
+#define GROUPS (BLOCK / 64)
+
+typedef uint64_t u64;
+typedef struct { _Alignas(64) u64 plane[GROUPS][8]; u8 listed[BLOCK + 64]; } slices;
+
+/* Distances of 16 elements from `top` (FP32 bits of a bin's upper end), as 32-bit numbers. The subtraction wraps for
+ * what is above the top, that is for Inf and NaN: they are far away too. */
+ALWAYS __m512i apart_wide(int in, const void *x, i64 i, __m512i top) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i b = in == F32 ? _mm512_loadu_si512((const u32 *)x + i)
+                          : _mm512_castps_si512(_mm512_cvtph_ps(_mm256_loadu_si256((void *)((const u16 *)x + i))));
+    return _mm512_srli_epi32(_mm512_sub_epi32(top, _mm512_and_si512(b, magnitude)), 20);
+}
+
+ALWAYS __m512i apart_narrow(const void *x, i64 i, __m512i top) {
+    __m512i b = _mm512_loadu_si512((const u16 *)x + i);
+    return _mm512_srli_epi16(_mm512_sub_epi16(top, _mm512_and_si512(b, _mm512_set1_epi16(0x7fff))), 4);
+}
+
+/* Distances of 64 elements as bytes, FAR from there on, in the order that packing leaves. */
+ALWAYS __m512i apart(int in, const void *x, i64 i, u32 top) {
+    if (in == BF16) {
+        const __m512i t = _mm512_set1_epi16((short)(top << 4));
+        return _mm512_packus_epi16(apart_narrow(x, i, t), apart_narrow(x, i + 32, t));
+    }
+    const __m512i t = _mm512_set1_epi32((int)(top << 20));
+    __m512i low = _mm512_packus_epi32(apart_wide(in, x, i, t), apart_wide(in, x, i + 16, t));
+    __m512i high = _mm512_packus_epi32(apart_wide(in, x, i + 32, t), apart_wide(in, x, i + 48, t));
+    return _mm512_packus_epi16(low, high);
+}
+
+ALWAYS i64 zeros_of(int in, const void *x, i64 i) {
+    i64 zeros = 0;
+    if (in == F32)
+        for (int k = 0; k < 64; k += 16)
+            zeros += __builtin_popcount(_mm512_testn_epi32_mask(_mm512_loadu_si512((const u32 *)x + i + k),
+                                                                _mm512_set1_epi32(0x7fffffff)));
+    else
+        for (int k = 0; k < 64; k += 32)
+            zeros += __builtin_popcount(_mm512_testn_epi16_mask(_mm512_loadu_si512((const u16 *)x + i + k),
+                                                                _mm512_set1_epi16(0x7fff)));
+    return zeros;
+}
+
+/* Where packing left element k of 64: two interleavings of 128-bit lanes for 32-bit inputs, one for 16-bit ones. */
+ALWAYS int place(int in, int byte) {
+    int lane = byte >> 4, in_lane = byte & 15;
+    if (in == BF16) return lane * 8 + (in_lane & 7) + (in_lane >> 3) * 32;
+    return lane * 4 + (in_lane & 3) + (in_lane >> 2) * 16;
+}
+
+/* The far elements among 64: in training data, zeros. */
+static __attribute__((noinline)) void count_far(i64 *raw, int in, const void *x, i64 i, u64 far) {
+    i64 zeros = zeros_of(in, x, i);
+    raw[0] += zeros;
+    if (zeros == __builtin_popcountll(far)) return;
+    for (; far; far &= far - 1) {
+        u32 index = raw_index(in, code_at(in, x, i + place(in, __builtin_ctzll(far))));
+        raw[index] += index != 0;
+    }
+}
+
+/* Bit planes of n / 64 groups, of the distance less `skip`; returns how many bytes were listed. */
+ALWAYS i64 slice(int in, const void *x, i64 start, i64 n, u32 top, u32 skip, i64 *raw, slices *s) {
+    const __m512i rows = _mm512_set1_epi64(0x8040201008040201ll), skipped = _mm512_set1_epi8((char)skip);
+    const __m512i window = _mm512_set1_epi8(LIST), far_away = _mm512_set1_epi8((char)FAR);
+    const __m512i gather = _mm512_add_epi64(
+        _mm512_set1_epi64(0x3830282018100800ll),
+        _mm512_set_epi64(0x0707070707070707ll, 0x0606060606060606ll, 0x0505050505050505ll, 0x0404040404040404ll,
+                         0x0303030303030303ll, 0x0202020202020202ll, 0x0101010101010101ll, 0));
+    u8 *listed = s->listed;
+    for (i64 i = 0; i < n; i += 64) {
+        __m512i v = apart(in, x, start + i, top), inside = _mm512_sub_epi8(v, skipped);
+        __m512i bits = _mm512_gf2p8affine_epi64_epi8(rows, inside, 0);
+        _mm512_store_si512(s->plane[i / 64], _mm512_permutexvar_epi8(gather, bits));
+        u64 outside = _mm512_cmpge_epu8_mask(inside, window), far = _mm512_cmpeq_epi8_mask(v, far_away);
+        outside &= ~far;
+        _mm512_storeu_si512(listed, _mm512_maskz_compress_epi8(outside, v));
+        listed += __builtin_popcountll(outside);
+        if (far) count_far(raw, in, x, start + i, far);
+    }
+    return listed - s->listed;
+}
+
+#define LANE_BIT(b) _mm512_set_epi64((7 >> b & 1) - 1ll, (6 >> b & 1) - 1ll, (5 >> b & 1) - 1ll, (4 >> b & 1) - 1ll, \
+                                     (3 >> b & 1) - 1ll, (2 >> b & 1) - 1ll, (1 >> b & 1) - 1ll, (0 >> b & 1) - 1ll)
+#define EACH(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define ZERO(k) __m512i sum##k = _mm512_setzero_si512();
+#define COUNT(k) sum##k = _mm512_add_epi64(sum##k, _mm512_popcnt_epi64(_mm512_and_si512(m, ALL(exponent[k]))));
+#define STORE(k) _mm512_storeu_si512(counts + 8 * k, sum##k);
+#define ALL(word) _mm512_set1_epi64((i64)(word))
+#define XOR_AND 0x60   /* a & (b ^ c) */
+#define ONLY 0x10      /* a & ~b & ~c */
+
+/* How many elements lie at each of the 64 distances of the window. The asm keeps GCC from taking the words of
+ * `exponent` out of the register by shuffles, on the port that counts bits: through memory they are free. */
+static void count_planes(const slices *s, i64 groups, i64 *counts) {
+    const __m512i low = LANE_BIT(0), middle = LANE_BIT(1), high = LANE_BIT(2);
+    _Alignas(64) u64 exponent[8];
+    EACH(ZERO)
+    for (i64 g = 0; g < groups; g++) {
+        const u64 *p = s->plane[g];
+        __m512i m = _mm512_xor_si512(low, ALL(p[0]));
+        m = _mm512_ternarylogic_epi64(m, middle, ALL(p[1]), XOR_AND);
+        m = _mm512_ternarylogic_epi64(m, high, ALL(p[2]), XOR_AND);
+        __m512i e = _mm512_xor_si512(low, ALL(p[3]));
+        e = _mm512_ternarylogic_epi64(e, middle, ALL(p[4]), XOR_AND);
+        e = _mm512_ternarylogic_epi64(e, high, ALL(p[5]), XOR_AND);
+        _mm512_store_si512(exponent, _mm512_ternarylogic_epi64(e, ALL(p[6]), ALL(p[7]), ONLY));
+        __asm__ volatile("" : "+m"(exponent));
+        EACH(COUNT)
+    }
+    EACH(STORE)
+}
+
+/* The window of 8 exponents that holds most of a block, for the next ones. */
+static void move_window(bins *b, u32 top, u32 skip, const i64 *counts, const u8 *listed, i64 n) {
+    i64 octave[32] = {0}, best = -1;
+    for (int i = 0; i < LIST; i++) octave[(skip + i) / 8] += counts[i];
+    for (i64 i = 0; i < n; i++) octave[listed[i] / 8]++;
+    for (u32 first = 0; first <= 23; first++) {
+        i64 held = 0;
+        for (u32 k = first; k < first + 8; k++) held += octave[k];
+        if (held > best) best = held, b->top = top - 8 * first;
+    }
+}
+
+ALWAYS void count_groups(bins *b, int in, const void *x, i64 start, i64 n, u32 top) {
+    slices s;
+    i64 counts[LIST], *raw = b->raw[0];
+    u32 skip = b->top && b->top < top ? top - b->top : 0;
+    skip = skip > 184 ? 184 : skip;
+    i64 listed = slice(in, x, start, n, top, skip, raw, &s);
+    count_planes(&s, n / 64, counts);
+    for (int i = 0; i < LIST; i++) raw[top - skip - i] += counts[i];
+    for (i64 i = 0; i < listed; i++) raw[top - s.listed[i]]++;
+    if (listed > n / 8 && b->patience-- == 0) {
+        move_window(b, top, skip, counts, s.listed, listed);
+        b->patience = 7;
+    }
+}
+
+/* `top`: a multiple of 8, at least 256 so that zero is far from it. The rest of 64 is counted among zeros. */
+ALWAYS void count_span(bins *b, int in, const void *x, i64 start, i64 stop, u32 top) {
+    const i64 whole = (stop - start) / 64 * 64, rest = stop - start - whole, size = in == F32 ? 4 : 2;
+    if (whole) count_groups(b, in, x, start, whole, top);
+    if (!rest) return;
+    u32 padded[64] = {0};
+    memcpy(padded, (const u8 *)x + (start + whole) * size, rest * size);
+    count_groups(b, in, padded, 0, 64, top);
+    b->raw[0][0] -= 64 - rest;
+}
+
+#else
+
+/* One element after the other: 0.8 a cycle. */
+ALWAYS void count_span(bins *b, int in, const void *x, i64 start, i64 stop, u32 top) {
+    u16 index[BLOCK];
+    const i64 n = stop - start, whole = n / TABLES * TABLES;
+    (void)top;
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) index[i] = (u16)raw_index(in, code_at(in, x, start + i));
+    for (i64 i = 0; i < whole; i += TABLES)
+        for (int table = 0; table < TABLES; table++) b->raw[table][index[i + table]]++;
+    for (i64 i = whole; i < n; i++) b->raw[0][index[i]]++;
+}
+
+#endif
+
+/* Add the magnitudes of at most BLOCK elements, whose largest code is `magnitude`. */
+void count_bins(bins *b, int in, const void *x, i64 start, i64 stop, u32 magnitude) {
+    if (magnitude >= infinite_code(in)) {
+        b->infinite += infinities(in, x, start, stop);
+        magnitude = largest_below(in, x, start, stop, infinite_code(in));
+    }
+    u32 top = (raw_index(in, magnitude) + 7) & ~7u;
+    top = top < 256 ? 256 : top;
+    if (in == F32) count_span(b, F32, x, start, stop, top);
+    else if (in == BF16) count_span(b, BF16, x, start, stop, top);
+    else count_span(b, F16, x, start, stop, top);
+}
+
+/* Blocks of 32 and of 128 elements: one of 128 and the up to four of 32 in it. */
+static void count_block(i64 (*tables)[2][256], int in, const void *x, i64 start, i64 stop) {
+    u32 all = 0;
+    for (i64 first = start; first < stop; first += 32) {
+        u32 here = largest(in, x, first, first + 32 < stop ? first + 32 : stop);
+        tables[(first - start) / 32][0][magnitude_bits(in, here) >> 23]++;
+        all = here > all ? here : all;
+    }
+    tables[0][1][magnitude_bits(in, all) >> 23]++;
+}
+
+#ifdef __AVX512BW__
+
+#include <immintrin.h>
+
+#define MOST(a, b) (in == F32 ? _mm512_max_epu32(a, b) : _mm512_max_epu16(a, b))
+
+/* Maxima of a block of 32: FP32 in 16 lanes, the others in 32. */
+ALWAYS __m512i maxima(int in, const void *x, i64 i) {
+    if (in != F32) return _mm512_and_si512(_mm512_loadu_si512((const u16 *)x + i), _mm512_set1_epi16(0x7fff));
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), *p = (const void *)((const u32 *)x + i);
+    return _mm512_max_epu32(_mm512_and_si512(_mm512_loadu_si512(p), magnitude),
+                            _mm512_and_si512(_mm512_loadu_si512(p + 1), magnitude));
+}
+
+/* Four blocks of 32, one in each lane of every quarter: two steps of a transpose that keeps only the larger half. */
+ALWAYS __m512i four(int in, const void *x, i64 i) {
+    __m512i a = maxima(in, x, i), b = maxima(in, x, i + 32), c = maxima(in, x, i + 64), d = maxima(in, x, i + 96);
+    __m512i ab = MOST(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    __m512i cd = MOST(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    return MOST(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+
+ALWAYS void store_exponents(int in, __m512i codes, u32 *out) {
+    if (in == F16) codes = _mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(codes)));
+    _mm512_storeu_si512(out, _mm512_srli_epi32(codes, in == BF16 ? 7 : 23));
+}
+
+/* 512 elements: the exponents of 16 blocks of 32 and of 4 of 128. */
+ALWAYS void count_sixteen(i64 (*tables)[2][256], int in, const void *x, i64 i) {
+    __m512i p = four(in, x, i), q = four(in, x, i + 128), r = four(in, x, i + 256), s = four(in, x, i + 384);
+    __m512i pq = MOST(_mm512_shuffle_i64x2(p, q, 0x44), _mm512_shuffle_i64x2(p, q, 0xee));
+    __m512i rs = MOST(_mm512_shuffle_i64x2(r, s, 0x44), _mm512_shuffle_i64x2(r, s, 0xee));
+    __m512i all = MOST(_mm512_shuffle_i64x2(pq, rs, 0x88), _mm512_shuffle_i64x2(pq, rs, 0xdd));
+    if (in != F32) {
+        all = _mm512_max_epu16(all, _mm512_srli_epi32(all, 16));
+        all = _mm512_and_si512(all, _mm512_set1_epi32(0xffff));
+    }
+    __m512i wide = _mm512_max_epu32(all, _mm512_shuffle_epi32(all, 0x4e));
+    wide = _mm512_max_epu32(wide, _mm512_shuffle_epi32(wide, 0xb1));
+    u32 small[16], large[16];
+    store_exponents(in, all, small), store_exponents(in, wide, large);
+    for (int k = 0; k < 16; k++) tables[k % 4][0][small[k]]++;
+    for (int k = 0; k < 4; k++) tables[k][1][large[4 * k]]++;
+}
+
+static i64 count_whole(i64 (*tables)[2][256], int in, const void *x, i64 start, i64 stop) {
+    for (; start + 512 <= stop; start += 512)
+        if (in == F32) count_sixteen(tables, F32, x, start);
+        else if (in == BF16) count_sixteen(tables, BF16, x, start);
+        else count_sixteen(tables, F16, x, start);
+    return start;
+}
+
+#else
+
+static i64 count_whole(i64 (*tables)[2][256], int in, const void *x, i64 start, i64 stop) {
+    (void)tables, (void)in, (void)x, (void)stop;
+    return start;
+}
+
+#endif
+
+/* Blocks that begin in [start, stop), which begins and ends with a row or a block of 128. */
+void count_blocks(i64 (*tables)[2][256], int in, const void *x, i64 start, i64 stop, i64 row) {
+    while (start < stop) {
+        i64 left = row - start % row, end = left < stop - start ? start + left : stop;
+        start = count_whole(tables, in, x, start, end);
+        for (; start < end; start += 128) count_block(tables, in, x, start, start + 128 < end ? start + 128 : end);
+        start = end;
+    }
+}
