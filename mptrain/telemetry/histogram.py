@@ -156,6 +156,11 @@ class Histograms:
         """float64 [n]: log2(max / (amax * scale)); negative if beyond the maximum, Inf without a magnitude."""
         return torch.log2(fmt.value.max / (self.amax * scale))
 
+    def octaves(self) -> Tensor:
+        """int64 [n, 255]: magnitudes per power of two, column j those in (2^(j - 127), 2^(j - 126)]; FP32's subnormals
+        are all in column 0."""
+        return self.counts[:, :N_MAGNITUDES].reshape(len(self.counts), -1, 8).sum(2)
+
     def row(self, index: int) -> Histogram:
         return Histogram(self.counts[index], float(self.amax[index]))
 

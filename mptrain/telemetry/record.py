@@ -6,8 +6,9 @@ A record is a 40-byte head (little-endian) and a payload::
     payload: zlib level 1 of [JSON length u32, JSON {about, rows, tables: [name, dtype, shape, stored]}, arrays]
 
 Wide int64 tables (256 columns or more: the histograms, the block amaxes) hold mostly zeros and are stored as their
-non-zero entries: entries per row, columns (int16) and counts. An array holds all first bytes, then all second ones. A record that is torn or fails its CRC is passed over:
-the reader looks for the next magic. Nothing in the file is executed: JSON and plain arrays of named dtypes.
+non-zero entries: entries per row, differences of their columns, counts. An array is stored byte by significance, all
+first bytes, then all second ones. A record that is torn or fails its CRC is passed over: the reader looks for the next
+magic. Nothing in the file is executed: JSON and plain arrays of named dtypes.
 """
 
 from __future__ import annotations
@@ -179,10 +180,10 @@ class _Reader:
     def table(self, dtype: torch.dtype, shape: list[int], stored: list[tuple[str, int]] | None) -> Tensor:
         if stored is None:
             return self.take(dtype, math.prod(shape)).reshape(shape)
-        per_row, columns, counts = (self.take(DTYPES[name], n).long() for name, n in stored)
+        per_row, strides, counts = (self.take(DTYPES[name], n).long() for name, n in stored)
         rows = torch.arange(len(per_row)).repeat_interleave(per_row)
         dense = torch.zeros(len(per_row), shape[-1], dtype=dtype)
-        dense[rows, columns] = counts
+        dense[rows, strides.cumsum(0)] = counts
         return dense.reshape(shape)
 
 
@@ -193,7 +194,8 @@ def _sparse(table: Tensor) -> list[Tensor]:
     counts = flat[rows, columns]
     largest = int(counts.abs().max()) if len(counts) else 0
     narrow = torch.int16 if largest < 2**15 else torch.int32 if largest < 2**31 else torch.int64
-    return [torch.bincount(rows, minlength=len(flat)).int(), columns.short(), counts.to(narrow)]
+    strides = torch.diff(columns.short(), prepend=torch.zeros(1, dtype=torch.int16))  # mostly 1: runs
+    return [torch.bincount(rows, minlength=len(flat)).int(), strides, counts.to(narrow)]
 
 
 def _bytes(table: Tensor) -> bytes:
