@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 VERSION = "1"
+FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # of safetensors, with a torch dtype to compute from
 NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
@@ -122,6 +124,33 @@ def require_fit(path: Path, model: nn.Module) -> None:
         if wanted.get(name) != shape:
             here = f"is {wanted[name]} in this model" if name in wanted else "is not in this model"
             raise ValueError(f"checkpoint {path} is of another model: {name} {shape} {here}; set model= as it was")
+
+
+def is_ours(path: Path) -> bool:
+    """Was this file written by :class:`Checkpoints`?"""
+    try:
+        read_header(path)
+    except ValueError:
+        return False
+    return True
+
+
+def float_tensors(path: Path) -> Iterator[tuple[str, str, Tensor | None]]:
+    """(name, dtype as the file says it, tensor) of each tensor of any safetensors file, one in memory at a time.
+
+    None in place of a tensor that is not of a floating dtype torch has. The file is mapped, so a tensor's pages come
+    as they are read and go as memory is needed. ValueError if the file is missing or is no whole safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                dtype = str(file.get_slice(name).get_dtype())
+                floating = dtype in FLOATING
+                yield name, dtype, file.get_tensor(name) if floating else None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:

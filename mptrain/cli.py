@@ -15,9 +15,11 @@ from rich.table import Table
 from mptrain import baseline, build, kernels, machine
 from mptrain.backends.base import MODULES, load
 from mptrain.config import RunConfig, clear_errors
-from mptrain.formats import Format
 from mptrain.policy import PrecisionPolicy, conf_dir
+from mptrain.report import casts, figures, page
+from mptrain.report import inspect as tables
 from mptrain.settings import did_you_mean, from_plain
+from mptrain.telemetry.histogram import JUDGED
 
 Command = Callable[[list[str]], int]
 
@@ -64,19 +66,38 @@ def doctor(argv: list[str]) -> int:
 
 
 def formats(argv: list[str]) -> int:
-    """The number formats: bits, largest and smallest magnitudes, spacing at 1."""
-    _no_arguments("formats", argv)
-    table = Table("format", "bits", "mantissa bits", "max", "min normal", "min subnormal", "eps", "Inf")
-    for fmt in Format:
-        spec = fmt.value
-        numbers = [f"{number:.6g}" for number in (spec.max, spec.min_normal, spec.min_subnormal, spec.eps)]
-        table.add_row(
-            str(fmt),
-            *(str(n) for n in (spec.bits, spec.mantissa_bits)),
-            *numbers,
-            "yes" if spec.has_inf else "no",
-        )
-    Console().print(table)
+    """The number formats: ranges and resolution; with numbers (``1e-3 2^-10 inf``), what each format makes of them."""
+    if not {"-h", "--help"} & {*argv}:
+        argv = ["--", *argv]  # so that -1e-3 is a number and no option
+    parser = argparse.ArgumentParser(prog="mptrain formats", description=formats.__doc__)
+    parser.add_argument("values", nargs="*", metavar="VALUE", help="1e-3, 2^-10, 0x1p-10, inf, nan")
+    numbers = [casts.parse_number(text) for text in parser.parse_args(argv).values]
+    for table in [casts.fate(number) for number in numbers] or [casts.overview()]:
+        Console().print(table)
+    return 0
+
+
+def inspect(argv: list[str]) -> int:
+    """What each format makes of the tensors of a run's sampled step, or of the weights in a .safetensors file."""
+    parser = argparse.ArgumentParser(prog="mptrain inspect", description=inspect.__doc__)
+    parser.add_argument("path", type=Path, metavar="RUN", help="a run's folder, or FILE.safetensors")
+    parser.add_argument("--step", type=int, help="a recorded step (default: the last)")
+    parser.add_argument("--role", default="", help="only this role: input, weight, grad_output, ...")
+    parser.add_argument("--layer", default="", metavar="REGEX", help="only layers in whose name this is found")
+    parser.add_argument("--format", default="", metavar="F", help="one format with all its figures")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also draw every histogram into one HTML file")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of tables")
+    parser.add_argument("--all", action="store_true", help=f"every row, not only the worst {tables.SHOWN}")
+    asked = parser.parse_args(argv)
+    only = figures.format_named(asked.format) if asked.format else None
+    tensors = figures.select(figures.load(asked.path, asked.step), asked.role, asked.layer)
+    rows = figures.figures(tensors, (only,) if only else JUDGED)
+    if asked.html:
+        asked.html.write_text(page.page(tensors, rows))
+    if asked.json:
+        print(json.dumps({"title": tensors.title, "rows": figures.plain(rows)}, indent=1, allow_nan=False))
+    else:
+        tables.print_tables(Console(), tensors, rows, only, asked.all)
     return 0
 
 
@@ -106,7 +127,13 @@ def _no_arguments(command: str, argv: list[str]) -> None:
     parser.parse_args(argv)
 
 
-COMMANDS: dict[str, Command] = {"doctor": doctor, "formats": formats, "bench": bench, "probe": probe}
+COMMANDS: dict[str, Command] = {
+    "doctor": doctor,
+    "formats": formats,
+    "inspect": inspect,
+    "bench": bench,
+    "probe": probe,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

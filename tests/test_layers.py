@@ -48,7 +48,9 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "folder": ("config", "settings"),
     "memory": ("policy", "formats", "settings"),
     "quantization": ("convert", "formats", "kernels", "policy", "settings", "registry"),
-    "report": ("baseline", "formats", "policy", "settings", "telemetry", "registry"),
+    "report": (
+        "baseline", "checkpoint", "formats", "kernels.bins", "policy", "settings", "telemetry", "registry",
+    ),
     "config": (
         "registry", "settings", "policy", "optim", "trainer", "data", "models", "telemetry", "distributed",
     ),

@@ -13,15 +13,15 @@ from torch import Tensor
 
 SHIFT = 20  # of FP32's 23 mantissa bits, those that do not choose the bin
 PER_OCTAVE = 8
-FINITE = 2040  # 255 exponents of finite numbers
-ZERO, INF, NAN = FINITE, FINITE + 1, FINITE + 2
-N_BINS = FINITE + 3
+N_MAGNITUDES = 2040  # 255 exponents of finite numbers
+ZERO, INF, NAN = N_MAGNITUDES, N_MAGNITUDES + 1, N_MAGNITUDES + 2
+N_BINS = N_MAGNITUDES + 3
 MAGNITUDE, INFINITE = 0x7FFFFFFF, 0x7F800000
 
 
 def edges() -> Tensor:
     """Ends of the finite bins (float64 [2041], ascending to 2^128): bin ``i`` is ``(edges[i], edges[i + 1]]``."""
-    bits = torch.arange(FINITE + 1, dtype=torch.int64) << SHIFT
+    bits = torch.arange(N_MAGNITUDES + 1, dtype=torch.int64) << SHIFT
     values = bits.to(torch.int32).view(torch.float32).double()
     values[-1] = 2.0**128
     return values

@@ -1,0 +1,90 @@
+"""``mptrain formats`` for the terminal: what each format can hold, and what it makes of a given number."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from rich import box
+from rich.table import Table
+
+from mptrain.formats import Format, FormatSpec, overflows, round_to, underflows
+
+POWER = re.compile(r"([+-]?)(\d+(?:\.\d+)?)\^([+-]?\d+)")
+
+
+def parse_number(text: str) -> float:
+    """``1e-3``, ``0x1p-10``, ``2^-10``, ``inf``, ``nan``. ValueError for what is no number."""
+    word = text.strip().lower()
+    power = POWER.fullmatch(word)
+    try:
+        if power:
+            sign, base, exponent = power.groups()
+            return math.copysign(float(base) ** int(exponent), -1.0 if sign == "-" else 1.0)
+        return float.fromhex(word) if "0x" in word else float(word)
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{text!r} is not a number that FP64 holds: write 0.001, 1e-3, 2^-10, 0x1p-10, inf") from error
+
+
+def overview() -> Table:
+    """Every format: bits, range, resolution, and which special values it has."""
+    heads = ("format", "bits", "exponent", "mantissa", "max", "min normal", "smallest", "step at 1", "Inf", "NaN")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in heads:
+        table.add_column(head, no_wrap=True, justify="left" if head == "format" else "right")
+    for fmt in Format:
+        spec = fmt.value
+        numbers = [f"{number:.6g}" for number in (spec.max, spec.min_normal, spec.min_subnormal, spec.eps)]
+        special = ["yes" if has else "no" for has in (spec.has_inf, has_nan(spec))]
+        table.add_row(
+            str(fmt), *(str(n) for n in (spec.bits, exponent_bits(spec), spec.mantissa_bits)), *numbers, *special
+        )
+    return table
+
+
+def fate(value: float) -> Table:
+    """One line a format: what ``value`` becomes, the relative error, and what happened to it."""
+    title = f"{value!r} = {value.hex()}" if math.isfinite(value) else repr(value)
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    table.add_column("format")
+    for head in ("becomes", "relative error"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("")
+    for fmt in Format:
+        if fmt is not Format.e8m0:  # powers of two without sign or zero: the scales of other formats' blocks
+            table.add_row(str(fmt), *becomes(value, fmt))
+    return table
+
+
+def becomes(value: float, fmt: Format) -> tuple[str, str, str]:
+    """(rounded value, relative error, note) of one number in one format, as texts."""
+    spec, x = fmt.value, torch.tensor(value, dtype=torch.float64)
+    if math.isnan(value):
+        return ("nan", "-", "NaN") if has_nan(spec) else ("-", "-", "has no NaN")
+    if math.isinf(value):
+        return (f"{value}", "-", "Inf") if spec.has_inf else ("-", "-", "has no Inf: a cast that saturates hides it")
+    rounded = float(round_to(x, fmt))
+    error = "exact" if rounded == value else f"{abs(rounded - value) / abs(value):.2%}"
+    if error == "0.00%":
+        error = f"{abs(rounded - value) / abs(value):.1e}"
+    note = ""
+    if bool(overflows(x, fmt)):
+        note = "saturates" + (" (Inf where the cast does not clamp)" if spec.has_inf else "")
+    elif bool(underflows(x, fmt)):
+        note = "flushed to 0"
+    elif 0 < abs(rounded) < spec.min_normal:
+        note = f"subnormal: a multiple of {spec.min_subnormal:.6g}"
+    return (f"{rounded:.9g}", error, note)
+
+
+def has_nan(spec: FormatSpec) -> bool:
+    """Asked of torch's own cast where there is one."""
+    if spec.has_inf or spec.dtype is None or not spec.dtype.is_floating_point:
+        return spec.has_inf
+    return bool(torch.tensor(math.nan).to(spec.dtype).float().isnan())
+
+
+def exponent_bits(spec: FormatSpec) -> int:
+    """What sign and mantissa leave; E8M0 has no sign."""
+    return 0 if spec.integer else spec.bits - spec.mantissa_bits - (0 if spec is Format.e8m0.value else 1)

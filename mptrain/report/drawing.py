@@ -1,0 +1,289 @@
+"""Histograms and heat maps as SVG text: no library, no script, no network; for the HTML report and other sinks.
+
+Colours are Okabe and Ito's, told apart by colour-blind readers, and the sequential blue prints as grey; what is lost
+is hatched as well as coloured.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+from mptrain.formats import Format
+from mptrain.kernels.bins import INF, N_MAGNITUDES, NAN, ZERO, edges
+from mptrain.telemetry.histogram import Histogram, Histograms
+
+COLOURS = {
+    "fp16": "#0072b2",
+    "bf16": "#56b4e9",
+    "fp8_e4m3": "#d55e00",
+    "fp8_e5m2": "#e69f00",
+    "fp4_e2m1": "#cc79a7",
+    "int8": "#009e73",
+    "int4": "#666666",
+}
+INK, GREY, BAD = "#222222", "#777777", "#d55e00"
+BLUES = ((255, 255, 255), (158, 202, 225), (49, 130, 189), (8, 48, 107))  # of ColorBrewer, light to dark
+FONT = "font-family='system-ui,Segoe UI,Helvetica,Arial,sans-serif'"
+MOST_OCTAVES = 44  # drawn below the largest magnitude: FP16 normal and subnormal are 40
+LOWEST = -140  # log2 at which the bin that starts at 0 is drawn
+
+
+class Band(NamedTuple):
+    """One line under a histogram: the range of ``format`` at ``scale``, what it is called, and its figures."""
+
+    label: str
+    format: Format
+    scale: float
+    figures: Sequence[str] = ()
+    used: bool = False
+
+
+class Box(NamedTuple):
+    """A plot's place in pixels and the log2 magnitudes at its left and right."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    low: float
+    high: float
+
+    def x(self, log2: float) -> float:
+        """Pixels, held inside the plot."""
+        part = (log2 - self.low) / (self.high - self.low)
+        return self.left + self.width * min(1.0, max(0.0, part))
+
+    @property
+    def bottom(self) -> float:
+        return self.top + self.height
+
+
+def histogram_svg(histogram: Histogram, bands: Sequence[Band], heads: Sequence[str] = ()) -> str:
+    """The magnitudes of one tensor over the ranges of the formats in ``bands``; x: log2, y: square root of density.
+
+    What the bands marked ``used`` would flush or saturate is hatched. ``heads`` name the figures beside the bands.
+    """
+    low, high = window(histogram, bands)
+    plot = Box(150, 16, 420, 130, low, high)
+    pitch = 17
+    height = plot.bottom + 34 + pitch * (len(bands) + 1)
+    parts = [*_x_axis(plot, plot.bottom), *_density(histogram, plot)]
+    for band in bands:
+        parts += _lost(plot, band) if band.used else _guide(plot, band)
+    top = plot.bottom + 34
+    parts += [text(590 + 88 * i, top, head, size=11, fill=GREY) for i, head in enumerate(heads)]
+    for index, band in enumerate(bands):
+        parts += _band(plot, band, top + 8 + pitch * index)
+    return svg(590 + 88 * len(heads), height, parts)
+
+
+def window(histogram: Histogram, bands: Sequence[Band]) -> tuple[float, float]:
+    """log2 magnitudes to draw: all of the tensor's, and the ends of the narrow formats, in at most 46 octaves."""
+    start, amax = histogram.span
+    if not amax:
+        return -12.0, 4.0
+    top = math.ceil(math.log2(amax))
+    ends = [band for band in bands if band.used or band.format.value.bits <= 8]
+    low = min([math.log2(max(start, 2.0**LOWEST)), *(lower(band) for band in ends)])
+    high = max([top, *(upper(band) for band in ends)])
+    high = min(high, top + 12)
+    return math.floor(max(low, high - MOST_OCTAVES)) - 1.0, math.ceil(high) + 1.0
+
+
+def lower(band: Band) -> float:
+    """log2 of the magnitude up to which everything is flushed."""
+    return math.log2(band.format.value.underflow_at / band.scale)
+
+
+def upper(band: Band) -> float:
+    return math.log2(band.format.value.overflow_at / band.scale)
+
+
+def heat_map_svg(
+    labels: Sequence[str], histograms: Histograms, marks: Sequence[tuple[float, float] | None] = ()
+) -> str:
+    """One line a tensor, one column a power of two, the darker the larger its share of the elements (square root).
+
+    The column apart is zeros; a label in orange has Inf or NaN. ``marks``: for each row the log2 magnitudes at which
+    a format's range starts and ends, drawn as orange bars. ValueError if there is no row.
+    """
+    if not labels:
+        raise ValueError("a heat map needs at least one row")
+    octaves, whole = histograms.octaves(), histograms.elements.clamp(min=1)
+    used = octaves.sum(0).nonzero().flatten()
+    first, last = (int(used[0]), int(used[-1])) if len(used) else (127, 128)
+    first = max(first, last - 63)  # 2^-63 of the largest is below what any format but BF16 and FP32 holds beside it
+    columns, height = last - first + 1, 15 if len(labels) <= 60 else 10
+    left = 60 + (6.4 if height == 15 else 5.8) * max(map(len, labels))
+    plot = Box(left, 6, min(18.0, 760 / columns) * columns, height * len(labels), first - 127.0, last - 126.0)
+    shares = (octaves[:, first : last + 1] / whole[:, None]).tolist()
+    zeros = (histograms.counts[:, ZERO] / whole).tolist()
+    bad = histograms.counts[:, [INF, NAN]].sum(1).tolist()
+    parts = [_outline(plot), text(left - 29, plot.bottom + 18, "0", anchor="middle")]
+    for index, label in enumerate(labels):
+        y = plot.top + index * height
+        fill = BAD if bad[index] else INK
+        parts.append(text(left - 42, y + height * 0.75, label, size=min(11, height), anchor="end", fill=fill))
+        parts.append(_cell(left - 36, y, 14, height, zeros[index], f"{label}: {zeros[index]:.3%} zeros"))
+        parts += _cells(plot, y, height, shares[index], label)
+        parts += _marks(plot, y, height, marks[index] if marks else None)
+    return svg(plot.left + plot.width + 20, plot.bottom + 34, [*parts, *_x_axis(plot, plot.bottom)])
+
+
+def _cells(plot: Box, y: float, height: float, row: list[float], label: str) -> list[str]:
+    width, low = plot.width / len(row), round(plot.low)
+    places = [(low + i, plot.left + i * width, share) for i, share in enumerate(row) if share]
+    tip = "{}: {:.3%} in 2{} .. 2{}"
+    return [
+        _cell(x, y, width, height, share, tip.format(label, share, superscript(e), superscript(e + 1)))
+        for e, x, share in places
+    ]
+
+
+def _cell(x: float, y: float, width: float, height: float, share: float, tip: str) -> str:
+    place = f"x='{x:.1f}' y='{y:.1f}' width='{width:.1f}' height='{height:.1f}'"
+    return f"<rect {place} fill='{blue(share)}'><title>{escape(tip)}</title></rect>"
+
+
+def _marks(plot: Box, y: float, height: float, ends: tuple[float, float] | None) -> list[str]:
+    inside = [end for end in ends or () if plot.low < end < plot.high]
+    return [line(plot.x(end), y + 1, plot.x(end), y + height - 1, BAD, 2.2) for end in inside]
+
+
+def blue(share: float) -> str:
+    """A colour between white (0) and dark blue (half the elements or more), by the square root of the share."""
+    place = min(1.0, math.sqrt(share / 0.5)) * (len(BLUES) - 1)
+    at = min(int(place), len(BLUES) - 2)
+    mixed = [round(a + (place - at) * (b - a)) for a, b in zip(BLUES[at], BLUES[at + 1], strict=True)]
+    return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+def _density(histogram: Histogram, plot: Box) -> list[str]:
+    """The outline of the histogram: share of elements per octave, on a square-root axis with its ticks."""
+    counts = histogram.counts[:N_MAGNITUDES]
+    used = counts.nonzero().flatten().tolist()
+    if not used:
+        return [_outline(plot), text(plot.left + plot.width / 2, plot.top + 60, "no magnitudes", anchor="middle")]
+    ends = [math.log2(end) if end > 0 else float(LOWEST) for end in edges()[used[0] : used[-1] + 2].tolist()]
+    whole = max(1, histogram.elements)
+    drawn = counts[used[0] : used[-1] + 1].tolist()
+    heights = [n / whole / (b - a) for n, a, b in zip(drawn, ends[:-1], ends[1:], strict=True)]
+    top = max(heights)
+
+    def y(value: float) -> float:
+        return plot.bottom - (plot.height - 6) * math.sqrt(value / top)
+
+    path = [f"M{plot.x(ends[0]):.1f} {plot.bottom:.1f}"]
+    for height, end in zip(heights, ends[1:], strict=True):
+        path.append(f"V{y(height):.1f}H{plot.x(end):.1f}")
+    path.append(f"V{plot.bottom:.1f}Z")
+    return [*_y_ticks(plot, top, y), f"<path d='{''.join(path)}' fill='#9ecae1' stroke='#3182bd' stroke-width='.7'/>"]
+
+
+def _y_ticks(plot: Box, top: float, y: Callable[[float], float]) -> list[str]:
+    found = [_outline(plot)]
+    ticks = [tick for tick in (0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6) if 0.01 * top < tick <= top]
+    for tick in ticks:
+        found.append(line(plot.left, y(tick), plot.left + plot.width, y(tick), "#dddddd", 0.7))
+        found.append(
+            text(plot.left - 6, y(tick) + 4, f"{tick:.3g}".lstrip("0") if tick < 1 else f"{tick}", anchor="end")
+        )
+    place = f"{plot.left - 44:.0f} {plot.top + plot.height / 2:.0f}"
+    name = text(0, 0, "share per octave", anchor="middle", fill=GREY)
+    return [*found, f"<g transform='translate({place}) rotate(-90)'>{name}</g>"]
+
+
+def _x_axis(plot: Box, y: float) -> list[str]:
+    """Powers of two under a plot, every 1, 2, 4 or 8 octaves."""
+    step = next(s for s in (1, 2, 4, 8, 16, 32) if (plot.high - plot.low) / s <= max(2.0, plot.width / 34))
+    found = []
+    exponent = math.ceil(plot.low / step) * step
+    while exponent <= plot.high:
+        x = plot.x(exponent)
+        found.append(line(x, y, x, y + 4, INK, 0.8))
+        found.append(text(x, y + 18, f"2{superscript(exponent)}", size=12, anchor="middle"))
+        exponent += step
+    return found
+
+
+def _lost(plot: Box, band: Band) -> list[str]:
+    """Hatched regions outside the range of the format in use, with a line at either end."""
+    found = []
+    for start, end, at in ((plot.low, lower(band), lower(band)), (upper(band), plot.high, upper(band))):
+        left, right = plot.x(start), plot.x(end)
+        if right > left:
+            place = f"x='{left:.1f}' y='{plot.top}' width='{right - left:.1f}' height='{plot.height}'"
+            found.append(f"<rect {place} fill='url(#hatch)'/>")
+        if plot.low < at < plot.high:
+            found.append(
+                line(plot.x(at), plot.top - 4, plot.x(at), plot.bottom, COLOURS.get(band.format.name, INK), 1.6)
+            )
+    return found
+
+
+def _guide(plot: Box, band: Band) -> list[str]:
+    """A thin dashed line through the histogram where a format starts to flush."""
+    at = lower(band)
+    if not plot.low < at < plot.high:
+        return []
+    return [line(plot.x(at), plot.top, plot.x(at), plot.bottom, COLOURS.get(band.format.name, INK), 1.1, "4 3")]
+
+
+def _band(plot: Box, band: Band, y: float) -> list[str]:
+    """A bar over the format's range: dark where numbers are normal, light where they are subnormal."""
+    spec, colour = band.format.value, COLOURS.get(band.format.name, INK)
+    start, end = lower(band), upper(band)
+    normal = start if spec.integer else math.log2(spec.min_normal / band.scale)
+    thick = "bold" if band.used else "normal"
+    found = [text(plot.left - 8, y + 10, band.label, anchor="end", weight=thick)]
+    for a, b, opacity in ((start, normal, 0.35), (normal, end, 0.9)):
+        left, right = plot.x(a), plot.x(b)
+        if right > left:
+            place = f"x='{left:.1f}' y='{y + 1:.1f}' width='{right - left:.1f}' height='11'"
+            found.append(f"<rect {place} fill='{colour}' fill-opacity='{opacity}'/>")
+    for at, arrow, shift in ((start, "◂", 4.0), (end, "▸", -4.0)):
+        if not plot.low <= at <= plot.high:
+            edge = plot.x(at)
+            found.append(text(edge + shift, y + 10, arrow, anchor="middle", fill="#ffffff"))
+    found += [text(590 + 88 * i, y + 10, value, weight=thick) for i, value in enumerate(band.figures)]
+    return found
+
+
+def superscript(exponent: int) -> str:
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _outline(plot: Box) -> str:
+    place = f"x='{plot.left:.1f}' y='{plot.top}' width='{plot.width:.1f}' height='{plot.height:.1f}'"
+    return f"<rect {place} fill='none' stroke='#bbbbbb' stroke-width='.7'/>"
+
+
+def line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float, dashes: str = "") -> str:
+    dashed = f" stroke-dasharray='{dashes}'" if dashes else ""
+    ends = f"x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'"
+    return f"<line {ends} stroke='{colour}' stroke-width='{width}'{dashed}/>"
+
+
+def text(
+    x: float, y: float, words: str, *, size: float = 11, anchor: str = "start", fill: str = INK, weight: str = "normal"
+) -> str:
+    place = f"x='{x:.1f}' y='{y:.1f}' font-size='{size}' text-anchor='{anchor}' fill='{fill}' font-weight='{weight}'"
+    return f"<text {place}>{escape(words)}</text>"
+
+
+def svg(width: float, height: float, parts: Iterable[str]) -> str:
+    """A stand-alone SVG image; with the hatch that marks what is lost."""
+    body = "".join(parts)
+    name = f"hatch{zlib.crc32(body.encode()):08x}"  # unique in a page: a pattern in a folded part may not be found
+    hatch = (
+        f"<defs><pattern id='{name}' width='6' height='6' patternUnits='userSpaceOnUse' patternTransform='rotate(45)'>"
+        f"<rect width='6' height='6' fill='{BAD}' fill-opacity='.10'/>"
+        f"<line x1='0' y1='0' x2='0' y2='6' stroke='{BAD}' stroke-width='1.6' stroke-opacity='.7'/></pattern></defs>"
+    )
+    size = f"width='{width:.0f}' height='{height:.0f}' viewBox='0 0 {width:.0f} {height:.0f}'"
+    drawn = body.replace("#hatch", f"#{name}")
+    return f"<svg xmlns='http://www.w3.org/2000/svg' {size} {FONT} role='img'>{hatch}{drawn}</svg>"
