@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mptrain.kernels import c, choice, eager
+from mptrain.kernels import c, implementation, observe
 from mptrain.kernels.bins import N_BINS
 
 N_LOST = 5  # asked; lost in BF16, in FP32, expected with stochastic rounding, with BF16 + 16-bit remainder
@@ -47,15 +47,15 @@ def updates(
     if any(table.shape != (N_BINS,) for table in histograms) or lost.shape != (N_LOST,):
         raise ValueError(f"updates adds to int64 [{N_BINS}] three times and float64 [{N_LOST}]")
     numbers = step_size, correction, eps, decay
-    flat = weight.reshape(-1), first.reshape(-1), second.reshape(-1)
-    if choice.implementation(weight.device) == "c":
-        c.updates(*flat, numbers, histograms, lost)
+    flat = tuple(x.contiguous().view(-1) for x in (weight, first, second))
+    if implementation(weight.device) == "c":
+        c.updates(flat[0], flat[1], flat[2], numbers, histograms, lost)
         return
     for start in range(0, weight.numel(), CHUNK):
         w, m, v = (x[start : start + CHUNK] for x in flat)
         u = update(w.float(), m, v, *numbers)
         for x, table in zip((m, v, u), histograms, strict=True):
-            eager.observe(x, histogram=table)
+            observe(x, histogram=table)
         lost += lost_in(w.float(), u)
 
 

@@ -99,6 +99,20 @@ def column_sums(x: Tensor, out: Tensor) -> None:
     _loaded().mp_column_sums(x.data_ptr(), rows, cols, INPUT[x.dtype], out.data_ptr(), _threads(x.numel()))
 
 
+def updates(
+    weight: Tensor,
+    first: Tensor,
+    second: Tensor,
+    numbers: tuple[float, float, float, float],
+    histograms: tuple[Tensor, Tensor, Tensor],
+    lost: Tensor,
+) -> None:
+    """See :func:`mptrain.kernels.adamw.updates`; all contiguous."""
+    n, tables = weight.numel(), [table.data_ptr() for table in histograms]
+    pointers = weight.data_ptr(), first.data_ptr(), second.data_ptr()
+    _loaded().mp_updates(*pointers, n, INPUT[weight.dtype], *numbers, *tables, lost.data_ptr(), _threads(n))
+
+
 def _run(
     x: Tensor,
     scale: Tensor | None,
@@ -218,7 +232,7 @@ def _build(command: list[str], flags: tuple[str, ...], linked: tuple[str, ...], 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as private:
         sources, result = sorted(SOURCES.glob("*.c")), os.path.join(private, "quantize.so")
         objects = [f"{source.stem}.o" for source in sources]
-        for step in ([*flags, "-c", *map(str, sources)], ["-shared", *objects, *linked, "-o", result]):
+        for step in ([*flags, "-c", *map(str, sources)], ["-shared", *objects, *linked, "-lm", "-o", result]):
             done = subprocess.run([*command, *step], cwd=private, capture_output=True, text=True, timeout=TIMEOUT_S)
             if done.returncode != 0:
                 lines = done.stderr.strip().splitlines()
@@ -234,6 +248,7 @@ def _load(path: Path) -> ctypes.CDLL | None:
     signatures = {
         "mp_amax": [pointer, size, number, number, pointer],
         "mp_quantize": [pointer, size, size, number, number, number, *[pointer] * 9, number],
+        "mp_updates": [*[pointer] * 3, size, number, *[real] * 4, *[pointer] * 4, number],
         "mp_decode": [pointer, size, number, number, pointer, number],
         "mp_column_sums": [pointer, size, size, number, pointer, number],
         "mp_scale": [pointer, real, real, pointer],
