@@ -39,6 +39,8 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "checkpoint": ("settings",),
     "optim": ("settings",),
     "telemetry": ("kernels", "formats", "distributed", "outcome", "scaling", "settings"),
+    "telemetry.coverage": ("convert", "policy"),  # the audit: what was asked against what ran
+    "telemetry.audit": ("convert", "formats", "policy"),
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings"),
     "baseline": ("settings",),
     "loggers": ("settings",),

@@ -1,0 +1,245 @@
+"""The executed-precision audit: the policy is a claim, the record of what ran is the proof.
+
+    with StepAudit(model, policy, report, backend="emulated", emulated=True) as step:
+        forward and backward of every micro-batch, as in training
+    print(step.result.coverage, step.result.problems())
+
+A dispatch mode sees every matrix product of forward, recomputation and backward. Each is attributed to its module: in a
+forward by hooks that are gone afterwards, in backward by the sequence number of the autograd node under way, which
+falls between those at which a module's forward began and ended. Nothing of it flows into the training, whose bits stay
+the same; it costs one pass over every operand that an emulation carries in a wider type.
+
+Not visible: products inside the operators of a foreign library (Transformer Engine). A converted layer without a
+visible product is entered as *claimed*. Of fused attention the operands are seen, not what is between its two products.
+Reentrant checkpointing is not attributed in backward (``Precision.recompute`` is not reentrant).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+from mptrain.convert import ConversionReport
+from mptrain.formats import Format
+from mptrain.policy import PrecisionPolicy
+from mptrain.telemetry.coverage import Audit, Row
+from mptrain.telemetry.products import Seen, flops_of, is_attention, joined, look, look_inside, operands_of
+
+Key = tuple[str, str, str, tuple[str, ...], tuple[str, ...], tuple[str, ...], str]
+See = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, tuple[Any, ...] | None], None]
+
+
+class Places:
+    """Where a product belongs: which module's forward is under way, or whose backward."""
+
+    def __init__(self) -> None:
+        self._running: list[str] = []
+        self._starts: list[int] = [0]
+        self._owners: list[str] = [""]
+
+    def enter(self, name: str) -> None:
+        self._running.append(name)
+        self._mark()
+
+    def leave(self, name: str) -> None:
+        """Also after an exception: a recomputation is cut short by one."""
+        if name in self._running:
+            while self._running.pop() != name:
+                pass
+            self._mark()
+
+    def _mark(self) -> None:
+        """Autograd nodes made from here on belong to the innermost module. Nodes of a recomputation never run."""
+        if not _in_backward():
+            self._starts.append(torch._C._autograd._get_sequence_nr())
+            self._owners.append(self._running[-1] if self._running else "")
+
+    def here(self) -> tuple[str, str]:
+        """(module, stage) of the product under way."""
+        if self._running:
+            return self._running[-1], "recompute" if _in_backward() else "forward"
+        if not _in_backward():
+            return "", "forward"
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return "", "backward"
+        return self._owners[bisect.bisect_right(self._starts, node._sequence_nr()) - 1], "backward"
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shows every matrix product to ``see(func, args, kwargs, out, outer)``.
+
+    ``outer``: the arguments of the product of tensor subclasses that became this one, else None. A subclass is let
+    through untouched, so that what it runs in its turn is seen.
+    """
+
+    def __init__(self, see: See) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._see = see
+        self._outer: tuple[Any, ...] | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operands = operands_of(func)
+        if not operands:
+            return func(*args, **kwargs)
+        if any(hasattr(args[i], "__tensor_flatten__") for i in operands):
+            self._outer = tuple(args[i] for i in operands)
+            return NotImplemented
+        out = func(*args, **kwargs)
+        self._see(func, args, kwargs, out, self._outer)
+        self._outer = None
+        return out
+
+
+class StepAudit:
+    """A context around the forward and backward of one step; afterwards ``result`` is its :class:`Audit`.
+
+    ``report``: what the conversion says it did. ``emulated``: does ``backend`` carry narrow operands in wider types?
+    ``min_coverage`` (0 to 1): ValueError on leaving if a smaller share of the FLOPs ran in the formats asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: PrecisionPolicy,
+        report: ConversionReport,
+        *,
+        backend: str,
+        emulated: bool,
+        min_coverage: float = 0.0,
+    ) -> None:
+        self.result: Audit | None = None
+        self._model, self._policy, self._report = model, policy, report
+        self._backend, self._emulated, self._min_coverage = backend, emulated, min_coverage
+        self._places = Places()
+        self._watch = _Watch(self._see)
+        self._handles: list[RemovableHandle] = []
+        self._rows: dict[Key, list[int]] = defaultdict(lambda: [0, 0])  # FLOPs, count
+        self._seen: dict[tuple[str, str], int] = defaultdict(int)  # (layer, stage) -> visible products
+        self._claims: list[tuple[str, str, int]] = []  # (layer, GEMM, FLOPs) of backwards to come
+        converted = set(report.converted)
+        self._sizes: dict[str, tuple[int, int]] = {
+            name: (module.weight.shape[0], module.weight.shape[1])
+            for name, module in model.named_modules()
+            if (isinstance(module, nn.Linear) or name in converted) and isinstance(module.weight, Tensor)
+        }
+
+    def __enter__(self) -> Self:
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(partial(self._before, name=name)))
+            self._handles.append(module.register_forward_hook(partial(self._after, name=name), always_call=True))
+        self._watch.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._watch.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if kind is not None:
+            return
+        for layer, gemm, flops in self._claims:
+            if not self._seen[layer, "backward"]:
+                self._claim(layer, gemm, "backward", flops)
+        rows = [Row(*key, *totals) for key, totals in self._rows.items()]
+        self.result = Audit(tuple(rows), self._policy, self._report)
+        self.result.require(self._min_coverage)
+
+    def _before(self, module: nn.Module, args: Any, *, name: str) -> None:
+        self._places.enter(name)
+        if name in self._sizes:
+            self._seen[name, "now"] = 0
+
+    def _after(self, module: nn.Module, args: Any, out: Any, *, name: str) -> None:
+        if name in self._report.converted and isinstance(out, Tensor) and not self._seen[name, "now"]:
+            _, stage = self._places.here()
+            self._claim_layer(module, args[0], out, name, stage)
+        self._places.leave(name)
+
+    def _claim_layer(self, module: nn.Module, x: Tensor, out: Tensor, name: str, stage: str) -> None:
+        """No product of this converted layer was visible: by its shapes there is one, and two more in backward."""
+        flops = 2 * out.numel() * self._sizes[name][1]
+        self._claim(name, "output", stage, flops)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if stage == "forward" and out.requires_grad:
+            self._claims += [(name, "grad_input", flops)] if x.requires_grad else []
+            self._claims += [(name, "grad_weight", flops)] if weight.requires_grad else []
+
+    def _claim(self, layer: str, gemm: str, stage: str, flops: int) -> None:
+        asked = tuple(fmt.name for fmt in self._asked(layer, gemm, 2))
+        self._add((layer, gemm, stage, asked, asked, asked, f"claimed by {self._backend}"), flops)
+
+    def _add(self, key: Key, flops: int) -> None:
+        self._rows[key][0] += flops
+        self._rows[key][1] += 1
+
+    def _see(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, outer: tuple[Any, ...] | None
+    ) -> None:
+        layer, stage = self._places.here()
+        operands = [args[i] for i in operands_of(func)]
+        shown = operands if outer is None else list(outer)  # kernels may copy operands to lay them out anew
+        gemm, turned = self._gemm(func, layer, stage, shown)
+        outers: list[Any] = list(outer) if outer is not None else [None] * len(operands)
+        pairs = list(zip(operands, outers, strict=True))
+        if turned:
+            pairs.reverse()
+        asked = self._asked(layer, gemm, len(pairs))
+        seen = [self._look(x, around, fmt) for (x, around), fmt in zip(pairs, asked, strict=True)]
+        self._seen[layer, stage] += 1
+        self._seen[layer, "now"] += 1
+        names = tuple(fmt.name for fmt in asked)
+        evidence = joined(dict.fromkeys(sorted(s.evidence for s in seen)))
+        key = (layer, gemm, stage, names, tuple(s.ran for s in seen), tuple(s.carrier for s in seen), evidence)
+        self._add(key, flops_of(func, args, kwargs, out))
+
+    def _look(self, x: Tensor, outer: Any, asked: Format) -> Seen:
+        if outer is None:
+            return look(x, asked, emulated=self._emulated)
+        return look_inside(x, outer, asked, emulated=self._emulated)
+
+    def _gemm(self, func: Any, layer: str, stage: str, operands: list[Tensor]) -> tuple[str, bool]:
+        """(name of the product, are its operands the other way round than in the formula?)"""
+        if is_attention(func):
+            return "attention", False
+        if layer not in self._sizes or len(operands) != 2:
+            return "other", False
+        if stage != "backward":
+            return "output", False
+        return backward_gemm(operands[0], operands[1], *self._sizes[layer])
+
+    def _asked(self, layer: str, gemm: str, operands: int) -> tuple[Format, ...]:
+        """What the policy asks of each operand. A layer that the conversion kept is asked for ``compute``."""
+        config = self._policy.quantization
+        if not self._policy.quantized or layer not in self._sizes or (layer or "(root)") in self._report.kept:
+            return (self._policy.compute,) * operands
+        first = config.forward if gemm == "output" else config.backward
+        return first, config.forward
+
+
+def backward_gemm(left: Tensor, right: Tensor, n: int, k: int) -> tuple[str, bool]:
+    """Which backward product of a linear layer with weight [``n``, ``k``] is left [p, q] @ right [q, r]?
+
+    grad_input is grad_output [M, n] @ weight [n, k], grad_weight is grad_output^T [n, M] @ input [M, k]; each may run
+    as its transpose (then the operands are the other way round). Where M = n the shapes agree, and of the two only
+    grad_weight has a transposed matrix on the left.
+    """
+    (p, q), r = left.shape[-2:], right.shape[-1]
+    weight_like = (p, r) in ((n, k), (k, n))
+    if q != n or (weight_like and left.stride(-2) < left.stride(-1)):
+        return "grad_weight", (p, r) == (k, n) and n != k
+    return "grad_input", r != k
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
