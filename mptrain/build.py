@@ -29,6 +29,8 @@ from mptrain.policy import PrecisionPolicy
 from mptrain.precision import Precision
 from mptrain.report.terminal import emulation_note, print_comparison, print_end, print_lines
 from mptrain.settings import to_plain
+from mptrain.telemetry.audit import StepAudit
+from mptrain.telemetry.coverage import summary_of
 from mptrain.telemetry.meters import Throughput, peak_tflops
 from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED, Monitor
 from mptrain.trainer import Trainer
@@ -99,6 +101,7 @@ class Run:
             "underflow_frac": totals[FLUSHED] / totals[ELEMENTS] if counted else None,
             "worst_layers": trainer.monitor.worst(),
             "baseline": baseline.compare(self._figures(), self.fp32),
+            **summary_of(None if trainer.audit is None else trainer.audit.result, compiled=config.trainer.compile),
             "fingerprint": self.prepared.fingerprint,
             "machine": machine.describe(self.prepared.device),
             "torch": torch.__version__,
@@ -155,6 +158,7 @@ def _build(prepared: Prepared, console: Console, folder: Path, start: Path | Non
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     first = 0 if start is None else int(read_header(start)["step"])
     trainer = assemble(prepared, sinks, checkpoints)
+    trainer.audit = StepAudit(trainer.model, trainer.precision, min_coverage=config.audit.min_coverage)
     if config.precision.quantized:
         console.print(f"{trainer.precision.report}; {trainer.precision.backend.carrier}", highlight=False)
     if start is not None:

@@ -65,6 +65,15 @@ class Rates(Protocol):
     def at(self, applied: int) -> float: ...
 
 
+class Audits(Protocol):
+    """A context around the forward and backward of one step; ``result`` is None until then."""
+
+    @property
+    def result(self) -> Any: ...
+    def __enter__(self) -> Any: ...
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None: ...
+
+
 class Sink(Protocol):
     def tick(self, step: int) -> None: ...
     def metrics(self, step: int, values: dict[str, float]) -> None: ...
@@ -94,6 +103,7 @@ class Trainer:
         about: dict[str, Any] | None = None,
         flops_per_token: float = 0.0,
         peak_flops_per_s: float | None = None,
+        audit: Audits | None = None,
     ) -> None:
         self.config, self.model, self.precision, self.optimizer = config, model, precision, optimizer
         self.schedule, self.data, self.sink, self.monitor, self.throughput = schedule, data, sink, monitor, throughput
@@ -101,6 +111,7 @@ class Trainer:
         self.run_model = model if run_model is None else run_model
         self.checkpoints, self.checkpoint_every = checkpoints, checkpoint_every
         self.flops_per_token, self.peak_flops_per_s = flops_per_token, peak_flops_per_s
+        self.audit = audit
         self.ledger = Ledger()
         self.device = precision.device
         self.step_number = 0
@@ -139,7 +150,8 @@ class Trainer:
         start = time.perf_counter()
         self.monitor.begin_step(self.step_number + 1)
         with self._memory_meter():
-            loss = self._gradients()
+            unaudited = self.audit is None or self.audit.result is not None
+            loss = self._gradients() if unaudited else self._audited()
             self._settle()
             rate = self.schedule.at(self.ledger.applied)
             for group in self.optimizer.param_groups:
@@ -171,6 +183,16 @@ class Trainer:
             total = detached if total is None else total + detached
         assert total is not None
         return total
+
+    def _audited(self) -> Tensor:
+        """The first gradients of this process, watched. Compiled products cannot be: the model itself runs."""
+        assert self.audit is not None
+        run_model, self.run_model = self.run_model, self.model
+        try:
+            with self.audit:
+                return self._gradients()
+        finally:
+            self.run_model = run_model
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.device.type == "cpu":

@@ -40,7 +40,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "optim": ("settings",),
     "telemetry": ("kernels", "formats", "distributed", "outcome", "scaling", "settings"),
     "telemetry.coverage": ("convert", "policy"),  # the audit: what was asked against what ran
-    "telemetry.audit": ("convert", "formats", "policy"),
+    "telemetry.audit": ("convert", "formats", "kernels", "policy"),
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings"),
     "baseline": ("settings",),
     "loggers": ("settings",),
@@ -51,6 +51,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "config": (
         "registry", "settings", "policy", "optim", "trainer", "data", "models", "telemetry", "distributed",
     ),
+    "doctor": ("backends.base", "config", "machine", "precision", "telemetry"),  # one step, no run
     "build": ANY,
     "cli": ANY,
     "bench": ANY,

@@ -1,6 +1,6 @@
 """The executed-precision audit: the policy is a claim, the record of what ran is the proof.
 
-    with StepAudit(model, policy, report, backend="emulated", emulated=True) as step:
+    with StepAudit(model, precision) as step:
         forward and backward of every micro-batch, as in training
     print(step.result.coverage, step.result.problems())
 
@@ -20,13 +20,14 @@ import bisect
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from mptrain import kernels
 from mptrain.convert import ConversionReport
 from mptrain.formats import Format
 from mptrain.policy import PrecisionPolicy
@@ -35,6 +36,24 @@ from mptrain.telemetry.products import Seen, flops_of, is_attention, joined, loo
 
 Key = tuple[str, str, str, tuple[str, ...], tuple[str, ...], tuple[str, ...], str]
 See = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, tuple[Any, ...] | None], None]
+
+
+class Kernels(Protocol):
+    """The part of a backend that the audit reads."""
+
+    name: str
+    emulated: bool
+
+
+class Prepared(Protocol):
+    """The part of a prepared Precision that the audit reads."""
+
+    @property
+    def policy(self) -> PrecisionPolicy: ...
+    @property
+    def report(self) -> ConversionReport: ...
+    @property
+    def backend(self) -> Kernels: ...
 
 
 class Places:
@@ -103,44 +122,37 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class StepAudit:
     """A context around the forward and backward of one step; afterwards ``result`` is its :class:`Audit`.
 
-    ``report``: what the conversion says it did. ``emulated``: does ``backend`` carry narrow operands in wider types?
-    ``min_coverage`` (0 to 1): ValueError on leaving if a smaller share of the FLOPs ran in the formats asked for.
+    ``precision``: a :class:`mptrain.Precision` prepared with ``model``; its policy and its conversion's report are what
+    is asked. ``min_coverage`` (0 to 1): ValueError on leaving if a smaller share of the FLOPs ran in that.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        policy: PrecisionPolicy,
-        report: ConversionReport,
-        *,
-        backend: str,
-        emulated: bool,
-        min_coverage: float = 0.0,
-    ) -> None:
+    def __init__(self, model: nn.Module, precision: Prepared, *, min_coverage: float = 0.0) -> None:
         self.result: Audit | None = None
-        self._model, self._policy, self._report = model, policy, report
-        self._backend, self._emulated, self._min_coverage = backend, emulated, min_coverage
+        self._model, self._policy, self._report = model, precision.policy, precision.report
+        self._backend, self._emulated = precision.backend.name, precision.backend.emulated
+        self._min_coverage = min_coverage
         self._places = Places()
         self._watch = _Watch(self._see)
         self._handles: list[RemovableHandle] = []
         self._rows: dict[Key, list[int]] = defaultdict(lambda: [0, 0])  # FLOPs, count
         self._seen: dict[tuple[str, str], int] = defaultdict(int)  # (layer, stage) -> visible products
         self._claims: list[tuple[str, str, int]] = []  # (layer, GEMM, FLOPs) of backwards to come
-        converted = set(report.converted)
         self._sizes: dict[str, tuple[int, int]] = {
             name: (module.weight.shape[0], module.weight.shape[1])
             for name, module in model.named_modules()
-            if (isinstance(module, nn.Linear) or name in converted) and isinstance(module.weight, Tensor)
+            if (isinstance(module, nn.Linear) or name in self._report.converted) and isinstance(module.weight, Tensor)
         }
 
     def __enter__(self) -> Self:
         for name, module in self._model.named_modules():
             self._handles.append(module.register_forward_pre_hook(partial(self._before, name=name)))
             self._handles.append(module.register_forward_hook(partial(self._after, name=name), always_call=True))
+        kernels.onlookers += 1
         self._watch.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        kernels.onlookers -= 1
         self._watch.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()

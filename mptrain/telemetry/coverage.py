@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from mptrain.convert import ConversionReport
 from mptrain.policy import PrecisionPolicy
@@ -163,6 +164,14 @@ class Audit:
             f"audit.min_coverage={least:g} is not reached: {proven:.1%} of the GEMM FLOPs ran in {narrow} as "
             f"precision={self.policy.name} asks{said}. " + "; ".join(problems)
         )
+
+
+def summary_of(audit: Audit | None, *, compiled: bool) -> dict[str, Any]:
+    """What summary.json says of the audited step; empty if none was. ``compiled``: will the run itself be compiled?"""
+    if audit is None:
+        return {}
+    aside = ", measured on the uncompiled model" if compiled else ""
+    return {"gemm_coverage": audit.coverage, "gemm_flops": audit.line() + aside, "audit": audit.problems()}
 
 
 def kind_of(layer: str) -> str:

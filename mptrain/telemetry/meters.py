@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,20 @@ def peak_tflops(device: torch.device, fmt: str) -> float | None:
     name = torch.cuda.get_device_name(device)
     rates = next((rates for card, rates in PEAK_TFLOPS.items() if card in name), {})
     return rates.get(fmt)
+
+
+def weighted_peak_tflops(device: torch.device, coverage: Mapping[str, float]) -> float | None:
+    """The peak of a step whose GEMM FLOPs ran in several formats: 1 / sum(share / peak), None if a peak is unknown.
+
+    ``coverage``: format -> share, as :attr:`mptrain.telemetry.coverage.Audit.coverage`; claimed shares count as theirs.
+    """
+    seconds = 0.0  # per TFLOP
+    for name, share in coverage.items():
+        peak = peak_tflops(device, name.removesuffix(" claimed"))
+        if peak is None:
+            return None
+        seconds += share / peak
+    return 1.0 / seconds if seconds else None
 
 
 class Throughput:
