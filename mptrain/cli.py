@@ -43,7 +43,7 @@ def usage() -> str:
 
 
 def doctor(argv: list[str]) -> int:
-    """Which backends this machine has, and why not the others; ``doctor --audit precision=fp8 ...``: what GEMMs run in."""
+    """Which backends this machine has; with ``--audit precision=fp8 ...``: what every GEMM of a step runs in."""
     if argv[:1] == ["--audit"]:
         return _audit(argv[1:])
     _no_arguments("doctor", argv)

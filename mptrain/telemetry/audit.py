@@ -5,18 +5,15 @@
     print(step.result.coverage, step.result.problems())
 
 A dispatch mode sees every matrix product of forward, recomputation and backward. Each is attributed to its module: in a
-forward by hooks that are gone afterwards, in backward by the sequence number of the autograd node under way, which
-falls between those at which a module's forward began and ended. Nothing of it flows into the training, whose bits stay
-the same; it costs one pass over every operand that an emulation carries in a wider type.
+forward by hooks that are gone afterwards, in backward by a tag on the autograd node under way. Nothing of it flows into
+the training, whose bits stay the same; it costs one pass over every operand that an emulation carries in a wider type.
 
 Not visible: products inside the operators of a foreign library (Transformer Engine). A converted layer without a
 visible product is entered as *claimed*. Of fused attention the operands are seen, not what is between its two products.
-Reentrant checkpointing is not attributed in backward (``Precision.recompute`` is not reentrant).
 """
 
 from __future__ import annotations
 
-import bisect
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +22,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from mptrain import kernels
@@ -35,6 +33,7 @@ from mptrain.telemetry.coverage import Audit, Row
 from mptrain.telemetry.products import Seen, flops_of, is_attention, joined, look, look_inside, operands_of
 
 Key = tuple[str, str, str, tuple[str, ...], tuple[str, ...], tuple[str, ...], str]
+TAG = "mptrain.layer"
 See = Callable[[Any, tuple[Any, ...], dict[str, Any], Any, tuple[Any, ...] | None], None]
 
 
@@ -57,40 +56,46 @@ class Prepared(Protocol):
 
 
 class Places:
-    """Where a product belongs: which module's forward is under way, or whose backward."""
+    """Where a product belongs: which module's forward is under way, or whose backward.
+
+    On leaving a module its autograd nodes, those between its output and whatever is older than its beginning, get its
+    name into their ``metadata``, where the product's backward finds it. The tag goes with the graph.
+    """
 
     def __init__(self) -> None:
-        self._running: list[str] = []
-        self._starts: list[int] = [0]
-        self._owners: list[str] = [""]
+        self._running: list[tuple[str, int]] = []  # module, sequence number of the next autograd node on entering
 
     def enter(self, name: str) -> None:
-        self._running.append(name)
-        self._mark()
+        self._running.append((name, torch._C._autograd._get_sequence_nr()))
 
-    def leave(self, name: str) -> None:
-        """Also after an exception: a recomputation is cut short by one."""
-        if name in self._running:
-            while self._running.pop() != name:
-                pass
-            self._mark()
-
-    def _mark(self) -> None:
-        """Autograd nodes made from here on belong to the innermost module. Nodes of a recomputation never run."""
-        if not _in_backward():
-            self._starts.append(torch._C._autograd._get_sequence_nr())
-            self._owners.append(self._running[-1] if self._running else "")
+    def leave(self, name: str, out: Any) -> None:
+        """Also after an exception, without an ``out``: a recomputation is cut short by one."""
+        while self._running:
+            left, start = self._running.pop()
+            if left == name:
+                _tag([x.grad_fn for x in tree_leaves(out) if isinstance(x, Tensor)], name, start)
+                return
 
     def here(self) -> tuple[str, str]:
         """(module, stage) of the product under way."""
         if self._running:
-            return self._running[-1], "recompute" if _in_backward() else "forward"
+            return self._running[-1][0], "recompute" if _in_backward() else "forward"
         if not _in_backward():
             return "", "forward"
-        node = torch._C._current_autograd_node()
-        if node is None:
-            return "", "backward"
-        return self._owners[bisect.bisect_right(self._starts, node._sequence_nr()) - 1], "backward"
+        node: Any = torch._C._current_autograd_node()
+        return ("" if node is None else node.metadata.get(TAG, "")), "backward"
+
+
+def _tag(nodes: list[Any], name: str, start: int) -> None:
+    """Name the untagged nodes made since ``start`` from which ``nodes`` come. Those of inner modules have names."""
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen or not node.next_functions or node._sequence_nr() < start:
+            continue  # (a parameter's node has no next one and outlives the graph)
+        seen.add(node)
+        node.metadata.setdefault(TAG, name)
+        nodes += [before for before, _ in node.next_functions]
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -175,7 +180,7 @@ class StepAudit:
         if name in self._report.converted and isinstance(out, Tensor) and not self._seen[name, "now"]:
             _, stage = self._places.here()
             self._claim_layer(module, args[0], out, name, stage)
-        self._places.leave(name)
+        self._places.leave(name, out)
 
     def _claim_layer(self, module: nn.Module, x: Tensor, out: Tensor, name: str, stage: str) -> None:
         """No product of this converted layer was visible: by its shapes there is one, and two more in backward."""
