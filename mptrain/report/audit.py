@@ -45,7 +45,7 @@ def audit_rows(audit: Audit) -> list[tuple[Cells, float]]:
 
 
 def _title(row: Row) -> str:
-    """``output``, ``grad_input``, ``grad_weight``, ``attention``, or the later stages of the same: recompute, backward."""
+    """``output``, ``grad_input``, ``grad_weight``, ``attention``, or a later stage of it: recompute, backward."""
     return row.gemm if row.gemm.startswith("grad") or row.stage == "forward" else row.stage
 
 

@@ -142,6 +142,7 @@ class StepAudit:
         self._rows: dict[Key, list[int]] = defaultdict(lambda: [0, 0])  # FLOPs, count
         self._seen: dict[tuple[str, str], int] = defaultdict(int)  # (layer, stage) -> visible products
         self._claims: list[tuple[str, str, int]] = []  # (layer, GEMM, FLOPs) of backwards to come
+        self._weights: dict[str, dict[str, Tensor]] = defaultdict(dict)  # layer -> stage -> first row of its weight
         self._sizes: dict[str, tuple[int, int]] = {
             name: (module.weight.shape[0], module.weight.shape[1])
             for name, module in model.named_modules()
@@ -162,6 +163,7 @@ class StepAudit:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._weights.clear()
         if kind is not None:
             return
         for layer, gemm, flops in self._claims:
@@ -177,18 +179,22 @@ class StepAudit:
             self._seen[name, "now"] = 0
 
     def _after(self, module: nn.Module, args: Any, out: Any, *, name: str) -> None:
-        if name in self._report.converted and isinstance(out, Tensor) and not self._seen[name, "now"]:
-            _, stage = self._places.here()
-            self._claim_layer(module, args[0], out, name, stage)
+        if name in self._report.converted and not self._seen[name, "now"]:
+            self._claim_layer(module, args[0], out, name)
         self._places.leave(name, out)
 
-    def _claim_layer(self, module: nn.Module, x: Tensor, out: Tensor, name: str, stage: str) -> None:
-        """No product of this converted layer was visible: by its shapes there is one, and two more in backward."""
-        flops = 2 * out.numel() * self._sizes[name][1]
+    def _claim_layer(self, module: nn.Module, x: Tensor, out: Tensor | None, name: str) -> None:
+        """No product of this converted layer was visible: by its shapes there is one, and two more in backward.
+
+        Without an ``out`` a recomputation was cut short, which the layer does after its product, when it saves for
+        backward.
+        """
+        _, stage = self._places.here()
+        flops = 2 * x.numel() * self._sizes[name][0]
         self._claim(name, "output", stage, flops)
         weight = module.weight
         assert isinstance(weight, Tensor)
-        if stage == "forward" and out.requires_grad:
+        if stage == "forward" and out is not None and out.requires_grad:
             self._claims += [(name, "grad_input", flops)] if x.requires_grad else []
             self._claims += [(name, "grad_weight", flops)] if weight.requires_grad else []
 
@@ -206,7 +212,7 @@ class StepAudit:
         layer, stage = self._places.here()
         operands = [args[i] for i in operands_of(func)]
         shown = operands if outer is None else list(outer)  # kernels may copy operands to lay them out anew
-        gemm, turned = self._gemm(func, layer, stage, shown)
+        gemm, turned = self._gemm(func, layer, stage, shown, wrapped=outer is not None)
         outers: list[Any] = list(outer) if outer is not None else [None] * len(operands)
         pairs = list(zip(operands, outers, strict=True))
         if turned:
@@ -225,15 +231,19 @@ class StepAudit:
             return look(x, asked, emulated=self._emulated)
         return look_inside(x, outer, asked, emulated=self._emulated)
 
-    def _gemm(self, func: Any, layer: str, stage: str, operands: list[Tensor]) -> tuple[str, bool]:
+    def _gemm(self, func: Any, layer: str, stage: str, operands: list[Tensor], *, wrapped: bool) -> tuple[str, bool]:
         """(name of the product, are its operands the other way round than in the formula?)"""
         if is_attention(func):
             return "attention", False
         if layer not in self._sizes or len(operands) != 2:
             return "other", False
-        if stage != "backward":
-            return "output", False
-        return backward_gemm(operands[0], operands[1], *self._sizes[layer])
+        left, right = map(_matrix, operands)
+        n, k = self._sizes[layer]
+        if stage == "backward":
+            return backward_gemm(left, right, n, k, tuple(self._weights[layer].values()))
+        if not wrapped and left.shape[0] == n == right.shape[1]:
+            self._weights[layer][stage] = right[:, 0].clone()
+        return "output", False
 
     def _asked(self, layer: str, gemm: str, operands: int) -> tuple[Format, ...]:
         """What the policy asks of each operand. A layer that the conversion kept is asked for ``compute``."""
@@ -244,18 +254,34 @@ class StepAudit:
         return first, config.forward
 
 
-def backward_gemm(left: Tensor, right: Tensor, n: int, k: int) -> tuple[str, bool]:
+def backward_gemm(left: Tensor, right: Tensor, n: int, k: int, weights: tuple[Tensor, ...] = ()) -> tuple[str, bool]:
     """Which backward product of a linear layer with weight [``n``, ``k``] is left [p, q] @ right [q, r]?
 
     grad_input is grad_output [M, n] @ weight [n, k], grad_weight is grad_output^T [n, M] @ input [M, k]; each may run
-    as its transpose (then the operands are the other way round). Where M = n the shapes agree, and of the two only
-    grad_weight has a transposed matrix on the left.
+    as its transpose (then the operands are the other way round: True). Where M = n the shapes agree; then ``weights``,
+    first rows [k] of the weight in forwards, tell, and without them that grad_weight's left matrix is a transpose.
     """
-    (p, q), r = left.shape[-2:], right.shape[-1]
-    weight_like = (p, r) in ((n, k), (k, n))
-    if q != n or (weight_like and left.stride(-2) < left.stride(-1)):
-        return "grad_weight", (p, r) == (k, n) and n != k
-    return "grad_input", r != k
+    (p, q), r = left.shape, right.shape[1]
+    turned = (p, r) == (k, n) and n != k
+    transpose = left.stride(0) < left.stride(1)
+    if q != n:
+        return "grad_weight", turned
+    if (p, r) not in ((n, k), (k, n)):
+        return "grad_input", r != k or (p == k and transpose)
+    if not weights:
+        return ("grad_weight" if transpose else "grad_input"), turned
+    if r == k and any(torch.equal(right[0], row) for row in weights):
+        return "grad_input", False
+    if p == k and any(torch.equal(left[:, 0], row) for row in weights):
+        return "grad_input", True
+    return "grad_weight", turned
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """The first of a batch of matrices."""
+    while x.ndim > 2:
+        x = x[0]
+    return x
 
 
 def _in_backward() -> bool:
