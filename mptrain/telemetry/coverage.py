@@ -21,6 +21,7 @@ ROLES = {
     ("attention", 4): ("grad_output", "query", "key", "value"),
 }
 LAYER = "<layer>"  # stands for the name in a sentence until those of all blocks are one
+NAMED = 4  # layers that a line names
 SHOWN = 3  # problems that an error names
 
 
@@ -95,12 +96,20 @@ class Audit:
         return dict(found)
 
     def line(self) -> str:
-        """``fp8 84.1 %, bf16 15.9 % (head, attention)``: where all but the largest share ran is named."""
+        """``fp8 84.1 %, bf16 15.9 % (head, attention)``: of what ran otherwise than in the narrowest, the layers."""
         parts = []
-        for index, (name, share) in enumerate(self.coverage.items()):
-            where = dict.fromkeys(_leaf(row) for row in self.by_format()[name])
-            parts.append(f"{name} {share:.1%}".replace("%", " %") + (f" ({', '.join(where)})" if index else ""))
+        for name, share in self.coverage.items():
+            where = "" if name.removesuffix(" claimed") == self._narrow else self._where(name)
+            parts.append(f"{name} {100 * share:.1f} %{where}")
         return ", ".join(parts)
+
+    def _where(self, name: str) -> str:
+        leaves = list(dict.fromkeys(_leaf(row) for row in self.by_format()[name]))
+        return f" ({', '.join(leaves[:NAMED])}{', ...' if len(leaves) > NAMED else ''})"
+
+    @property
+    def _narrow(self) -> str:
+        return "fp8" if self.policy.quantized else str(self.policy.compute)
 
     def problems(self) -> list[str]:
         """One sentence for each thing that ran otherwise than the policy asks, most FLOPs first; empty if none."""
@@ -157,12 +166,11 @@ class Audit:
         proven, claimed = self.asked_coverage, self.claimed_coverage
         if proven + claimed >= least:
             return
-        narrow = "fp8" if self.policy.quantized else str(self.policy.compute)
-        said = f" ({claimed:.1%} more is claimed, not proven)" if claimed else ""
+        said = f" ({100 * claimed:.1f} % more is claimed, not proven)" if claimed else ""
         problems = self.problems()[:SHOWN] or [f"the rest is by design: {self.line()}"]
         raise ValueError(
-            f"audit.min_coverage={least:g} is not reached: {proven:.1%} of the GEMM FLOPs ran in {narrow} as "
-            f"precision={self.policy.name} asks{said}. " + "; ".join(problems)
+            f"audit.min_coverage={least:g} is not reached: {100 * proven:.1f} % of the GEMM FLOPs ran in {self._narrow} "
+            f"as precision={self.policy.name} asks{said}. " + "; ".join(problems)
         )
 
 
