@@ -307,6 +307,29 @@ def test_operands_that_were_never_quantized(monkeypatch):
     assert audit.asked_coverage == 0.0
 
 
+class Widened(nn.Module):
+    """A product that leaves autocast, as torch's unfused attention does under dropout on a CPU."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return torch.bmm(x.float(), x.float().transpose(1, 2))
+
+
+def test_a_product_outside_the_linear_layers_that_left_autocast():
+    model = nn.Sequential(nn.Linear(8, 16), Widened())
+    precision = Precision("bf16").prepare(model)
+    with StepAudit(model, precision) as step:
+        with precision.forward():
+            loss = model(torch.randn(2, 4, 8)).mean()
+        precision.backward(loss)
+    rows = {(row.layer, row.stage, row.format): row.flops for row in step.result.rows}
+    assert rows["1", "forward", "fp32"] == 2 * 2 * 4 * 16 * 4
+    assert rows["1", "backward", "fp32"] == 2 * rows["1", "forward", "fp32"]
+    backward, forward = step.result.problems()
+    assert backward.startswith("a product of 1 ran in fp32 in backward, not bf16")
+    assert forward.startswith("a product of 1 ran in fp32, not bf16")
+
+
 def test_nothing_quantized_by_request():
     audit = Step(policy_of("fp8", keep=".*")).audited()
     assert audit.problems() == ["nothing was quantized: precision.keep='.*' keeps every linear layer"]

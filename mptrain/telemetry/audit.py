@@ -179,7 +179,7 @@ class StepAudit:
             self._seen[name, "now"] = 0
 
     def _after(self, module: nn.Module, args: Any, out: Any, *, name: str) -> None:
-        if name in self._report.converted and not self._seen[name, "now"]:
+        if name in self._report.converted and not self._seen[name, "now"] and args:
             self._claim_layer(module, args[0], out, name)
         self._places.leave(name, out)
 
@@ -248,7 +248,8 @@ class StepAudit:
     def _asked(self, layer: str, gemm: str, operands: int) -> tuple[Format, ...]:
         """What the policy asks of each operand. A layer that the conversion kept is asked for ``compute``."""
         config = self._policy.quantization
-        if not self._policy.quantized or layer not in self._sizes or (layer or "(root)") in self._report.kept:
+        kept = layer not in self._sizes or (layer or "(root)") in self._report.kept
+        if not self._policy.quantized or kept or gemm in ("attention", "other"):
             return (self._policy.compute,) * operands
         first = config.forward if gemm == "output" else config.backward
         return first, config.forward

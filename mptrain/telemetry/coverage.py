@@ -158,19 +158,21 @@ class Audit:
             elif len(off) == 1 and roles:
                 yield row, f"{roles[off[0]]} of {LAYER} was {row.ran[off[0]]}, asked {row.asked[off[0]]}"
             else:
-                what = f"{row.gemm} (backward)" if row.gemm == "attention" and row.stage == "backward" else row.gemm
-                yield row, f"{what} of {LAYER} ran in {ran}, not {asked}"
+                what = "a product" if row.gemm == "other" else row.gemm
+                late = " in backward" if row.stage == "backward" and not what.startswith("grad") else ""
+                yield row, f"{what} of {LAYER} ran in {ran}{late}, not {asked}"
 
     def require(self, least: float) -> None:
         """ValueError, with the biggest problems, if less than ``least`` ran (or is claimed to) in what was asked."""
         proven, claimed = self.asked_coverage, self.claimed_coverage
         if proven + claimed >= least:
             return
+        ran = f"{100 * proven:.1f} % of the GEMM FLOPs ran in {self._narrow}"
         said = f" ({100 * claimed:.1f} % more is claimed, not proven)" if claimed else ""
         problems = self.problems()[:SHOWN] or [f"the rest is by design: {self.line()}"]
         raise ValueError(
-            f"audit.min_coverage={least:g} is not reached: {100 * proven:.1f} % of the GEMM FLOPs ran in {self._narrow} "
-            f"as precision={self.policy.name} asks{said}. " + "; ".join(problems)
+            f"audit.min_coverage={least:g} is not reached: {ran} as precision={self.policy.name} asks{said}. "
+            + "; ".join(problems)
         )
 
 
