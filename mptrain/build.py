@@ -31,6 +31,8 @@ from mptrain.precision import Precision
 from mptrain.report.terminal import emulation_note, print_comparison, print_end, print_lines
 from mptrain.settings import to_plain
 from mptrain.telemetry.drill import DebugConfig, Drill
+from mptrain.telemetry.audit import StepAudit
+from mptrain.telemetry.coverage import summary_of
 from mptrain.telemetry.meters import Throughput, peak_tflops
 from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, N_COUNTS, NAN, SATURATED, Monitor
 from mptrain.trainer import Trainer
@@ -102,6 +104,7 @@ class Run:
             "underflow_frac": totals[FLUSHED] / totals[ELEMENTS] if counted else None,
             "worst_layers": [] if monitor is None else monitor.worst(),
             "baseline": baseline.compare(self._figures(), self.fp32),
+            **summary_of(None if trainer.audit is None else trainer.audit.result, compiled=config.trainer.compile),
             "fingerprint": self.prepared.fingerprint,
             "machine": machine.describe(self.prepared.device),
             "torch": torch.__version__,
@@ -165,6 +168,7 @@ def _build(prepared: Prepared, console: Console, folder: Path, start: Path | Non
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     first = 0 if start is None else int(read_header(start)["step"])
     trainer = assemble(prepared, sinks, checkpoints)
+    trainer.audit = StepAudit(trainer.model, trainer.precision, min_coverage=config.audit.min_coverage)
     if config.precision.quantized:
         console.print(f"{trainer.precision.report}; {trainer.precision.backend.carrier}", highlight=False)
     if start is not None:

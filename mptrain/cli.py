@@ -14,10 +14,12 @@ from rich.table import Table
 
 from mptrain import baseline, build, kernels, machine
 from mptrain.backends.base import MODULES, load
-from mptrain.config import RunConfig, clear_errors
+from mptrain.config import RunConfig, clear_errors, composed
+from mptrain.doctor import audited_step
 from mptrain.policy import PrecisionPolicy, conf_dir
 from mptrain.report import casts, figures, page
 from mptrain.report import inspect as tables
+from mptrain.report.audit import print_audit
 from mptrain.settings import did_you_mean, from_plain
 from mptrain.telemetry.histogram import JUDGED
 
@@ -43,7 +45,9 @@ def usage() -> str:
 
 
 def doctor(argv: list[str]) -> int:
-    """Which backends and kernels this machine has for every precision, and why not the others."""
+    """Which backends this machine has; with ``--audit precision=fp8 ...``: what every GEMM of a step runs in."""
+    if argv[:1] == ["--audit"]:
+        return _audit(argv[1:])
     _no_arguments("doctor", argv)
     device = machine.pick_device("auto")
     console = Console()
@@ -62,6 +66,22 @@ def doctor(argv: list[str]) -> int:
     console.print(f"quantizer on {device}: {kernels.implementation(device)}", highlight=False)
     for name, why in kernels.why_not().items():
         console.print(f"  {name}: {why or 'available'}", highlight=False)
+    return 0
+
+
+def _audit(overrides: list[str]) -> int:
+    """Exit code 1 if less than audit.min_coverage ran in what the policy asks (claims of a backend count)."""
+    config = composed(overrides)
+    audit, said = audited_step(config)
+    console = Console()
+    console.print(said, highlight=False, soft_wrap=True)
+    print_audit(console, audit)
+    console.print("attention's share grows with the length of the sequences", highlight=False)
+    try:
+        audit.require(config.audit.min_coverage)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mptrain import registry
 from mptrain.optim import OptimConfig
-from mptrain.policy import PrecisionPolicy
+from mptrain.policy import PrecisionPolicy, conf_dir
 from mptrain.settings import did_you_mean, from_plain, require, to_plain
 from mptrain.telemetry.drill import DebugConfig
 from mptrain.telemetry.monitor import TelemetryConfig
@@ -40,6 +41,16 @@ class LoggerConfig:
 
     wandb: bool = True
     project: str = "mptrain"
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """``min_coverage``: stop after the first step if a smaller share of its GEMM FLOPs ran in what precision asks."""
+
+    min_coverage: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.min_coverage <= 1, "audit.min_coverage", self.min_coverage, "from 0 to 1, e.g. 0.8")
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class RunConfig:
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     seed: int = 0
     device: str = "auto"
     run_dir: str = ""
@@ -86,6 +98,13 @@ def register() -> None:
     for group in ("model", "data"):
         OmegaConf.set_struct(schema[group], False)  # open: checked against the Config of their kind
     ConfigStore.instance().store("schema", schema)
+
+
+def composed(overrides: list[str]) -> RunConfig:
+    """The settings that ``python train.py`` would run with these overrides. Errors as there: see :func:`explain`."""
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base=None):
+        return parse(compose("config", overrides))
 
 
 def _thaw(node: DictConfig) -> None:

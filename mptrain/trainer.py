@@ -31,7 +31,7 @@ from mptrain.precision import Precision
 from mptrain.settings import require
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.ledger import Ledger
-from mptrain.telemetry.meters import PeakMemory, Throughput
+from mptrain.telemetry.meters import PeakMemory, Throughput, weighted_peak_tflops
 from mptrain.telemetry.monitor import Monitor, Sample
 from mptrain.telemetry.record import Record
 
@@ -73,6 +73,15 @@ class Averaged(Stateful, Protocol):
     def in_place(self) -> AbstractContextManager[None]: ...
 
 
+class Audits(Protocol):
+    """A context around the forward and backward of one step; ``result`` is None until then."""
+
+    @property
+    def result(self) -> Any: ...
+    def __enter__(self) -> Any: ...
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None: ...
+
+
 class Sink(Protocol):
     def tick(self, step: int) -> None: ...
     def metrics(self, step: int, values: dict[str, float]) -> None: ...
@@ -106,6 +115,7 @@ class Trainer:
         about: dict[str, Any] | None = None,
         flops_per_token: float = 0.0,
         peak_flops_per_s: float | None = None,
+        audit: Audits | None = None,
     ) -> None:
         self.config, self.model, self.precision, self.optimizer = config, model, precision, optimizer
         self.schedule, self.data, self.sink, self.monitor, self.throughput = schedule, data, sink, monitor, throughput
@@ -114,6 +124,7 @@ class Trainer:
         self.average, self.drill = average, drill
         self.checkpoints, self.checkpoint_every = checkpoints, checkpoint_every
         self.flops_per_token, self.peak_flops_per_s = flops_per_token, peak_flops_per_s
+        self.audit = audit
         self.ledger = Ledger()
         self.device = precision.device
         self.step_number = 0
@@ -161,7 +172,8 @@ class Trainer:
         if watching:
             watching.begin_step()
         with self.memory.measured(len(self.throughput.seconds), self.model, self.optimizer), self._drilled(step):
-            loss = self._gradients(self.model if watching else self.run_model)
+            audited = self.audit is not None and self.audit.result is None
+            loss = self._audited() if audited else self._gradients(self.model if watching else self.run_model)
         self._settle()
         rate = self.schedule.at(self.ledger.applied)
         for group in self.optimizer.param_groups:
@@ -211,6 +223,15 @@ class Trainer:
             total = detached if total is None else total + detached
         assert total is not None
         return total
+
+    def _audited(self) -> Tensor:
+        """The first gradients of this process, watched product by product; MFU goes by the formats that ran."""
+        assert self.audit is not None
+        with self.audit:
+            loss = self._gradients(self.model)
+        peak = weighted_peak_tflops(self.device, self.audit.result.coverage)
+        self.peak_flops_per_s = peak * 1e12 if peak else self.peak_flops_per_s
+        return loss
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.device.type == "cpu":

@@ -7,7 +7,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from mptrain import config
-from mptrain.config import CheckpointConfig, LoggerConfig, RunConfig, TelemetryConfig
+from mptrain.config import AuditConfig, CheckpointConfig, LoggerConfig, RunConfig, TelemetryConfig
 from mptrain.optim import OptimConfig
 from mptrain.policy import PrecisionPolicy
 from mptrain.settings import to_plain
@@ -59,6 +59,7 @@ def test_every_recipe_composes(path):
 def test_the_default_files_hold_the_defaults_of_the_dataclasses():
     kinds = {"optim/adamw": OptimConfig, "trainer/cpu": TrainerConfig, "logger/default": LoggerConfig}
     kinds |= {"telemetry/default": TelemetryConfig, "checkpoint/default": CheckpointConfig}
+    kinds |= {"audit/default": AuditConfig}
     for name, kind in kinds.items():
         values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
         assert values == {key: value for key, value in to_plain(kind()).items() if key in values}

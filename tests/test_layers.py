@@ -54,6 +54,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "config": (
         "registry", "settings", "policy", "optim", "trainer", "data", "models", "telemetry", "distributed",
     ),
+    "doctor": ("backends.base", "config", "machine", "precision", "telemetry"),  # one step, no run
     "build": ANY,
     "cli": ANY,
     "bench": ANY,

@@ -101,6 +101,21 @@ def test_foreign_and_torn_checkpoints_are_refused_before_anything_is_made(monkey
     assert whole.read_bytes() == before
 
 
+def test_what_the_products_ran_in_is_in_the_summary_or_ends_the_run(monkeypatch, tmp_path):
+    done, stopped = tmp_path / "done", tmp_path / "stopped"
+    text = train(monkeypatch, tmp_path, "precision=fp8", "baseline=none", f"run_dir={done}")
+    shares = summary_of(done)["gemm_coverage"]
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert f"GEMM FLOPs     {summary_of(done)['gemm_flops']}" in text
+    assert summary_of(done)["audit"] == []
+    limits = ("precision=fp8", "precision.keep='.*'", "audit.min_coverage=0.5")
+    text = train(monkeypatch, tmp_path, *limits, "baseline=none", f"run_dir={stopped}", code=2)
+    assert "error: audit.min_coverage=0.5 is not reached" in text
+    assert "nothing was quantized" in text
+    assert (stopped / "config.json").is_file()
+    assert not (stopped / "checkpoints").exists()
+
+
 NEEDED = {"precision", "backend", "emulated", "steps", "skipped_steps", "train_loss", "val_loss", "tokens_per_s"}
 NEEDED |= {"peak_memory_gib", "overflow_events", "underflow_frac", "baseline"}
 

@@ -10,6 +10,7 @@ from mptrain import Precision
 from mptrain.loggers import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule, build_optimizer
+from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
 from mptrain.trainer import Trainer, TrainerConfig
@@ -129,6 +130,40 @@ def test_a_compiled_model_trains_the_same(name):
     compiled.fit(until=4)
     for step, loss in plain.losses.items():
         assert compiled.losses[step] == pytest.approx(loss, rel=2e-3 if name != "fp32" else 1e-5)
+
+
+class Refusing(torch.nn.Module):
+    """Stands for a compiled model, whose products an audit cannot see."""
+
+    def forward(self, **batch):
+        raise KeyError("compiled")
+
+
+def test_the_first_step_is_audited_uncompiled_and_no_other():
+    plain, run = trainer("fp8", accumulate=2, batch_size=4), trainer("fp8", accumulate=2, batch_size=4)
+    run.audit, run.run_model = StepAudit(run.model, run.precision), Refusing()
+    run.fit(until=1)
+    found = run.audit.result
+    assert found.problems() == []
+    assert {row.count for row in found.rows} == {2}
+    with pytest.raises(KeyError, match="compiled"):
+        run.step()
+    run.run_model = run.model
+    run.fit()
+    plain.fit()
+    assert run.audit.result is found
+    assert run.losses == plain.losses
+    assert torch.equal(weights(run), weights(plain))
+
+
+def test_a_run_whose_products_ran_otherwise_stops_in_its_first_step():
+    run = trainer("fp8")
+    before = weights(run).clone()
+    run.audit = StepAudit(run.model, run.precision, min_coverage=0.99)
+    with pytest.raises(ValueError, match=r"audit.min_coverage=0.99 is not reached: .* as precision=fp8 asks"):
+        run.fit()
+    assert run.step_number == 0
+    assert torch.equal(weights(run), before)
 
 
 def test_a_row_for_every_step_and_meters_on_sampled_ones():

@@ -17,13 +17,13 @@ from torch import Tensor
 from mptrain.formats import Format
 from mptrain.kernels import operators
 from mptrain.kernels.choice import IMPLEMENTATIONS, Kernels, implementation, kernels_on, module, use, why_not
-from mptrain.kernels.operators import direct
+from mptrain.kernels.operators import direct, onlooker
 from mptrain.kernels.statistics import COUNTS, INPUTS, Statistics, check_input, check_scalar
 
 __all__ = [
     "CODES", "CODE_TYPES", "COUNTS", "FP8", "IMPLEMENTATIONS", "INPUTS", "OBSERVED", "Kernels", "Statistics", "amax",
-    "column_sums", "current_scale", "decode", "fake_quantize", "implementation", "observe", "operands", "quantize",
-    "use", "why_not",
+    "column_sums", "current_scale", "decode", "fake_quantize", "implementation", "observe", "onlooker", "operands",
+    "quantize", "use", "why_not",
 ]  # fmt: skip
 
 FP8 = {Format.fp8_e4m3, Format.fp8_e5m2}
@@ -121,8 +121,8 @@ def operands(
     """A matrix and its transpose as operands of two GEMMs: the values of :func:`quantize`, whose codes nobody keeps.
 
     The transpose is a view, but for the C kernels in BF16: oneDNN transposes a left operand itself, slowly (2048 x 1536
-    by 384: 13.0 ms against 7.0 for one that is contiguous), where this pass has it in the cache. The product keeps its
-    bits (four shapes of a GPT, measured), and its training step gains 2 %.
+    by 384: 13.0 ms against 7.0 for one that is contiguous), where this pass has it in the cache. oneDNN may then add up
+    in another order (1024 rows: last bits differ), and the training step of a GPT gains 2 %.
     """
     wanted = Statistics(counts, amax, histogram, errors, blocks)
     if direct(x) and implementation(x.device) == "c" and carrier is torch.bfloat16 and fmt in FP8:

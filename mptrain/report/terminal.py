@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mptrain.baseline import FEW_STEPS
+from mptrain.telemetry.coverage import SHOWN
 
 
 def print_lines(console: Console, rows: list[tuple[str, str]]) -> None:
@@ -69,6 +70,9 @@ def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("underflow", "not counted in FP32" if underflow is None else f"{underflow:.3%} of elements became zero"),
         ("skipped steps", str(summary["skipped_steps"])),
     ]
+    if "gemm_flops" in summary:
+        rows.append(("GEMM FLOPs", summary["gemm_flops"]))
+        rows += [("not as asked", problem) for problem in summary["audit"][:SHOWN]]
     if overflow == 0 and summary["scaling"] == "current":
         rows.append(("no overflow?", "current scaling fits each tensor's largest value to the format, so none can"))
     if summary["emulated"]:

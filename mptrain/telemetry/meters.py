@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mptrain import kernels
 
 GIB = 2**30
 MEMORY_STEP = 1  # the second step: optimizer state exists, and warm-up is not over
@@ -36,6 +38,20 @@ def peak_tflops(device: torch.device, fmt: str) -> float | None:
     name = torch.cuda.get_device_name(device)
     rates = next((rates for card, rates in PEAK_TFLOPS.items() if card in name), {})
     return rates.get(fmt)
+
+
+def weighted_peak_tflops(device: torch.device, coverage: Mapping[str, float]) -> float | None:
+    """The peak of a step whose GEMM FLOPs ran in several formats: 1 / sum(share / peak), None if a peak is unknown.
+
+    ``coverage``: format -> share, as :attr:`mptrain.telemetry.coverage.Audit.coverage`; claimed shares count as theirs.
+    """
+    seconds = 0.0  # per TFLOP
+    for name, share in coverage.items():
+        peak = peak_tflops(device, name.removesuffix(" claimed"))
+        if peak is None:
+            return None
+        seconds += share / peak
+    return 1.0 / seconds if seconds else None
 
 
 class Throughput:
@@ -114,7 +130,7 @@ class PeakMemory:
         if self._device.type != "cpu" or steps_done != MEMORY_STEP:
             yield
             return
-        with LiveBytes(resident_tensors(model, optimizer)) as meter:
+        with kernels.onlooker(), LiveBytes(resident_tensors(model, optimizer)) as meter:
             yield
         self.peak_gib = meter.peak / GIB
 
