@@ -25,16 +25,17 @@ from mptrain.distributed import world_size
 from mptrain.folder import discard, folder_of
 from mptrain.formats import Format
 from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sinks, WandbSink
+from mptrain.kernels.counters import N_COUNTS
 from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.policy import PrecisionPolicy
 from mptrain.precision import Precision
 from mptrain.report.terminal import emulation_note, print_comparison, print_end, print_lines
 from mptrain.settings import to_plain
-from mptrain.telemetry.drill import DebugConfig, Drill
 from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.coverage import summary_of
+from mptrain.telemetry.drill import DebugConfig, Drill
 from mptrain.telemetry.meters import Throughput, peak_tflops
-from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, N_COUNTS, NAN, SATURATED, Monitor
+from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED, Monitor
 from mptrain.trainer import Trainer
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import events_of, rows_of, summary_of, train
+from test_trainer import SIZES, Data, Kept, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mptrain
-from commands import events_of, rows_of, summary_of, train
 from mptrain import Precision
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule, build_optimizer
@@ -19,7 +20,6 @@ from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
 from mptrain.trainer import Trainer, TrainerConfig
-from test_trainer import SIZES, Data, Kept, weights
 
 pytestmark = pytest.mark.usefixtures("command_line")
 TELEMETRY = Path(mptrain.__file__).parent / "telemetry"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_bad_input_is_one_message_that_names_the_setting(monkeypatch, tmp_path, 
 
 def test_a_tokens_file_that_is_not_there(monkeypatch, tmp_path):
     missing = tmp_path / "train.bin"
-    monkeypatch.setattr(sys.modules[__name__], "TINY", ())
+    monkeypatch.setattr(commands, "TINY", ())
     text = train(monkeypatch, tmp_path, "data=tokens", f"data.train={missing}", f"data.validation={missing}", code=2)
     assert f"data.train={missing}" in text
     assert "Traceback" not in text
@@ -69,7 +70,7 @@ def test_token_shards_train(monkeypatch, tmp_path):
     words = np.random.Philox(key=[1, 2]).random_raw(4000) % np.uint64(50)
     for name in ("train", "validation"):
         words.astype("<u2").tofile(tmp_path / f"{name}.bin")
-    monkeypatch.setattr(sys.modules[__name__], "TINY", TINY[1:])
+    monkeypatch.setattr(commands, "TINY", TINY[1:])
     given = [f"data.{name}={tmp_path / name}.bin" for name in ("train", "validation")]
     train(
         monkeypatch, tmp_path, "data=tokens", "data.vocab_size=50", *given, f"run_dir={tmp_path / 'a'}", "baseline=none"

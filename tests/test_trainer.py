@@ -50,7 +50,7 @@ class Kept(NullSink):
         self.records.append(record)
 
 
-def trainer(name="fp32", *, compiled=None, sink=None, **settings):
+def trainer(name="fp32", *, compiled=None, sink=None, record=2, **settings):
     torch.manual_seed(0)
     model = gpt.build(SIZES)
     precision = Precision(name).prepare(model)
@@ -63,7 +63,7 @@ def trainer(name="fp32", *, compiled=None, sink=None, **settings):
         schedule=Schedule.of(OptimConfig(warmup_frac=0.5), config.max_steps),
         data=Data(),
         sink=sink or NullSink(),
-        monitor=Monitor(model, precision, TelemetryConfig(record_every=2), config.max_steps),
+        monitor=Monitor(model, precision, TelemetryConfig(record_every=record), config.max_steps),
         throughput=Throughput(64),
         every=2,
         run_model=None if compiled is None else torch.compile(model, backend=compiled),
@@ -125,7 +125,7 @@ def test_evaluation_disturbs_nothing(name):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp8"])
 def test_a_compiled_model_trains_the_same(name):
-    plain, compiled = trainer(name), trainer(name, compiled="aot_eager")
+    plain, compiled = trainer(name), trainer(name, compiled="aot_eager", record=100)
     plain.fit(until=4)
     compiled.fit(until=4)
     for step, loss in plain.losses.items():
@@ -140,7 +140,7 @@ class Refusing(torch.nn.Module):
 
 
 def test_the_first_step_is_audited_uncompiled_and_no_other():
-    plain, run = trainer("fp8", accumulate=2, batch_size=4), trainer("fp8", accumulate=2, batch_size=4)
+    plain, run = (trainer("fp8", accumulate=2, batch_size=4, record=100) for _ in range(2))
     run.audit, run.run_model = StepAudit(run.model, run.precision), Refusing()
     run.fit(until=1)
     found = run.audit.result

@@ -74,9 +74,9 @@ class Booking:
             sums = books.row(slot)
             if self._config.scaling in (Scaling.rowwise, Scaling.block):
                 local = rows.float() * self._local_scales(rows, role, fmt)
-                one, cast = torch.ones_like(scale), {name: sums.pop(name) for name in ("counts", "errors") if sums}
-                kernels.observe(local, fmt=fmt, scale=one, **cast)  # its error is relative to values near the maximum
-                kernels.observe(rows, **sums)
+                cast = {name: sums[name] for name in ("counts", "errors") if sums}
+                kernels.observe(local, fmt=fmt, scale=torch.ones_like(scale), **cast)
+                kernels.observe(rows, histogram=sums.get("histogram"), blocks=sums.get("blocks"))
             else:
                 kernels.observe(rows, fmt=fmt, scale=scale, **sums)
             books.note(slot, amax)

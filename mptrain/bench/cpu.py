@@ -37,7 +37,7 @@ from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule
 from mptrain.policy import BackendName, LossScaleKind
 from mptrain.telemetry.meters import Throughput
-from mptrain.telemetry.monitor import Monitor
+from mptrain.telemetry.monitor import Monitor, TelemetryConfig
 from mptrain.trainer import Trainer, TrainerConfig
 
 CLIP, EVERY = 1.0, 10
@@ -217,7 +217,11 @@ def trainer_steps(kind: LossScaleKind, sizes: Sizes) -> Step:
     precision = Precision(PrecisionPolicy(loss_scale=LossScale(kind=kind))).prepare(model)
     parts: dict[str, Any] = {"model": model, "precision": precision, "data": NullData(), "sink": NullSink()}
     parts |= {"optimizer": AdamW(model.parameters(), lr=LR, fused=True), "throughput": Throughput(1), "every": EVERY}
-    parts |= {"schedule": Schedule.of(OptimConfig(lr=LR), 1 << 30), "monitor": Monitor(precision.counters, EVERY)}
+    telemetry = TelemetryConfig(EVERY)
+    parts |= {
+        "schedule": Schedule.of(OptimConfig(lr=LR), 1 << 30),
+        "monitor": Monitor(model, precision, telemetry, 1 << 30),
+    }
     trainer = Trainer(TrainerConfig(max_steps=1 << 30, clip=CLIP, eval_every=0), **parts)
     return lambda: trainer.fit(until=trainer.step_number + sizes.steps)
 

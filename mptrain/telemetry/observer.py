@@ -139,7 +139,7 @@ class Observer:
             if moments_of is None and "exp_avg" not in state:
                 continue
             first, second = moments_of(parameter) if moments_of else (state["exp_avg"], state["exp_avg_sq"])
-            tables = tuple(self._counters.row(rows[role])["histogram"] for role in PARAMETER_ROLES[2:])
+            tables = [self._counters.row(rows[role])["histogram"] for role in PARAMETER_ROLES[2:]]
             group, step = groups[parameter], float(state["step"])
             lr, (beta1, beta2) = float(group["lr"]), group["betas"]
             updates(
@@ -151,7 +151,7 @@ class Observer:
                 eps=group["eps"],
                 decay=lr * group["weight_decay"],
                 lost=self.lost[rows["update"]],
-                histograms=tables,
+                histograms=(tables[0], tables[1], tables[2]),
             )
 
     def _is_multiplied(self, slot: int) -> bool:
