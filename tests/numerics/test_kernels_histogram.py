@@ -175,7 +175,8 @@ def test_c_equals_eager_for_every_distribution_format_and_thread(make, dtype):
     x = make().to(dtype)
     threads = torch.get_num_threads()
     try:
-        for fmt, scale, count in [*zip(FORMATS, (1.0, 2.0**-20, 3.7, 1e30, 1e-42), (1, 2, 1, 2, 1), strict=True)]:
+        scales = (1.0, 2.0**-20, 3.7, 1e30, 1e-42, -2.0, 3e38, math.inf, math.nan, 0.0)
+        for fmt, scale, count in zip(FORMATS * 2, scales, (1, 2) * 5, strict=True):
             torch.set_num_threads(count)
             assert_same(observed("c", x, fmt, scale), observed("eager", x, fmt, scale))
     finally:
