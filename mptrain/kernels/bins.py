@@ -2,8 +2,9 @@
 
 A magnitude whose FP32 bits are ``b`` lies in bin ``(b - 1) >> 20``, and bin ``i`` holds the interval
 ``(value(i << 20), value((i + 1) << 20)]``. The upper end is inside because a format flushes
-``|x| <= min_subnormal / 2``, a power of two: what a cast at a power-of-two scale flushes is a sum of whole bins. BF16
-and FP16 count as the FP32 numbers that they are.
+``|x| <= min_subnormal / 2``, a power of two: what a cast at a power-of-two scale flushes is a sum of whole bins
+(above FP32's subnormals: bins 0 to 7 share those in steps of 2^-129). BF16 and FP16 count as the FP32 numbers that they
+are.
 """
 
 from __future__ import annotations
