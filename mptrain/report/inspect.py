@@ -22,7 +22,7 @@ LAYER_WIDTH = 22
 def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Format | None, every: bool) -> None:
     """All that the record holds of ``rows``; ``only``: one format with all its figures; ``every``: no row left out."""
     console.print(tensors.title, style="bold", highlight=False)
-    width = max(10, LAYER_WIDTH - max(0, 100 - console.width))  # the names give way, the figures do not
+    width = LAYER_WIDTH if console.width >= 97 else max(9, LAYER_WIDTH - (93 - console.width))  # figures stay whole
     shown = rows if every else rows[:SHOWN]
     judged = any(row.formats for row in rows)
     if judged:
@@ -148,10 +148,10 @@ def scale_text(scale: float) -> str:
 
 
 def short(layer: str, width: int = LAYER_WIDTH) -> str:
-    """The end of a long layer name says which it is: keep that, and its first letters."""
+    """The end of a long layer name says which it is: keep that, and where there is room its first letters."""
     if len(layer) <= width:
         return layer
-    head = width // 4
+    head = width // 4 if width > 16 else 0
     return f"{layer[:head]}…{layer[len(layer) - (width - head - 1) :]}"
 
 
@@ -175,7 +175,7 @@ def _brief(name: str) -> str:
 
 def _place(row: Row, width: int) -> tuple[Text, str]:
     bad = row.inf + row.nan or (row.used and (row.used.inf or 0) + (row.used.nan or 0))
-    return Text(short(row.layer, width), "bold red" if bad else ""), row.role
+    return Text(short(row.layer, width), "bold red" if bad else ""), row.role if width == LAYER_WIDTH else row.role[:7]
 
 
 def _styled(judged: Judged) -> list[tuple[Share, str]]:
