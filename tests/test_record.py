@@ -62,11 +62,11 @@ def test_what_is_appended_is_read_back_to_the_bit(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", record.DTYPES.values(), ids=str)
-@pytest.mark.parametrize("shape", [(2,), (2, 0), (2, 3, 4), (2, 1)])
+@pytest.mark.parametrize("shape", [(2,), (2, 0), (2, 3, 4), (2, 1), (1,), (1, 1)])
 def test_tables_of_any_dtype_and_shape(tmp_path, dtype, shape):
     raw = torch.randint(0, 2 if dtype is torch.bool else 256, (*shape[:-1], shape[-1] * dtype.itemsize)).byte()
     table = raw.view(dtype).reshape(shape) if raw.numel() else torch.empty(shape, dtype=dtype)  # NaN payloads too
-    made = Record(3, {}, ROWS[:2], {"any": table})
+    made = Record(3, {"odd": "x" * shape[-1]}, ROWS[: shape[0]], {"any": table, "again": table})
     record.append(tmp_path / "f", made)
     same(record.read_step(tmp_path / "f"), made)
 

@@ -219,7 +219,8 @@ def figures(tensors: Tensors, formats: tuple[Format, ...] = JUDGED) -> list[Row]
     """Every row judged in ``formats``, worst first."""
     histograms = tensors.histograms
     judged = _judged(histograms, formats) if histograms else [{} for _ in tensors.rows]
-    found = [_row(tensors, histograms, index, judged[index]) for index in range(len(tensors.rows))]
+    cast = _judged_as_cast(tensors, histograms) if histograms else {}
+    found = [_row(tensors, histograms, index, judged[index], cast.get(index)) for index in range(len(tensors.rows))]
     return sorted(found, key=lambda row: row.severity, reverse=True)
 
 
@@ -233,6 +234,20 @@ def _judged(histograms: Histograms, formats: tuple[Format, ...]) -> list[dict[st
     return rows
 
 
+def _judged_as_cast(tensors: Tensors, histograms: Histograms) -> dict[int, Judged]:
+    """Row index -> the format of the run's cast, judged at the scale in use."""
+    found: dict[int, Judged] = {}
+    if "scale" not in tensors.tables:
+        return found
+    scale = tensors.tables["scale"].double()
+    usable = (scale.isfinite() & (scale > 0)).tolist()
+    for name in {row[2] for row in tensors.rows} & FORMATS.keys():
+        keep = [index for index, row in enumerate(tensors.rows) if row[2] == name and usable[index]]
+        some = Histograms(histograms.counts[keep], histograms.amax[keep])
+        found |= zip(keep, _at_scale(some, FORMATS[name], scale[keep]), strict=True)
+    return found
+
+
 def _at_scale(histograms: Histograms, fmt: Format, scale: Tensor) -> list[Judged]:
     verdict = histograms.judge(fmt, scale)
     headroom = histograms.headroom_bits(fmt, scale).tolist()
@@ -241,7 +256,9 @@ def _at_scale(histograms: Histograms, fmt: Format, scale: Tensor) -> list[Judged
     return [Judged(s, Share(*sat), Share(*flu), Share(*sub), room) for s, sat, flu, sub, room in places]
 
 
-def _row(tensors: Tensors, histograms: Histograms | None, index: int, formats: dict[str, Judged]) -> Row:
+def _row(
+    tensors: Tensors, histograms: Histograms | None, index: int, formats: dict[str, Judged], cast: Judged | None
+) -> Row:
     layer, role, fmt = tensors.rows[index]
     recorded = {name: table[index] for name, table in tensors.tables.items()}
     one = histograms.row(index) if histograms else None
@@ -250,18 +267,14 @@ def _row(tensors: Tensors, histograms: Histograms | None, index: int, formats: d
         seen = {"amax": one.amax, "elements": one.elements, "zeros": one.zeros, "inf": one.inf, "nan": one.nan}
         seen["percentiles"] = {f"{q:g}": one.percentile(q) for q in PERCENTILES}
     lost = Lost(*recorded["lost"].tolist()) if "lost" in recorded and role == "update" else None
-    used = _used(fmt, recorded, one) if fmt else None
+    used = _used(fmt, recorded, cast) if fmt else None
     return Row(index, layer, role, used, formats=formats, spread=_spread(recorded, seen["amax"]), lost=lost, **seen)
 
 
-def _used(name: str, recorded: dict[str, Tensor], one: Histogram | None) -> Used:
-    found: dict[str, Any] = {}
-    scale = float(recorded["scale"]) if "scale" in recorded else None
-    if scale is not None and math.isfinite(scale) and scale > 0:
-        found["scale"] = scale
-        if one and name in FORMATS:
-            found["subnormal"] = one.subnormal_frac(FORMATS[name], scale)
-            found["headroom_bits"] = one.headroom_bits(FORMATS[name], scale)
+def _used(name: str, recorded: dict[str, Tensor], cast: Judged | None) -> Used:
+    found: dict[str, Any] = {"scale": float(recorded["scale"])} if "scale" in recorded else {}
+    if cast:
+        found |= {"subnormal": cast.subnormal, "headroom_bits": cast.headroom_bits}
     if "counts" in recorded:
         found |= dict(zip(("elements", "saturated", "flushed", "inf", "nan"), recorded["counts"].tolist(), strict=True))
     if "errors" in recorded:

@@ -31,6 +31,8 @@ def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Form
     used = [row for row in rows if row.used and (not only or row.used.format == only.name)]
     if used:
         console.print(as_cast(used if every else used[:SHOWN], width))
+    if not judged and not used:
+        console.print(amaxes(shown, width))
     if any(row.spread for row in rows) and (only or not judged or every):
         console.print(spreads([row for row in shown if row.spread], width))
     lost = sorted((row for row in rows if row.lost), key=_stayed, reverse=True)
@@ -86,6 +88,14 @@ def as_cast(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
             "-" if used.subnormal is None else share_text(used.subnormal),
             "-" if used.sqnr_db is None else "exact" if math.isinf(used.sqnr_db) else f"{used.sqnr_db:.0f} dB",
         )
+    return table
+
+
+def amaxes(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
+    """What is left to show of a record that holds neither histograms nor casts."""
+    table = _table("tensors", "amax")
+    for row in rows:
+        table.add_row(*_place(row, width), _power(row.amax))
     return table
 
 

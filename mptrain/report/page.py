@@ -92,7 +92,7 @@ def bands_of(row: Row) -> list[Band]:
     """The cast of the run first, then every judged format at its scale."""
     bands = []
     used = row.used
-    if used and used.scale and used.format in FORMATS:
+    if used and used.scale and used.headroom_bits is not None and used.format in FORMATS:
         fmt = FORMATS[used.format]
         whole = max(1, used.elements or 0)
         counts = ["-" if n is None else f"{percent(n / whole)}%" for n in (used.saturated, used.flushed)]

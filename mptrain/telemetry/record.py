@@ -175,7 +175,7 @@ class _Reader:
             return torch.empty(0, dtype=dtype)
         found = torch.frombuffer(self.raw, dtype=torch.uint8, count=n * dtype.itemsize, offset=self.at)
         self.at += n * dtype.itemsize
-        return found.reshape(dtype.itemsize, n).t().contiguous().view(dtype).reshape(n)
+        return found.reshape(dtype.itemsize, n).t().clone(memory_format=torch.contiguous_format).view(dtype).reshape(n)
 
     def table(self, dtype: torch.dtype, shape: list[int], stored: list[tuple[str, int]] | None) -> Tensor:
         if stored is None:
