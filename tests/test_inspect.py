@@ -21,6 +21,8 @@ from mptrain.report.inspect import percent, scale_text, share_text, short
 from mptrain.telemetry import record
 from mptrain.telemetry.histogram import JUDGED, Histogram, Histograms, Share
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCALES = {"input": 32.0, "weight": 448.0, "grad_output": 3e6, "update": 1.0}
 FORMATS = {"input": "fp8_e4m3", "weight": "fp8_e4m3", "grad_output": "fp8_e5m2", "update": ""}
 SIZES = {"input": 1.0, "weight": 0.02, "grad_output": 1e-4, "update": 1e-5}
@@ -272,12 +274,19 @@ def test_a_type_that_torch_lacks_is_left_out(tmp_path, inspect):
     assert "left out: 1 F8_E8M0" in inspect(tmp_path / "f.safetensors")
 
 
+class Moments:
+    """The state of an AdamW of one parameter; making a real one takes seconds for its imports."""
+
+    def state_dict(self):
+        state = {"step": torch.tensor(1.0), "exp_avg": torch.ones(4) * 0.1, "exp_avg_sq": torch.ones(4)}
+        return {"state": {0: state}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+
+    def load_state_dict(self, state): ...
+
+
 def test_weights_and_moments_of_a_checkpoint_of_ours(tmp_path, inspect):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
-    optimizer = torch.optim.AdamW(model.parameters())
-    for p in model.parameters():  # what its step() leaves, without the seconds that the first one takes
-        optimizer.state[p] = {"step": torch.tensor(1.0), "exp_avg": p * 0.1, "exp_avg_sq": p * p}
-    path = Checkpoints(tmp_path, 1).save(3, {"model": model, "optimizer": optimizer}, {"step": 3})
+    path = Checkpoints(tmp_path, 1).save(3, {"model": model, "optimizer": Moments()}, {"step": 3})
     rows = rows_of(inspect(path, "--json"))
     assert ("0", "weight") in rows
     assert rows["0", "weight"]["amax"] == float(model[0].weight.detach().abs().max())
