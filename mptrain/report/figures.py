@@ -150,23 +150,27 @@ def _of_run(folder: Path, step: int | None) -> Tensors:
 
 
 def _of_file(path: Path) -> Tensors:
-    rows, counts, amaxes, dtypes, skipped = [], [], [], Counter[str](), Counter[str]()
+    found: list[tuple[tuple[str, str], Histogram]] = []
+    dtypes, skipped = Counter[str](), Counter[str]()
     ours = checkpoint.is_ours(path)
     for name, dtype, tensor in checkpoint.float_tensors(path):
         place = place_of(name, ours)
         if tensor is None or place is None or not tensor.numel():
             skipped[dtype] += 1
             continue
-        histogram = Histogram.of(tensor)
-        rows.append((*place, ""))
-        counts.append(histogram.counts)
-        amaxes.append(histogram.amax)
+        found.append((place, Histogram.of(tensor)))
         dtypes[dtype] += 1
-    if not rows:
+    if not found:
         raise ValueError(f"{path} holds no floating-point weights ({sum(skipped.values())} other tensors)")
-    notes = [f"not weights, left out: {_listed(skipped)}"] if skipped else []
-    tables = {"histogram": torch.stack(counts), "amax": torch.tensor(amaxes)}
-    return Tensors(f"{path}: {_listed(dtypes)}", rows, tables, notes)
+    found.sort(key=lambda one: _natural(one[0][0]))  # files are in alphabetical order, layer 10 before layer 2
+    notes = [f"other tensors, left out: {_listed(skipped)}"] if skipped else []
+    amax = torch.tensor([histogram.amax for _, histogram in found])
+    tables = {"histogram": torch.stack([histogram.counts for _, histogram in found]), "amax": amax}
+    return Tensors(f"{path}: {_listed(dtypes)}", [(*place, "") for place, _ in found], tables, notes)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _listed(found: Counter[str]) -> str:

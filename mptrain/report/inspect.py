@@ -21,7 +21,7 @@ LAYER_WIDTH = 22
 
 def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Format | None, every: bool) -> None:
     """All that the record holds of ``rows``; ``only``: one format with all its figures; ``every``: no row left out."""
-    console.print(tensors.title, style="bold", highlight=False)
+    console.print(tensors.title, style="bold", highlight=False, soft_wrap=True)
     width = LAYER_WIDTH if console.width >= 97 else max(9, LAYER_WIDTH - (93 - console.width))  # figures stay whole
     shown = rows if every else rows[:SHOWN]
     judged = any(row.formats for row in rows)
@@ -42,7 +42,7 @@ def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Form
     if len(rows) > len(shown):
         notes.append(f"{len(rows) - len(shown)} more of {len(rows)} rows, less bad than these: --all shows every one")
     for note in notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def all_formats(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
