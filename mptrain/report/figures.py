@@ -150,23 +150,27 @@ def _of_run(folder: Path, step: int | None) -> Tensors:
 
 
 def _of_file(path: Path) -> Tensors:
-    rows, counts, amaxes, dtypes, skipped = [], [], [], Counter[str](), Counter[str]()
+    found: list[tuple[tuple[str, str], Histogram]] = []
+    dtypes, skipped = Counter[str](), Counter[str]()
     ours = checkpoint.is_ours(path)
     for name, dtype, tensor in checkpoint.float_tensors(path):
         place = place_of(name, ours)
         if tensor is None or place is None or not tensor.numel():
             skipped[dtype] += 1
             continue
-        histogram = Histogram.of(tensor)
-        rows.append((*place, ""))
-        counts.append(histogram.counts)
-        amaxes.append(histogram.amax)
+        found.append((place, Histogram.of(tensor)))
         dtypes[dtype] += 1
-    if not rows:
+    if not found:
         raise ValueError(f"{path} holds no floating-point weights ({sum(skipped.values())} other tensors)")
-    notes = [f"not weights, left out: {_listed(skipped)}"] if skipped else []
-    tables = {"histogram": torch.stack(counts), "amax": torch.tensor(amaxes)}
-    return Tensors(f"{path}: {_listed(dtypes)}", rows, tables, notes)
+    found.sort(key=lambda one: _natural(one[0][0]))  # files are in alphabetical order, layer 10 before layer 2
+    notes = [f"other tensors, left out: {_listed(skipped)}"] if skipped else []
+    amax = torch.tensor([histogram.amax for _, histogram in found])
+    tables = {"histogram": torch.stack([histogram.counts for _, histogram in found]), "amax": amax}
+    return Tensors(f"{path}: {_listed(dtypes)}", [(*place, "") for place, _ in found], tables, notes)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _listed(found: Counter[str]) -> str:
@@ -219,7 +223,8 @@ def figures(tensors: Tensors, formats: tuple[Format, ...] = JUDGED) -> list[Row]
     """Every row judged in ``formats``, worst first."""
     histograms = tensors.histograms
     judged = _judged(histograms, formats) if histograms else [{} for _ in tensors.rows]
-    found = [_row(tensors, histograms, index, judged[index]) for index in range(len(tensors.rows))]
+    cast = _judged_as_cast(tensors, histograms) if histograms else {}
+    found = [_row(tensors, histograms, index, judged[index], cast.get(index)) for index in range(len(tensors.rows))]
     return sorted(found, key=lambda row: row.severity, reverse=True)
 
 
@@ -233,6 +238,20 @@ def _judged(histograms: Histograms, formats: tuple[Format, ...]) -> list[dict[st
     return rows
 
 
+def _judged_as_cast(tensors: Tensors, histograms: Histograms) -> dict[int, Judged]:
+    """Row index -> the format of the run's cast, judged at the scale in use."""
+    found: dict[int, Judged] = {}
+    if "scale" not in tensors.tables:
+        return found
+    scale = tensors.tables["scale"].double()
+    usable = (scale.isfinite() & (scale > 0)).tolist()
+    for name in {row[2] for row in tensors.rows} & FORMATS.keys():
+        keep = [index for index, row in enumerate(tensors.rows) if row[2] == name and usable[index]]
+        some = Histograms(histograms.counts[keep], histograms.amax[keep])
+        found |= zip(keep, _at_scale(some, FORMATS[name], scale[keep]), strict=True)
+    return found
+
+
 def _at_scale(histograms: Histograms, fmt: Format, scale: Tensor) -> list[Judged]:
     verdict = histograms.judge(fmt, scale)
     headroom = histograms.headroom_bits(fmt, scale).tolist()
@@ -241,7 +260,9 @@ def _at_scale(histograms: Histograms, fmt: Format, scale: Tensor) -> list[Judged
     return [Judged(s, Share(*sat), Share(*flu), Share(*sub), room) for s, sat, flu, sub, room in places]
 
 
-def _row(tensors: Tensors, histograms: Histograms | None, index: int, formats: dict[str, Judged]) -> Row:
+def _row(
+    tensors: Tensors, histograms: Histograms | None, index: int, formats: dict[str, Judged], cast: Judged | None
+) -> Row:
     layer, role, fmt = tensors.rows[index]
     recorded = {name: table[index] for name, table in tensors.tables.items()}
     one = histograms.row(index) if histograms else None
@@ -250,18 +271,14 @@ def _row(tensors: Tensors, histograms: Histograms | None, index: int, formats: d
         seen = {"amax": one.amax, "elements": one.elements, "zeros": one.zeros, "inf": one.inf, "nan": one.nan}
         seen["percentiles"] = {f"{q:g}": one.percentile(q) for q in PERCENTILES}
     lost = Lost(*recorded["lost"].tolist()) if "lost" in recorded and role == "update" else None
-    used = _used(fmt, recorded, one) if fmt else None
+    used = _used(fmt, recorded, cast) if fmt else None
     return Row(index, layer, role, used, formats=formats, spread=_spread(recorded, seen["amax"]), lost=lost, **seen)
 
 
-def _used(name: str, recorded: dict[str, Tensor], one: Histogram | None) -> Used:
-    found: dict[str, Any] = {}
-    scale = float(recorded["scale"]) if "scale" in recorded else None
-    if scale is not None and math.isfinite(scale) and scale > 0:
-        found["scale"] = scale
-        if one and name in FORMATS:
-            found["subnormal"] = one.subnormal_frac(FORMATS[name], scale)
-            found["headroom_bits"] = one.headroom_bits(FORMATS[name], scale)
+def _used(name: str, recorded: dict[str, Tensor], cast: Judged | None) -> Used:
+    found: dict[str, Any] = {"scale": float(recorded["scale"])} if "scale" in recorded else {}
+    if cast:
+        found |= {"subnormal": cast.subnormal, "headroom_bits": cast.headroom_bits}
     if "counts" in recorded:
         found |= dict(zip(("elements", "saturated", "flushed", "inf", "nan"), recorded["counts"].tolist(), strict=True))
     if "errors" in recorded:

@@ -21,8 +21,8 @@ LAYER_WIDTH = 22
 
 def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Format | None, every: bool) -> None:
     """All that the record holds of ``rows``; ``only``: one format with all its figures; ``every``: no row left out."""
-    console.print(tensors.title, style="bold", highlight=False)
-    width = max(10, LAYER_WIDTH - max(0, 100 - console.width))  # the names give way, the figures do not
+    console.print(tensors.title, style="bold", highlight=False, soft_wrap=True)
+    width = LAYER_WIDTH if console.width >= 97 else max(9, LAYER_WIDTH - (93 - console.width))  # figures stay whole
     shown = rows if every else rows[:SHOWN]
     judged = any(row.formats for row in rows)
     if judged:
@@ -31,6 +31,8 @@ def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Form
     used = [row for row in rows if row.used and (not only or row.used.format == only.name)]
     if used:
         console.print(as_cast(used if every else used[:SHOWN], width))
+    if not judged and not used:
+        console.print(amaxes(shown, width))
     if any(row.spread for row in rows) and (only or not judged or every):
         console.print(spreads([row for row in shown if row.spread], width))
     lost = sorted((row for row in rows if row.lost), key=_stayed, reverse=True)
@@ -40,7 +42,7 @@ def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Form
     if len(rows) > len(shown):
         notes.append(f"{len(rows) - len(shown)} more of {len(rows)} rows, less bad than these: --all shows every one")
     for note in notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def all_formats(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
@@ -86,6 +88,14 @@ def as_cast(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
             "-" if used.subnormal is None else share_text(used.subnormal),
             "-" if used.sqnr_db is None else "exact" if math.isinf(used.sqnr_db) else f"{used.sqnr_db:.0f} dB",
         )
+    return table
+
+
+def amaxes(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
+    """What is left to show of a record that holds neither histograms nor casts."""
+    table = _table("tensors", "amax")
+    for row in rows:
+        table.add_row(*_place(row, width), _power(row.amax))
     return table
 
 
@@ -148,10 +158,10 @@ def scale_text(scale: float) -> str:
 
 
 def short(layer: str, width: int = LAYER_WIDTH) -> str:
-    """The end of a long layer name says which it is: keep that, and its first letters."""
+    """The end of a long layer name says which it is: keep that, and where there is room its first letters."""
     if len(layer) <= width:
         return layer
-    head = width // 4
+    head = width // 4 if width > 16 else 0
     return f"{layer[:head]}…{layer[len(layer) - (width - head - 1) :]}"
 
 
@@ -175,7 +185,7 @@ def _brief(name: str) -> str:
 
 def _place(row: Row, width: int) -> tuple[Text, str]:
     bad = row.inf + row.nan or (row.used and (row.used.inf or 0) + (row.used.nan or 0))
-    return Text(short(row.layer, width), "bold red" if bad else ""), row.role
+    return Text(short(row.layer, width), "bold red" if bad else ""), row.role if width == LAYER_WIDTH else row.role[:7]
 
 
 def _styled(judged: Judged) -> list[tuple[Share, str]]:

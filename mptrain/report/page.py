@@ -36,10 +36,11 @@ def page(tensors: Tensors, rows: list[Row]) -> str:
     if histograms is None:
         raise ValueError(f"{tensors.title} holds no histograms to draw")
     roles = [*dict.fromkeys(role for _, role, _ in tensors.rows)]
+    cast = any(row.used for row in rows)
     body = [f"<h1>{escape(tensors.title)}</h1>", *(f"<p>{escape(note)}</p>" for note in tensors.notes)]
-    body += ["<h2>Where the magnitudes lie</h2>", f"<p>{_heat_legend()}</p>"]
+    body += ["<h2>Where the magnitudes lie</h2>", f"<p>{_heat_legend(cast)}</p>"]
     body += [_heat_map(tensors, histograms, rows, role, len(roles)) for role in roles]
-    body += [f"<h2>{len(rows)} tensors, worst first</h2>", f"<p>{_legend()}</p>"]
+    body += [f"<h2>{len(rows)} tensors, worst first</h2>", f"<p>{_legend(cast)}</p>"]
     for place, row in enumerate(rows):
         body.append(_tensor(row, histograms.row(row.index), open_=place < OPEN))
     head = f"<meta charset='utf-8'><title>{escape(tensors.title)}</title><style>{STYLE}</style>"
@@ -92,7 +93,7 @@ def bands_of(row: Row) -> list[Band]:
     """The cast of the run first, then every judged format at its scale."""
     bands = []
     used = row.used
-    if used and used.scale and used.format in FORMATS:
+    if used and used.scale and used.headroom_bits is not None and used.format in FORMATS:
         fmt = FORMATS[used.format]
         whole = max(1, used.elements or 0)
         counts = ["-" if n is None else f"{percent(n / whole)}%" for n in (used.saturated, used.flushed)]
@@ -124,20 +125,22 @@ def _named(fmt: Format) -> str:
     return fmt.name.partition("_")[2].upper() or fmt.name.upper()
 
 
-def _heat_legend() -> str:
+def _heat_legend(cast: bool) -> str:
+    marks = (
+        f"</p><p><span class='key' style='background:{BAD}'></span>ends of the range of the format that the run "
+        "cast to, at its scale: magnitudes left of the first become 0, right of the second they saturate."
+    )
     return (
         "One line a layer, one column a power of two, zeros apart; the darker, the larger the share of the layer's "
-        "elements. A name in orange: Inf or NaN among them.</p><p>"
-        f"<span class='key' style='background:{BAD};'></span>ends of the range of the format that the run "
-        "cast to, at its scale: magnitudes left of the first become 0, right of the second they saturate."
+        f"elements. A name in orange: Inf or NaN among them.{marks if cast else ''}"
     )
 
 
-def _legend() -> str:
+def _legend(cast: bool) -> str:
     return (
         "Each histogram shows the share of elements per power of two (square-root axis). The bars below it, on the "
         "same axis, are what a format can hold at the largest power-of-two scale at which nothing saturates (BF16: "
         "unscaled): dark for normal numbers, light for subnormal ones, arrows where it goes on; dashed lines show "
-        "where each starts to flush to 0. Hatched: lost in the cast of the run. A range such as 17-18% means that the "
-        "bins bound the share without deciding it."
+        f"where each starts to flush to 0. {'Hatched: lost in the cast of the run. ' if cast else ''}A range such as "
+        "17-18% means that the bins bound the share without deciding it."
     )

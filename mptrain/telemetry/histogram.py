@@ -1,18 +1,19 @@
 """Magnitude histograms, and what each number format would do to the tensor behind one.
 
 A histogram keeps the bins of :mod:`mptrain.kernels.bins` and the exact amax, never the tensor. A share of elements is
-*exact* where its threshold is an edge of the bins, and else bounded by the counts on both sides of one bin. At
-power-of-two scales (s and x * s exact):
+*exact* where the edges of the bins decide it, and else bounded by the counts on both sides of one bin. At power-of-two
+scales s:
 
-- flushed: exact for every format down to 2^-129 / s, where FP32's own subnormals get wider bins. So only BF16 and
-  TF32 at s < 32 and s < 256 are bounded, and then only if the tensor holds magnitudes of at most 2^-129.
-- saturated: exact if nothing saturates (by amax, exact in every format). Else exact for E5M2 (61440 / s), E2M1 (7 / s)
-  and INT4 (7.5 / s) but for values exactly at that tie, which rounds up and lies in the bin below: these are the width
-  of the bounds. Bounded by one bin for FP16 (65520 in 61440..65536), E4M3 (464 in 448..480), INT8 (127.5 in 120..128)
-  and BF16, TF32, FP32 (in the last bin).
-- subnormal: exact but for values of exactly the smallest normal, which lie in the bin below it.
+- flushed: exact where the limit, half the smallest number / s, is 2^-129 or more (below, FP32's own subnormals share
+  wide bins): E4M3 for s <= 2^119, E5M2 for s <= 2^112, FP16 for s <= 2^104, E2M1 and the integers always; BF16 only
+  for s <= 2^-5 and TF32 for s <= 2^-8: else they are bounded if the tensor holds magnitudes of 2^-129 or less.
+- saturated: 0 and exact if the amax does not saturate, in every format. Else bounded by the one bin that the limit
+  lies in: FP16 65520 in (61440, 65536], E4M3 464 in (448, 480], INT8 127.5 in (120, 128], BF16 and TF32 in the last
+  bin. E5M2 (61440), E2M1 (7) and INT4 (7.5) have their limit at a bin's upper end, and that tie saturates: the
+  estimate, ``low``, is the exact count but for values exactly at the tie.
+- subnormal: the estimate, ``high``, is the exact count but for values of exactly the smallest normal.
 
-At other scales every share is bounded; the bounds hold too if x * s was rounded to FP32, as the kernels do.
+At other scales every share is bounded; the bounds hold too if x * s was rounded to a normal FP32 number.
 """
 
 from __future__ import annotations
