@@ -24,8 +24,8 @@ from mptrain.config import RunConfig, parse_open
 from mptrain.distributed import world_size
 from mptrain.folder import discard, folder_of
 from mptrain.formats import Format
-from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sinks, WandbSink
 from mptrain.kernels.counters import N_COUNTS
+from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sinks, WandbSink
 from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.policy import PrecisionPolicy
 from mptrain.precision import Precision

@@ -16,13 +16,17 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mptrain.report.drawing import heat_map_svg
 from mptrain.telemetry import record as records
+from mptrain.telemetry.histogram import Histograms
 from mptrain.telemetry.record import Record
 
 Metrics = dict[str, float]
 Event = dict[str, Any]
 
 
+PICTURED = ("input", "weight", "output", "grad_output")  # roles with a histogram a layer: 4 panels are enough
+PICTURED_OCTAVES = (-64, 32)  # log2 of the magnitudes in it
 SCALE_EVENTS = {"scale_grew": "loss scale grew to {scale:g}", "scale_backed_off": "loss scale fell to {scale:g}"}
 
 
@@ -188,13 +192,19 @@ def progress_line(values: Metrics) -> str:
 
 
 class WandbSink(NullSink):
-    """Weights & Biases: online when logged in, offline when not; never a prompt, never a failed run."""
+    """Weights & Biases: online when logged in, offline when not; never a prompt, never a failed run.
+
+    Beside the metrics: ``magnitude/LAYER/ROLE`` (a histogram by exponent, which W&B draws as a heat map over time),
+    ``heatmap/ROLE`` (layer by exponent at one step), the table ``events``, and an alert for every alarm.
+    """
 
     TIMEOUT_S = 20
+    ALERT_EVERY_S = 300
 
     def __init__(self, folder: Path, project: str, config: dict[str, Any], console: Console) -> None:
         self._console = console
         self._run: Any = None
+        self._events: list[Event] = []
         try:
             self._run = self._start(folder, project, config)
         except Exception as error:
@@ -227,13 +237,49 @@ class WandbSink(NullSink):
         self._send(lambda run: run.log({"step": step, **values}))
 
     def event(self, event: Event) -> None:
+        self._events.append(event)
         fields = {f"event/{event['event']}": 1, "event/reason": str(event.get("reason", ""))}
         self._send(lambda run: run.log({"step": event["step"], **fields}))
+        if event["event"] == "alarm":
+            text = f"step {event['step']}: {event['reason']}" + (f" in {event['layer']}" if event.get("layer") else "")
+            self._send(lambda run: run.alert("numerics", text, level="WARN", wait_duration=self.ALERT_EVERY_S))
+
+    def record(self, record: Record) -> None:
+        self._send(lambda run: run.log({"step": record.step, **self._pictures(record)}))
+
+    def _pictures(self, record: Record) -> dict[str, Any]:
+        import wandb
+
+        tables = Histograms(record.tables["histogram"], record.tables["amax"].double())
+        octaves = tables.octaves()
+        rows: dict[str, list[int]] = {}
+        pictures: dict[str, Any] = {}
+        for index, (layer, role, _) in enumerate(record.rows):
+            if int(octaves[index].sum()) == 0:
+                continue
+            rows.setdefault(role, []).append(index)
+            if role in PICTURED:
+                counts = octaves[index, PICTURED_OCTAVES[0] + 127 : PICTURED_OCTAVES[1] + 127].tolist()
+                edges = list(range(PICTURED_OCTAVES[0], PICTURED_OCTAVES[1] + 1))
+                pictures[f"magnitude/{layer}/{role}"] = wandb.Histogram(np_histogram=(counts, edges))
+        for role, found in rows.items():
+            labels = [record.rows[index][0] for index in found]
+            drawn = heat_map_svg(labels, Histograms(tables.counts[found], tables.amax[found]))
+            pictures[f"heatmap/{role}"] = wandb.Html(drawn, inject=False, data_is_not_path=True)
+        return pictures
+
+    def _event_table(self) -> Any:
+        import wandb
+
+        columns = ["step", "event", "layer", "role", "reason", "kind", "phase", "micro_batch", "rank", "scale"]
+        return wandb.Table(columns=columns, data=[[event.get(name) for name in columns] for event in self._events])
 
     def summary(self, values: dict[str, Any]) -> None:
         self._send(lambda run: run.summary.update(flatten(values)))
 
     def close(self) -> None:
+        if self._events:
+            self._send(lambda run: run.log({"events": self._event_table()}))
         self._send(lambda run: run.finish())
 
     def _send(self, act: Any) -> None:

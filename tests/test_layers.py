@@ -44,7 +44,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     ),
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings", "interrupts"),
     "baseline": ("settings",),
-    "loggers": ("settings", "telemetry.record", "report.drawing"),
+    "loggers": ("settings", "telemetry.record", "telemetry.histogram", "report.drawing"),
     "folder": ("config", "settings"),
     "memory": ("policy", "formats", "settings"),
     "quantization": ("convert", "formats", "kernels", "policy", "settings", "registry"),

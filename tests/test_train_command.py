@@ -12,7 +12,7 @@ import commands
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, TINY, rows_of, summary_of, train
+from commands import ROOT, TINY, events_of, rows_of, summary_of, train
 from safetensors.torch import save_file
 
 from mptrain.telemetry.meters import Throughput
@@ -221,21 +221,29 @@ def test_wandb_offline_file_holds_the_metrics_and_the_comparison(monkeypatch, tm
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     given = ["precision=fp8", "logger=default", "trainer.max_steps=8", f"run_dir={tmp_path / 'run'}"]
+    given += ["debug.inject=3:head:grad_weight:inf", "telemetry.alarm_flushed_frac=0"]
     text = train(monkeypatch, tmp_path, *given)
     assert "W&B is off" not in text
     (file,) = (tmp_path / "run").glob("wandb/**/*.wandb")
-    logged, final = {}, {}
+    logged, final, alerts = {}, {}, []
     for data in records(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         for item in record.history.item:
             logged.setdefault("/".join(item.nested_key) or item.key, []).append(json.loads(item.value_json))
+        if record.HasField("alert"):
+            alerts.append(record.alert.text)
         for item in record.summary.update:
             final["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
     losses = [row["train/loss_step"] for row in rows_of(tmp_path / "run") if "train/loss_step" in row]
     assert logged["train/loss_step"] == losses
     assert logged["numerics/overflow_events"][0] == 0
     assert all(math.isfinite(value) for value in logged["speed/tokens_per_s"])
+    shown = logged["magnitude/blocks.0.mlp.up/input/values"]
+    assert [sum(counts) for counts in shown] == [2 * 32 * 32] * 3, "steps 1, 8, and 4: nobody saw what spoilt 3"
+    assert logged["heatmap/grad_output/_type"] == ["html-file"] * 3
+    assert logged["events/nrows"] == [len(events_of(tmp_path / "run"))]
+    assert any("flushed to zero" in text for text in alerts)
     summary = summary_of(tmp_path / "run")
     assert final["baseline/source"] == "probe of 8 steps"
     for key in ("speedup", "memory_ratio", "loss_delta"):
