@@ -170,7 +170,7 @@ class Trainer:
         step, sample = self.step_number + 1, None
         watching = self.monitor if self.monitor is not None and self.monitor.due(step) else None
         if watching:
-            watching.begin_step()
+            watching.begin_step(step)
         with self.memory.measured(len(self.throughput.seconds), self.model, self.optimizer), self._drilled(step):
             audited = self.audit is not None and self.audit.result is None
             loss = self._audited() if audited else self._gradients(self.model if watching else self.run_model)
@@ -250,7 +250,7 @@ class Trainer:
         if record.applied and self.average is not None:
             self.average.update()
         if self.monitor is not None:
-            self.monitor.suspect(record)
+            self.monitor.suspect(step, record)
 
     def _flush(self) -> None:
         """Read back what has gathered on the device and hand it to the sinks: one row a step, meters on the last."""

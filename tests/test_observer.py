@@ -37,7 +37,7 @@ class Loop:
         tokens = torch.randint(0, 32, (2, size, SIZES.block_size + 1), generator=generator)[0]
         if watched:
             assert self.monitor.due(self.number)
-            self.monitor.begin_step()
+            self.monitor.begin_step(self.number)
         for part in tokens.chunk(self.accumulate):
             with self.precision.forward():
                 loss = self.model(part[:, :-1], part[:, 1:]) / self.accumulate
@@ -96,7 +96,7 @@ def test_no_hook_outlives_its_step():
 
     loop = Loop("bf16")
     assert hooks(loop.model) == 0
-    loop.monitor.begin_step()
+    loop.monitor.begin_step(1)
     assert hooks(loop.model) == 9  # 2 blocks of 4 linear layers, and the head
     loop.monitor.see_gradients()
     assert hooks(loop.model) == 0
@@ -119,7 +119,7 @@ def test_planted_values_are_counted_exactly(name):
         model[0].weight.copy_(x)
     precision = Precision(name).prepare(model)
     monitor = Monitor(model, precision, TelemetryConfig(), 1)
-    monitor.begin_step()
+    monitor.begin_step(1)
     with precision.forward():
         out = model(x[None])
     out.backward(torch.full_like(out, torch.nan))
@@ -182,7 +182,7 @@ def test_alarms_are_told_once_until_the_layer_recovers():
     for step, tiny in enumerate([False, True, True, False, True], start=1):
         x = torch.ones(16, 32)
         x[:, :8] = 2.0**-40 if tiny else 1.0
-        monitor.begin_step()
+        monitor.begin_step(step)
         with precision.forward():
             loss = model(x).square().mean()
         precision.backward(loss)

@@ -240,7 +240,7 @@ def test_wandb_offline_file_holds_the_metrics_and_the_comparison(monkeypatch, tm
     assert logged["numerics/overflow_events"][0] == 0
     assert all(math.isfinite(value) for value in logged["speed/tokens_per_s"])
     shown = logged["magnitude/blocks.0.mlp.up/input/values"]
-    assert [sum(counts) for counts in shown] == [2 * 32 * 32] * 3, "steps 1, 8, and 4: nobody saw what spoilt 3"
+    assert [sum(counts) for counts in shown] == [2 * 32 * 32] * 3, "steps 1, 8, and 5: nobody saw what spoilt 3"
     assert logged["heatmap/grad_output/_type"] == ["html-file"] * 3
     assert logged["events/nrows"] == [len(events_of(tmp_path / "run"))]
     assert any("flushed to zero" in text for text in alerts)

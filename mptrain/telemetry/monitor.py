@@ -64,23 +64,22 @@ class Monitor:
     def __init__(self, model: nn.Module, precision: Precision, config: TelemetryConfig, last_step: int) -> None:
         self._counters, self._config, self._last = precision.counters, config, last_step
         self._observer = Observer(model, precision.counters, precision.policy)
-        self._suspicious = self._watching = False
+        self._suspicious, self._watched = False, 0
         self._loud: set[tuple[str, str, str]] = set()
         self.totals = torch.zeros(len(self._counters.slots), N_COUNTS, dtype=torch.int64)
 
     def due(self, step: int) -> bool:
         """Is ``step`` (from 1) a sampled one? The first and the last are, so that the shortest run has a record."""
         every = self._config.record_every
-        self._watching = bool(every) and (step in (1, self._last) or step % every == 0 or self._suspicious)
-        return self._watching
+        return bool(every) and (step in (1, self._last) or step % every == 0 or self._suspicious)
 
-    def suspect(self, record: StepRecord) -> None:
-        """A step was skipped: unless its first bad tensor was seen, the next step is watched."""
-        seen = self._watching or (record.blame is not None and record.blame.role in OPERANDS)
-        self._suspicious = bool(self._config.record_every) and not record.applied and not seen
+    def suspect(self, step: int, record: StepRecord) -> None:
+        """``step`` came to ``record``. If it was skipped and nobody saw its first bad tensor, the next is watched."""
+        seen = step == self._watched or (record.blame is not None and record.blame.role in OPERANDS)
+        self._suspicious |= not record.applied and not seen
 
-    def begin_step(self) -> None:
-        self._suspicious = False
+    def begin_step(self, step: int) -> None:
+        self._suspicious, self._watched = False, step
         self._observer.attach()
 
     def see_gradients(self) -> None:
