@@ -3,7 +3,7 @@
 Threads. torch already runs an OpenMP runtime; a second one in the process would fight it with spinning threads. So the
 library is compiled for OpenMP but linked without a runtime: its GOMP_* symbols resolve to the runtime that torch loaded
 globally. Where that fails (another runtime, another compiler) it is linked in the ordinary way, and failing that built
-single-threaded. The first call builds (3 s with GCC 12 on one core); later processes load the cached file.
+single-threaded. The first call builds (4 s with GCC 12 on one core); later processes load the cached file.
 
 ``$CC`` names the compiler (else cc, gcc, clang); ``$MPTRAIN_CACHE`` the cache (else ``$XDG_CACHE_HOME`` or ~/.cache).
 """

@@ -43,6 +43,7 @@ typedef struct {
     i64 infinite;
     u32 top;           /* raw index at the top of the window of counting by bits; 0: the block's own maximum */
     int patience;      /* blocks to wait before looking for a better window */
+    int plain;         /* blocks to count without one */
 } bins;
 
 /* A thread's own share. */

@@ -67,3 +67,21 @@ def test_empty_and_strided():
     assert torch.equal(
         bits(q), bits(kernels.quantize(x.contiguous(), torch.ones((), device="cuda"), Format.fp8_e4m3)[0])
     )
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, Format.bf16], ids=str)
+def test_statistics_of_the_gpu_equal_the_cpu_s(fmt):
+    def statistics(x):
+        integers = {"histogram": (2043,), "counts": (5,), "blocks": (2, 256)}
+        found = {name: torch.zeros(shape, dtype=torch.int64, device=x.device) for name, shape in integers.items()}
+        errors, amax = torch.zeros(2, dtype=torch.float64, device=x.device), torch.empty((), device=x.device)
+        scale = torch.tensor(3.7, device=x.device)
+        kernels.observe(x, fmt=fmt, scale=scale, errors=errors, amax=amax, **found)
+        if fmt is not Format.bf16:
+            kernels.fake_quantize(x, scale, fmt, errors=errors, amax=amax, **found)
+        return [*(table.cpu() for table in found.values()), bits(amax)], errors.cpu()
+
+    for x in [*inputs(), torch.randn(3, 700_001), torch.randn(1), torch.empty(0, 3)]:
+        (expected, wide), (got, found) = statistics(x), statistics(x.cuda())
+        assert [torch.equal(left, right) for left, right in zip(got, expected, strict=True)] == [True] * len(got)
+        torch.testing.assert_close(found, wide, rtol=1e-5, atol=0)
