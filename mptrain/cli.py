@@ -122,7 +122,7 @@ def inspect(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """``bench cpu`` or ``bench gpu``: speed against targets, peers and limits (``--help`` after either)."""
+    """``bench cpu``, ``bench telemetry`` or ``bench gpu``: cost against targets, peers and limits (``--help``)."""
     if argv[:1] == ["cpu"]:
         from mptrain.bench import cpu
 
@@ -131,7 +131,11 @@ def bench(argv: list[str]) -> int:
         from mptrain.bench import gpu
 
         return gpu.run(argv[1:])
-    raise ValueError("bench needs a device: mptrain bench cpu, or mptrain bench gpu")
+    if argv[:1] == ["telemetry"]:
+        from mptrain.bench import telemetry
+
+        return telemetry.run(argv[1:])
+    raise ValueError("bench needs a subject: mptrain bench cpu, mptrain bench telemetry, or mptrain bench gpu")
 
 
 def probe(argv: list[str]) -> int:

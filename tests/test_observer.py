@@ -124,6 +124,7 @@ def test_planted_values_are_counted_exactly(name):
         out = model(x[None])
     out.backward(torch.full_like(out, torch.nan))
     sums = precision.counters.take()
+    monitor._count_the_uncast(sums)
     rows = {role: index for index, (_, role) in enumerate(precision.counters.slots)}
     expected = [len(x), len(beyond), len(flushed), 1, 2]
     assert sums["counts"][rows["input"]].tolist() == expected

@@ -72,15 +72,20 @@ class Booking:
             if self._scale_of is not None:
                 scale = self._scale_of(slot)
             sums = books.row(slot)
+            books.note(slot, amax)
+            if not sums:
+                return
+            books.scale[slot] = scale
+            part, wanted = books.sample_of(slot, rows)
             if self._config.scaling in (Scaling.rowwise, Scaling.block):
-                local = rows.float() * self._local_scales(rows, role, fmt)
-                cast = {name: sums[name] for name in ("counts", "errors") if sums}
-                kernels.observe(local, fmt=fmt, scale=torch.ones_like(scale), **cast)
-                kernels.observe(rows, histogram=sums.get("histogram"), blocks=sums.get("blocks"))
+                local, one = rows.float() * self._local_scales(rows, role, fmt), torch.ones_like(scale)
+                kernels.observe(local, fmt=fmt, scale=one, counts=sums["counts"])
+                kernels.observe(rows, histogram=sums["histogram"])
+                kernels.observe(books.sample_of(slot, local)[0], fmt=fmt, scale=one, errors=wanted["errors"])
+                kernels.observe(part, blocks=wanted["blocks"])
             else:
                 kernels.observe(rows, fmt=fmt, scale=scale, **sums)
-            books.note(slot, amax)
-            books.scale[slot] = scale
+                kernels.observe(part, fmt=fmt, scale=scale, **wanted)
 
     def _local_scales(self, rows: Tensor, role: str, fmt: Format) -> Tensor:
         """The scale of each element (FP32, as ``rows``): powers of two, rounded down, as torchao and TE use them."""

@@ -57,8 +57,10 @@ class Quantizers:
             first, second, scale, amax = self._quantize_delayed(x, role, sums, booked)
         if booked:
             books.note(slot, amax)
-            if books.counting:
+            if sums:
                 books.scale[slot] = scale
+                part, wanted = books.sample_of(slot, x)
+                kernels.observe(part, fmt=fmt, scale=scale, **wanted)
         return first, second, scale
 
     def _cast(

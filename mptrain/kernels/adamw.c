@@ -16,7 +16,7 @@ ALWAYS void update_span(int in, const void *w, const float *restrict m, const fl
 #pragma omp simd reduction(+ : asked, bf16, fp32, stay)
     for (i64 i = start; i < stop; i++) {
         float weight = real(load(in, w, i));
-        float wanted = -(weight * a.decay) - a.step_size * m[i] / (sqrtf(v[i]) / a.correction + a.eps);
+        float wanted = -(weight * a.decay) - a.step_size * m[i] / (sqrtf(v[i]) * a.correction + a.eps);
         float base = real(to_bf16(bits_of(weight))), moved = base + wanted;
         u32 moves = wanted != 0, high = bits_of(moved) >> 16, from = bits_of(base) >> 16, cut = bits_of(moved) & 0xffffu;
         u32 chance = high == from ? 65536 - cut : high + 1 == from ? cut : 0;

@@ -1,6 +1,6 @@
 """What AdamW asks of the weights, and which of it rounding loses: one pass over a weight and its two moments.
 
-    update = -(decay * w) - step_size * m / (sqrt(v) / correction + eps)       each operation rounded to FP32
+    update = -(decay * w) - step_size * m / (sqrt(v) * correction + eps)       each operation rounded to FP32
 
 ``w`` is the weight the step left. A coordinate is *asked* to move where ``update != 0`` and *lost* where storing
 ``w + update`` gives ``w`` again:
@@ -39,7 +39,7 @@ def updates(
 ) -> None:
     """Add ``first``, ``second`` (FP32 moments, the weight's shape) and the update to ``histograms`` and ``lost``.
 
-    ``weight``: FP32 or BF16. ``step_size``: lr / (1 - beta1^t); ``correction``: sqrt(1 - beta2^t); ``decay``: lr *
+    ``weight``: FP32 or BF16. ``step_size``: lr / (1 - beta1^t); ``correction``: 1 / sqrt(1 - beta2^t); ``decay``: lr *
     weight_decay. ``histograms``: int64 [N_BINS] each; ``lost``: float64 [5], see :data:`N_LOST`.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16) or first.dtype != torch.float32 != second.dtype:
@@ -62,7 +62,7 @@ def updates(
 def update(w: Tensor, m: Tensor, v: Tensor, step_size: float, correction: float, eps: float, decay: float) -> Tensor:
     """The update of FP32 tensors, FP32."""
     wide = w.new_tensor([step_size, correction, eps, decay])
-    return -(w * wide[3]) - wide[0] * m / (v.sqrt() / wide[1] + wide[2])
+    return -(w * wide[3]) - wide[0] * m / (v.sqrt() * wide[1] + wide[2])
 
 
 def lost_in(w: Tensor, u: Tensor) -> Tensor:

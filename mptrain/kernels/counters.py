@@ -18,6 +18,7 @@ from mptrain.kernels.bins import N_BINS
 OPERANDS = ("input", "weight", "grad_output")
 BACKWARD = ("grad_output", "grad_weight")
 FORWARD_RANK = {"input": 0, "weight": 1, "output": 2}
+PARTS, SAMPLED_FROM = 8, 65536  # of tensors with at least as many elements, one of 8 parts
 N_COUNTS = 5  # elements, saturated, flushed, inf, nan: mptrain.kernels.COUNTS
 SUMS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {  # what one pass over a tensor adds: mptrain.kernels.observe
     "counts": ((N_COUNTS,), torch.int64),
@@ -61,6 +62,7 @@ class Counters:
         self.quiet = False
         self.bypassed = False
         self.micro = 0
+        self.samples = 0
         self.decisive = 0
         self.order: dict[str, int] = {}
         self.sums: dict[str, Tensor] = {}
@@ -84,6 +86,7 @@ class Counters:
     def sample(self) -> None:
         """This step is sampled: make the tables of sums."""
         self.counting = True
+        self.samples += 1
         n = len(self.slots)
         self.sums = {name: torch.zeros(n, *shape, dtype=d, device=self.device) for name, (shape, d) in SUMS.items()}
 
@@ -93,13 +96,25 @@ class Counters:
         return sums
 
     def row(self, slot: int) -> dict[str, Tensor]:
-        """What a pass over this row's tensor shall add to: keyword arguments for the kernels; empty if not sampled.
+        """What a cast of this row's tensor shall count on its way: keyword arguments for the kernels; empty if not sampled.
 
         A backend casts a weight in every micro-batch of a step; it is counted in the first.
         """
         if not self.counting or (self.micro and slot < self.decisive and self.slots[slot][1] == "weight"):
             return {}
-        return {name: table[slot] for name, table in self.sums.items()}
+        return {"counts": self.sums["counts"][slot], "histogram": self.sums["histogram"][slot]}
+
+    def sample_of(self, slot: int, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows of ``x`` [..., K] for the statistics that are no counts (errors, blocks), and where to add them.
+
+        They cost as much again as a histogram, and a ratio or a median needs no more than an eighth of a large tensor:
+        each sampled step takes another one.
+        """
+        rows = x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.reshape(1, -1)
+        if x.numel() >= SAMPLED_FROM and len(rows) >= PARTS:
+            size = len(rows) // PARTS
+            rows = rows[self.samples % PARTS * size :][:size]
+        return rows, {name: self.sums[name][slot] for name in ("errors", "blocks")}
 
     def note(self, slot: int, amax: Tensor) -> None:
         """A layer may run more than once: an Inf seen in its first call must outlive the second."""

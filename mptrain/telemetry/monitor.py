@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mptrain.kernels import COUNTS
+from mptrain.kernels.bins import INF as BIN_INF
+from mptrain.kernels.bins import NAN as BIN_NAN
 from mptrain.kernels.counters import N_COUNTS, OPERANDS
 from mptrain.outcome import StepOutcome, StepRecord
 from mptrain.precision import Precision
@@ -66,6 +68,8 @@ class Monitor:
         self._observer = Observer(model, precision.counters, precision.policy)
         self._suspicious, self._watched = False, 0
         self._loud: set[tuple[str, str, str]] = set()
+        rows = zip(self._counters.slots, self._observer.formats, strict=True)
+        self._cast = torch.tensor([role in OPERANDS and fmt is not None for (_, role), fmt in rows], dtype=torch.bool)
         self.totals = torch.zeros(len(self._counters.slots), N_COUNTS, dtype=torch.int64)
 
     def due(self, step: int) -> bool:
@@ -94,6 +98,7 @@ class Monitor:
         if result.applied:
             observer.see_updates(optimizer)
         tables = {name: table.cpu() for name, table in counters.take().items()}
+        self._count_the_uncast(tables)
         self.totals += tables["counts"]
         for name, states in observer.extra.items():
             shape = next(iter(states.values())).shape
@@ -103,6 +108,13 @@ class Monitor:
         record = Record(step, {"loss_scale": result.scale, "applied": result.applied}, rows, tables)
         moved = self._moved(optimizer, tables["lost"]) if result.applied else None
         return Sample(record, self._metrics(record), self._alarms(record), moved)
+
+    def _count_the_uncast(self, tables: dict[str, Tensor]) -> None:
+        """Operands that came in the format asked for lost nothing here; their elements, Inf and NaN are in the bins."""
+        uncast = (tables["counts"][:, ELEMENTS] == 0) & self._cast
+        bins = tables["histogram"][uncast]
+        tables["counts"][uncast, ELEMENTS] = bins.sum(1)
+        tables["counts"][uncast, INF], tables["counts"][uncast, NAN] = bins[:, BIN_INF], bins[:, BIN_NAN]
 
     def _moved(self, optimizer: Optimizer, lost: Tensor) -> bool | None:
         """Did any coordinate change, given how this optimizer stores weights? None without an update to look at."""
@@ -117,18 +129,16 @@ class Monitor:
         if asked[0]:
             values |= {f"numerics/lost_{name}_frac": n / asked[0] for name, n in zip(LOST[1:], asked[1:], strict=True)}
         names = [f"{layer}/{role}" for layer, role, _ in record.rows]
-        cast = [role in OPERANDS and bool(fmt) for _, role, fmt in record.rows]
-        scaled = torch.tensor(cast) & (record.tables["scale"] != 1)
         figures = {"amax": record.tables["amax"].double(), "scale": record.tables["scale"].double()}
-        chosen = {"amax": torch.tensor(cast), "scale": scaled}
+        chosen = {"amax": self._cast, "scale": self._cast & (record.tables["scale"] != 1)}
         for statistic in STATISTICS.values():
             figures |= statistic.finish(record.tables[statistic.name])
         lost = record.tables["lost"]
         figures["lost_bf16_frac"] = lost[:, LOST.index("bf16")] / lost[:, 0]
         for figure, column in figures.items():
-            shown = chosen.get(figure, column.isfinite()) & column.isfinite()
-            for row in shown.nonzero().flatten().tolist():
-                values[f"{figure}/{names[row]}"] = float(column[row])
+            shown = (chosen.get(figure, column.isfinite()) & column.isfinite()).nonzero().flatten()
+            for row, value in zip(shown.tolist(), column[shown].tolist(), strict=True):
+                values[f"{figure}/{names[row]}"] = value
         return values
 
     def _alarms(self, record: Record) -> list[Event]:
@@ -136,15 +146,16 @@ class Monitor:
         counts = record.tables["counts"].double()
         limits = {"saturated": self._config.alarm_saturated_frac, "flushed to zero": self._config.alarm_flushed_frac}
         events = []
+        loud: set[tuple[str, str, str]] = set()
         for column, (what, limit) in enumerate(limits.items(), start=SATURATED):
             shares = (counts[:, column] / counts[:, ELEMENTS]).nan_to_num()
-            above = set((shares > limit).nonzero().flatten().tolist())
-            for row, (layer, role, fmt) in enumerate(record.rows):
-                key = (layer, role, what)
-                if row in above and key not in self._loud:
+            for row in (shares > limit).nonzero().flatten().tolist():
+                layer, role, fmt = record.rows[row]
+                loud.add((layer, role, what))
+                if (layer, role, what) not in self._loud:
                     text = f"{shares[row]:.2%} of {role} {what} in {fmt}"
                     events.append(alarm(record.step, text, layer=layer, role=role))
-                (self._loud.add if row in above else self._loud.discard)(key)
+        self._loud = loud
         return events
 
     def worst(self) -> list[dict[str, Any]]:

@@ -112,14 +112,16 @@ class Observer:
             states[slot] = states[slot] + state if slot in states else state
         if slot < self._booked:
             return
-        sums, wanted = self._counters.row(slot), {"histogram"}
-        if self._counters.slots[slot][1] in OPERANDS:
-            wanted |= {"blocks"} if fmt is None else {"blocks", "counts"}
-        if fmt is not None and x.dtype is not fmt.value.dtype:  # else it was rounded by the operation that made it
-            wanted |= {"errors"}
-        amax = torch.empty((), dtype=torch.float32, device=x.device)
-        kernels.observe(x, fmt=fmt, scale=self._one, amax=amax, **{name: sums[name] for name in wanted})
-        self._counters.note(slot, amax)
+        books, amax = self._counters, torch.empty((), dtype=torch.float32, device=x.device)
+        casts = fmt is not None and x.dtype is not fmt.value.dtype  # else it was rounded by the operation that made it
+        counts = books.sums["counts"][slot] if casts else None
+        histogram = books.sums["histogram"][slot]
+        kernels.observe(x, fmt=fmt, scale=self._one, amax=amax, histogram=histogram, counts=counts)
+        if books.slots[slot][1] in OPERANDS:
+            part, wanted = books.sample_of(slot, x)
+            errors = wanted["errors"] if casts else None
+            kernels.observe(part, fmt=fmt, scale=self._one, errors=errors, blocks=wanted["blocks"])
+        books.note(slot, amax)
 
     def see_gradients(self) -> None:
         """After the last micro-batch, before anything is unscaled or clipped."""
@@ -139,7 +141,7 @@ class Observer:
             if moments_of is None and "exp_avg" not in state:
                 continue
             first, second = moments_of(parameter) if moments_of else (state["exp_avg"], state["exp_avg_sq"])
-            tables = [self._counters.row(rows[role])["histogram"] for role in PARAMETER_ROLES[2:]]
+            tables = [self._counters.sums["histogram"][rows[role]] for role in PARAMETER_ROLES[2:]]
             group, step = groups[parameter], float(state["step"])
             lr, (beta1, beta2) = float(group["lr"]), group["betas"]
             updates(
@@ -147,7 +149,7 @@ class Observer:
                 first,
                 second,
                 step_size=lr / (1 - beta1**step),
-                correction=(1 - beta2**step) ** 0.5,
+                correction=(1 - beta2**step) ** -0.5,
                 eps=group["eps"],
                 decay=lr * group["weight_decay"],
                 lost=self.lost[rows["update"]],

@@ -190,8 +190,11 @@ class _Reader:
 def _sparse(table: Tensor) -> list[Tensor]:
     """Entries per row, their columns, their counts: in the narrowest of the dtypes that hold them."""
     flat = table.reshape(-1, table.shape[-1])
-    rows, columns = flat.nonzero(as_tuple=True)
-    counts = flat[rows, columns]
+    used = flat.sum(0).nonzero().flatten()  # tensors of a run share a tenth of the bins
+    first = int(used[0]) if len(used) else 0
+    part = flat[:, first : int(used[-1]) + 1 if len(used) else 0]
+    rows, columns = part.nonzero(as_tuple=True)
+    counts, columns = part[rows, columns], columns + first
     largest = int(counts.abs().max()) if len(counts) else 0
     narrow = torch.int16 if largest < 2**15 else torch.int32 if largest < 2**31 else torch.int64
     strides = torch.diff(columns.short(), prepend=torch.zeros(1, dtype=torch.int16))  # mostly 1: runs

@@ -87,13 +87,15 @@ def errors(states: Tensor) -> Figures:
 def blocks(states: Tensor) -> Figures:
     """Bits between the largest amax and the median one of blocks of 32 and 128 elements: what block scaling gains."""
     figures = {}
+    some = states[:, 0].any(1).nonzero().flatten()
     for index, size in enumerate((32, 128)):
-        counted = states[:, index, 1:255].double()  # 0: blocks of zeros, 255: of Inf or NaN
-        passed = counted.cumsum(1)
+        passed = states[some, index, 1:255].cumsum(1)  # 0: blocks of zeros, 255: of Inf or NaN
         total = passed[:, -1:]
-        median = (passed < total / 2).sum(1)
-        largest = (passed < total).sum(1)
-        figures[f"spread{size}_bits"] = torch.where(total[:, 0] > 0, (largest - median).double(), torch.nan)
+        median, largest = (2 * passed < total).sum(1), (passed < total).sum(1)
+        spread = torch.where(total[:, 0] > 0, (largest - median).double(), torch.nan)
+        figures[f"spread{size}_bits"] = torch.full((len(states),), torch.nan, dtype=torch.float64).index_copy_(
+            0, some, spread
+        )
     return figures
 
 

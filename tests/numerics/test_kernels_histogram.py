@@ -130,9 +130,9 @@ def test_nan_payloads_of_both_signs_and_the_end_of_a_bin(name):
     ends = bins.edges()
     assert ends[-1] == 2.0**128
     inside = histogram(name, ends[1:-1].float())  # each in the bin that it closes
-    assert inside[: bins.FINITE].tolist() == [1] * (bins.FINITE - 1) + [0]
+    assert inside[: bins.N_MAGNITUDES].tolist() == [1] * (bins.N_MAGNITUDES - 1) + [0]
     above = torch.nextafter(ends[:-1].float(), one(math.inf))
-    assert (histogram(name, above)[: bins.FINITE] == 1).all()
+    assert (histogram(name, above)[: bins.N_MAGNITUDES] == 1).all()
 
 
 @each
@@ -272,7 +272,7 @@ def test_counts_and_errors_equal_ml_dtypes(name, fmt, scale):
     np.testing.assert_allclose(found["errors"].numpy(), [(wide**2).sum(), (off**2).sum()], rtol=1e-5)
     # The bins tell exactly what a power-of-two scale flushes, down to FP32's subnormals, whose bins are wider.
     if math.frexp(scale)[0] == 0.5 and fmt.value.underflow_at > 2.0**-126:
-        bin_flushed = found["histogram"][: bins.FINITE][bins.edges()[1:] * scale <= fmt.value.underflow_at].sum()
+        bin_flushed = found["histogram"][: bins.N_MAGNITUDES][bins.edges()[1:] * scale <= fmt.value.underflow_at].sum()
         assert bin_flushed == flushed
 
 

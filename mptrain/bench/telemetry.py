@@ -1,0 +1,227 @@
+"""``mptrain bench telemetry``: what the flight recorder costs on this CPU, beside the ways people watch tensors today.
+
+One torch thread, BF16 training steps of two GPTs. *Inside the calls* is thread CPU time spent in the recorder's own
+functions (hooks, passes over tensors, the record and its file) as a share of the step's: small shares cannot be told
+from noise by timing whole steps. An interval's share is that of one sampled step and of the steps between, measured
+apart. Whole steps stand beside it: variants take turns, with an A/A twin of the unwatched step, medians of paired ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from mptrain import Precision
+from mptrain.bench.cpu import CLIP, LR, TWIN, Row, Step, Times, machine
+from mptrain.models import gpt
+from mptrain.telemetry import record
+from mptrain.telemetry.monitor import Monitor, TelemetryConfig
+
+MODELS = {
+    "nano": (gpt.Config(256, 256, n_layer=4, n_head=4, n_embd=256), 4),
+    "10 M GPT": (gpt.Config(256, 256, n_layer=6, n_head=6, n_embd=384), 8),
+}
+TINY = {"tiny": (gpt.Config(256, 16, n_layer=1, n_head=1, n_embd=32), 2)}
+DEFAULT = TelemetryConfig().record_every
+BOUNDS = {1: 0.03, 10: 0.003, DEFAULT: 0.001}  # share of the step's time, by interval
+STEPS = 3  # in one measurement of whole steps
+
+
+class Training:
+    """A model with its precision and optimizer, and one batch of random bytes."""
+
+    def __init__(self, sizes: gpt.Config, batch: int) -> None:
+        torch.manual_seed(0)
+        self.model = gpt.build(sizes)
+        self.precision = Precision("bf16").prepare(self.model)
+        self.optimizer = AdamW(self.model.parameters(), lr=LR, fused=True)
+        self.tokens, self.targets = torch.randint(sizes.vocab_size, (2, batch, sizes.block_size))
+
+    def gradients(self) -> None:
+        with self.precision.forward():
+            loss = self.model(self.tokens, self.targets)
+        self.precision.backward(loss)
+
+    def step(self) -> None:
+        """A step that nobody watches."""
+        self.gradients()
+        self.precision.step(self.optimizer, clip=CLIP)
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Clock:
+    """Thread CPU seconds spent inside the functions it wraps; of calls within calls the outermost counts."""
+
+    def __init__(self) -> None:
+        self.seconds, self._depth = 0.0, 0
+
+    def wrapping(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def clocked(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            start = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.seconds += time.thread_time() - start
+
+        return clocked
+
+
+class Recorded(Training):
+    """Under a monitor that samples every step and writes its records, with a clock on everything it does."""
+
+    def __init__(self, sizes: gpt.Config, batch: int, folder: Path) -> None:
+        super().__init__(sizes, batch)
+        self.clock, self.number, self.file = Clock(), 0, folder / record.FILE
+        self.monitor = Monitor(self.model, self.precision, TelemetryConfig(record_every=1), 1 << 30)
+        observer = self.monitor._observer
+        for owner, name in ((observer, "_look"), (observer, "_see"), (self.monitor, "due")):
+            setattr(owner, name, self.clock.wrapping(getattr(owner, name)))
+
+    def step(self) -> None:
+        self.number += 1
+        inside = self.clock.wrapping
+        self.monitor.due(self.number)
+        inside(self.monitor.begin_step)(self.number)
+        self.gradients()
+        inside(self.monitor.see_gradients)()
+        outcome = self.precision.step(self.optimizer, clip=CLIP)
+        inside(self._end)(outcome)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _end(self, outcome: Any) -> None:
+        sample = self.monitor.end_step(self.number, self.optimizer, outcome)
+        record.append(self.file, sample.record)
+
+    def unsampled(self) -> None:
+        """A step between two samples."""
+        self.monitor.due(self.number)
+        super().step()
+
+
+def shares(training: Recorded, repeats: int) -> tuple[float, float]:
+    """(sampled, unsampled): time inside the calls as a share of the rest of the step, median over the repetitions."""
+    found = []
+    for step in (training.step, training.unsampled):
+        ratios = []
+        for _ in range(repeats + 1):
+            training.clock.seconds = 0.0
+            start = time.thread_time()
+            step()
+            whole = time.thread_time() - start
+            ratios.append(training.clock.seconds / (whole - training.clock.seconds))
+        found.append(statistics.median(ratios[1:]))
+        training.monitor._config = TelemetryConfig(record_every=1 << 30)
+    return found[0], found[1]
+
+
+def look_at(x: Tensor) -> list[Tensor]:
+    """What hooks of this kind usually gather: six figures of a tensor."""
+    x = x.detach().float()
+    return [x.abs().amax(), x.mean(), x.std(), (x == 0).float().mean(), x.isinf().sum(), x.isnan().sum()]
+
+
+@contextmanager
+def hooks(training: Training, look: Callable[[Tensor], object]) -> Iterator[None]:
+    """``look`` at the input, the output and its gradient of every linear layer, weights and their gradients."""
+    handles = []
+
+    def after(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        for x in (args[0], layer.weight, out):
+            look(x)  # type: ignore[arg-type]
+        out.register_hook(lambda grad: look(grad) and None)  # type: ignore[no-untyped-call]
+
+    for layer in training.model.modules():
+        if isinstance(layer, nn.Linear):
+            handles.append(layer.register_forward_hook(after))
+    handles += [p.register_post_accumulate_grad_hook(lambda p: look(p.grad) and None) for p in training.model.parameters()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def peers() -> dict[str, Callable[[Training], AbstractContextManager[object]]]:
+    """The ways people watch tensors today."""
+    kept: list[Tensor] = []
+
+    def on_device(x: Tensor) -> bool:
+        kept[:] = look_at(x)
+        return True
+
+    compiled = torch.compile(look_at, dynamic=True)
+    return {
+        "hooks that call .item()": partial(hooks, look=lambda x: [value.item() for value in look_at(x)]),
+        "hooks, kept on the device": partial(hooks, look=on_device),
+        "hooks, compiled": partial(hooks, look=lambda x: compiled(x)),
+        "detect_anomaly": lambda training: torch.autograd.detect_anomaly(check_nan=True),
+    }
+
+
+def measure(name: str, sizes: gpt.Config, batch: int, repeats: int, compile_peers: bool) -> Iterator[Row]:
+    """Shares inside the calls by interval, then whole steps against the unwatched one."""
+    with tempfile.TemporaryDirectory() as folder:
+        recorded, plain = Recorded(sizes, batch, Path(folder)), Training(sizes, batch)
+        sampled, between = shares(recorded, repeats * 2)
+        for interval, bound in BOUNDS.items():
+            share = (sampled + (interval - 1) * between) / interval
+            default = " (default)" if interval == DEFAULT else ""
+            yield Row(f"{name}: inside the calls, every {interval}{default}", bound, unit="of step", measured=share)
+        recorded.monitor._config = TelemetryConfig(record_every=1)
+        contexts = {k: v for k, v in peers().items() if compile_peers or "compiled" not in k}
+        variants: dict[str, Step] = {"off": partial(steps, plain), "off" + TWIN: partial(steps, plain)}
+        variants["recorder"] = partial(steps, recorded)
+        variants |= {peer: partial(steps, plain, context) for peer, context in contexts.items()}
+        times = Times(variants, repeats)
+        for variant in ("recorder", *contexts):
+            row = Row(f"{name}: whole step, {variant}, every step", unit="x")
+            yield times.fill(row, variant, "off", lambda a, b: a / b)
+
+
+def steps(training: Training, context: Callable[[Training], AbstractContextManager[object]] = lambda _: nullcontext()) -> None:
+    with context(training):
+        for _ in range(STEPS):
+            training.step()
+
+
+def run(argv: list[str]) -> int:
+    """Measure and print; 0 whatever the figures are: they are a finding, not a failure."""
+    parser = argparse.ArgumentParser(prog="mptrain bench telemetry", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write rows to this file as they come")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes: does it run, not how fast")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of a measurement (default 5)")
+    args = parser.parse_args(argv)
+    about = machine() | {"command": " ".join(["mptrain bench telemetry", *argv])}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    rows: list[dict[str, Any]] = []
+    try:
+        for name, (sizes, batch) in (TINY if args.dry_run else MODELS).items():
+            for row in measure(name, sizes, batch, 1 if args.dry_run else args.repeats, not args.dry_run):
+                print(row, flush=True)
+                rows.append(asdict(row) | {"verdict": row.verdict})
+                if args.json:
+                    partial_file = args.json.with_suffix(".partial")
+                    partial_file.write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
+                    os.replace(partial_file, args.json)
+    finally:
+        torch.set_num_threads(threads)
+    return 0
