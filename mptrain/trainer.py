@@ -8,7 +8,7 @@
 
 Step t's outcome stays on the device until just before the optimizer step of t+1, when its copy has long arrived, so
 that schedule and ledger are exact and nothing stalls. Losses are read back every ``telemetry.every`` steps. A step that
-the monitor samples is read back at once, and runs the model itself where the others run its compiled form.
+the monitor samples is read back at once, and runs the model itself where the others run its compiled form, if its tensors are recorded.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ class Trainer:
             watching.begin_step(step)
         with self.memory.measured(len(self.throughput.seconds), self.model, self.optimizer), self._drilled(step):
             audited = self.audit is not None and self.audit.result is None
-            loss = self._audited() if audited else self._gradients(self.model if watching else self.run_model)
+            seen = watching is not None and watching.recording
+            loss = self._audited() if audited else self._gradients(self.model if seen else self.run_model)
         self._settle()
         rate = self.schedule.at(self.ledger.applied)
         for group in self.optimizer.param_groups:
@@ -200,7 +201,8 @@ class Trainer:
     def _tell(self, sample: Sample) -> None:
         """Hand on what the monitor saw. The ledger hears of it before it enters the step."""
         self._sampled = sample.metrics
-        self.sink.record(sample.record)
+        if sample.record is not None:
+            self.sink.record(sample.record)
         if sample.moved is not None:
             self.ledger.observe(sample.moved)
         for event in sample.events:

@@ -30,7 +30,7 @@ def trainer(name="bf16", *, sink=None, every=0, steps=20, accumulate=1, drill=No
     model = gpt.build(SIZES)
     precision = (precision or Precision(name)).prepare(model)
     config = OptimConfig(warmup_frac=0.0, min_lr_frac=1.0, **optim)
-    telemetry = TelemetryConfig(record_every=every)
+    telemetry = TelemetryConfig(every=10**9, record_every=every)
     return Trainer(
         TrainerConfig(max_steps=steps, batch_size=8 // accumulate, accumulate=accumulate, eval_every=0, eval_batches=2),
         model=model,
@@ -283,3 +283,13 @@ def test_off_leaves_no_record(monkeypatch, tmp_path):
     assert summary_of(folder)["overflow_events"] is None
     assert not any(key.startswith("numerics") for row in rows_of(folder) for key in row)
     assert json.loads((folder / "config.json").read_text())["telemetry"]["record_every"] == 0
+
+
+def test_fp8_counts_between_the_records(monkeypatch, tmp_path):
+    """What the casts lose is counted every `telemetry.every` steps, in the pass they make anyway; nothing else is."""
+    folder = tmp_path / "run"
+    train(monkeypatch, tmp_path, "precision=fp8", "baseline=none", f"run_dir={folder}", "trainer.max_steps=8")
+    counted = [row["step"] for row in rows_of(folder) if "numerics/underflow_frac" in row]
+    assert counted == [1, 2, 4, 6, 8]
+    assert [row["step"] for row in rows_of(folder) if "amax/head/input" in row] == [1, 8]
+    assert record.steps(folder / record.FILE) == [1, 8]

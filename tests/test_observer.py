@@ -96,6 +96,7 @@ def test_no_hook_outlives_its_step():
 
     loop = Loop("bf16")
     assert hooks(loop.model) == 0
+    assert loop.monitor.due(1)
     loop.monitor.begin_step(1)
     assert hooks(loop.model) == 9  # 2 blocks of 4 linear layers, and the head
     loop.monitor.see_gradients()
@@ -119,6 +120,7 @@ def test_planted_values_are_counted_exactly(name):
         model[0].weight.copy_(x)
     precision = Precision(name).prepare(model)
     monitor = Monitor(model, precision, TelemetryConfig(), 1)
+    assert monitor.due(1)
     monitor.begin_step(1)
     with precision.forward():
         out = model(x[None])
@@ -183,6 +185,7 @@ def test_alarms_are_told_once_until_the_layer_recovers():
     for step, tiny in enumerate([False, True, True, False, True], start=1):
         x = torch.ones(16, 32)
         x[:, :8] = 2.0**-40 if tiny else 1.0
+        assert monitor.due(step)
         monitor.begin_step(step)
         with precision.forward():
             loss = model(x).square().mean()

@@ -80,9 +80,9 @@ class Booking:
             if self._config.scaling in (Scaling.rowwise, Scaling.block):
                 local, one = rows.float() * self._local_scales(rows, role, fmt), torch.ones_like(scale)
                 kernels.observe(local, fmt=fmt, scale=one, counts=sums["counts"])
-                kernels.observe(rows, histogram=sums["histogram"])
-                kernels.observe(books.sample_of(slot, local)[0], fmt=fmt, scale=one, errors=wanted["errors"])
-                kernels.observe(part, blocks=wanted["blocks"])
+                kernels.observe(rows, histogram=sums.get("histogram"))
+                kernels.observe(books.sample_of(slot, local)[0], fmt=fmt, scale=one, errors=wanted.get("errors"))
+                kernels.observe(part, blocks=wanted.get("blocks"))
             else:
                 kernels.observe(rows, fmt=fmt, scale=scale, **sums)
                 kernels.observe(part, fmt=fmt, scale=scale, **wanted)

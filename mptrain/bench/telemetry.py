@@ -107,6 +107,7 @@ class Recorded(Training):
 
     def _end(self, outcome: Any) -> None:
         sample = self.monitor.end_step(self.number, self.optimizer, outcome)
+        assert sample.record is not None
         record.append(self.file, sample.record)
 
     def unsampled(self) -> None:
@@ -150,7 +151,9 @@ def hooks(training: Training, look: Callable[[Tensor], object]) -> Iterator[None
     for layer in training.model.modules():
         if isinstance(layer, nn.Linear):
             handles.append(layer.register_forward_hook(after))
-    handles += [p.register_post_accumulate_grad_hook(lambda p: look(p.grad) and None) for p in training.model.parameters()]
+    handles += [
+        p.register_post_accumulate_grad_hook(lambda p: look(p.grad) and None) for p in training.model.parameters()
+    ]
     try:
         yield
     finally:
@@ -195,7 +198,9 @@ def measure(name: str, sizes: gpt.Config, batch: int, repeats: int, compile_peer
             yield times.fill(row, variant, "off", lambda a, b: a / b)
 
 
-def steps(training: Training, context: Callable[[Training], AbstractContextManager[object]] = lambda _: nullcontext()) -> None:
+def steps(
+    training: Training, context: Callable[[Training], AbstractContextManager[object]] = lambda _: nullcontext()
+) -> None:
     with context(training):
         for _ in range(STEPS):
             training.step()

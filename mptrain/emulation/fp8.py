@@ -60,7 +60,8 @@ class Quantizers:
             if sums:
                 books.scale[slot] = scale
                 part, wanted = books.sample_of(slot, x)
-                kernels.observe(part, fmt=fmt, scale=scale, **wanted)
+                if wanted:
+                    kernels.observe(part, fmt=fmt, scale=scale, **wanted)
         return first, second, scale
 
     def _cast(

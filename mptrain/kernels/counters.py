@@ -8,6 +8,7 @@ of these sums exist from the beginning of a sampled step to :meth:`Counters.take
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,8 @@ class Fault:
 
 
 class Counters:
-    """Device-side counters. ``counting``: this step is sampled. ``replaying``: a forward is being recomputed.
+    """Device-side counters. ``counting``: this step is sampled, if only its casts. ``replaying``: a forward is being
+    recomputed.
 
     ``amax`` holds each row's amax of the current step, Inf or NaN included (before any saturating cast); ``fault``
     which rows saw a non-finite value, of which kind and in which micro-batch first. The first ``decisive`` rows are
@@ -83,12 +85,12 @@ class Counters:
         self.scale = torch.ones(n, dtype=torch.float32, device=device)
         self.fault = torch.zeros(n, dtype=torch.int32, device=device)  # 0, or 1 + 2 * micro-batch + is it NaN
 
-    def sample(self) -> None:
-        """This step is sampled: make the tables of sums."""
+    def sample(self, names: Iterable[str] = tuple(SUMS)) -> None:
+        """This step is sampled: make the tables of these sums."""
         self.counting = True
         self.samples += 1
-        n = len(self.slots)
-        self.sums = {name: torch.zeros(n, *shape, dtype=d, device=self.device) for name, (shape, d) in SUMS.items()}
+        n, kinds = len(self.slots), {name: SUMS[name] for name in names}
+        self.sums = {name: torch.zeros(n, *shape, dtype=d, device=self.device) for name, (shape, d) in kinds.items()}
 
     def take(self) -> dict[str, Tensor]:
         """The sums of the sampled step, by name, on the device; sampling ends."""
@@ -102,7 +104,7 @@ class Counters:
         """
         if not self.counting or (self.micro and slot < self.decisive and self.slots[slot][1] == "weight"):
             return {}
-        return {"counts": self.sums["counts"][slot], "histogram": self.sums["histogram"][slot]}
+        return {name: self.sums[name][slot] for name in ("counts", "histogram") if name in self.sums}
 
     def sample_of(self, slot: int, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows of ``x`` [..., K] for the statistics that are no counts (errors, blocks), and where to add them.
@@ -114,7 +116,7 @@ class Counters:
         if x.numel() >= SAMPLED_FROM and len(rows) >= PARTS:
             size = len(rows) // PARTS
             rows = rows[self.samples % PARTS * size :][:size]
-        return rows, {name: self.sums[name][slot] for name in ("errors", "blocks")}
+        return rows, {name: self.sums[name][slot] for name in ("errors", "blocks") if name in self.sums}
 
     def note(self, slot: int, amax: Tensor) -> None:
         """A layer may run more than once: an Inf seen in its first call must outlive the second."""

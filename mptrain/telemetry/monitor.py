@@ -1,9 +1,10 @@
 """The flight recorder's timer and reader: which steps are sampled, and what is made of them, read back once each.
 
 *Overflow events* are elements that would round past the format's maximum, plus Inf and NaN seen before the cast;
-*underflow* is the share of elements that were not zero and became zero. Sampled are the first step, every ``every``-th,
-the last, and the step after a skipped one whose first bad tensor nobody saw. On all other steps no hook is installed
-and nothing is read back.
+*underflow* is the share of elements that were not zero and became zero. Two kinds of steps are sampled. *Recorded* are
+the first, every ``record_every``-th and the last, and the step after a skipped one whose first bad tensor nobody saw:
+every tensor, through hooks. *Counted* is every ``every``-th step of a quantized model: its casts count what they lose,
+which costs them next to nothing. On all other steps no hook is installed and nothing is read back.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ WORST = 5  # layers named in the summary
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """``every``: steps between rows of metrics and progress; ``record_every``: between samples of the flight recorder
-    (histograms, overflow, underflow, lost updates), 0 for none. Alarms are raised for a layer above
+    """``every``: steps between rows of metrics and progress; ``record_every``: between records of every tensor
+    (histograms, errors, lost updates), 0 for no telemetry of the numerics at all. Alarms are raised for a layer above
     ``alarm_saturated_frac`` or ``alarm_flushed_frac`` of an operand's elements."""
 
     every: int = 10
-    record_every: int = 50
+    record_every: int = 200
     alarm_saturated_frac: float = 0.001
     alarm_flushed_frac: float = 0.1
 
@@ -52,30 +53,34 @@ class TelemetryConfig:
 
 @dataclass
 class Sample:
-    """What a sampled step came to. ``moved``: did a weight change (None: it was skipped, or nobody can tell)?"""
+    """What a sampled step came to. ``record`` None: its casts were counted, and no more. ``moved``: did a weight change
+    (None: it was skipped, or nobody can tell)?"""
 
-    record: Record
+    record: Record | None
     metrics: dict[str, float]
     events: list[Event]
     moved: bool | None
 
 
 class Monitor:
-    """``totals``: counts (int64 [rows, 5], on the host) of all sampled steps so far."""
+    """``totals``: counts (int64 [rows, 5], on the host) of all sampled steps so far. ``recording``: is the step under way
+    a recorded one?"""
 
     def __init__(self, model: nn.Module, precision: Precision, config: TelemetryConfig, last_step: int) -> None:
         self._counters, self._config, self._last = precision.counters, config, last_step
         self._observer = Observer(model, precision.counters, precision.policy)
         self._suspicious, self._watched = False, 0
+        self.recording = False
         self._loud: set[tuple[str, str, str]] = set()
-        rows = zip(self._counters.slots, self._observer.formats, strict=True)
-        self._cast = torch.tensor([role in OPERANDS and fmt is not None for (_, role), fmt in rows], dtype=torch.bool)
+        formats = zip(self._counters.slots, self._observer.formats, strict=True)
+        self._rows = [(layer, role, str(fmt or "")) for (layer, role), fmt in formats]
+        self._cast = torch.tensor([role in OPERANDS and fmt != "" for _, role, fmt in self._rows], dtype=torch.bool)
         self.totals = torch.zeros(len(self._counters.slots), N_COUNTS, dtype=torch.int64)
 
     def due(self, step: int) -> bool:
         """Is ``step`` (from 1) a sampled one? The first and the last are, so that the shortest run has a record."""
-        every = self._config.record_every
-        return bool(every) and (step in (1, self._last) or step % every == 0 or self._suspicious)
+        self.recording = step in (1, self._last) or step % self._config.record_every == 0 or self._suspicious
+        return self.recording or (self._counters.decisive > 0 and step % self._config.every == 0)
 
     def suspect(self, step: int, record: StepRecord) -> None:
         """``step`` came to ``record``. If it was skipped and nobody saw its first bad tensor, the next is watched."""
@@ -83,17 +88,25 @@ class Monitor:
         self._suspicious |= not record.applied and not seen
 
     def begin_step(self, step: int) -> None:
-        self._suspicious, self._watched = False, step
-        self._observer.attach()
+        if self.recording:
+            self._suspicious, self._watched = False, step
+            self._observer.attach()
+        else:
+            self._counters.sample(["counts"])
 
     def see_gradients(self) -> None:
         """After the micro-batches, before ``precision.step``."""
-        self._observer.detach()
-        self._observer.see_gradients()
+        if self.recording:
+            self._observer.detach()
+            self._observer.see_gradients()
 
     def end_step(self, step: int, optimizer: Optimizer, outcome: StepOutcome) -> Sample:
         """After ``precision.step``: see the updates, read everything back."""
         counters, observer = self._counters, self._observer
+        if not self.recording:
+            counted = counters.take()["counts"].cpu()
+            self.totals += counted
+            return Sample(None, summarize(counted), self._alarms(step, counted), None)
         amax, result = counters.last_amax.cpu(), outcome.read()
         if result.applied:
             observer.see_updates(optimizer)
@@ -104,10 +117,9 @@ class Monitor:
             shape = next(iter(states.values())).shape
             tables[name] = torch.stack([states.get(row, torch.zeros(shape)).cpu() for row in range(len(amax))])
         tables |= {"amax": amax, "scale": counters.scale.cpu(), "lost": observer.lost.cpu()}
-        rows = [(*slot, str(fmt or "")) for slot, fmt in zip(counters.slots, observer.formats, strict=True)]
-        record = Record(step, {"loss_scale": result.scale, "applied": result.applied}, rows, tables)
+        record = Record(step, {"loss_scale": result.scale, "applied": result.applied}, self._rows, tables)
         moved = self._moved(optimizer, tables["lost"]) if result.applied else None
-        return Sample(record, self._metrics(record), self._alarms(record), moved)
+        return Sample(record, self._metrics(record), self._alarms(step, tables["counts"]), moved)
 
     def _count_the_uncast(self, tables: dict[str, Tensor]) -> None:
         """Operands that came in the format asked for lost nothing here; their elements, Inf and NaN are in the bins."""
@@ -141,20 +153,19 @@ class Monitor:
                 values[f"{figure}/{names[row]}"] = value
         return values
 
-    def _alarms(self, record: Record) -> list[Event]:
+    def _alarms(self, step: int, counts: Tensor) -> list[Event]:
         """Layers past a threshold, each told once until it has recovered."""
-        counts = record.tables["counts"].double()
         limits = {"saturated": self._config.alarm_saturated_frac, "flushed to zero": self._config.alarm_flushed_frac}
         events = []
         loud: set[tuple[str, str, str]] = set()
         for column, (what, limit) in enumerate(limits.items(), start=SATURATED):
             shares = (counts[:, column] / counts[:, ELEMENTS]).nan_to_num()
             for row in (shares > limit).nonzero().flatten().tolist():
-                layer, role, fmt = record.rows[row]
+                layer, role, fmt = self._rows[row]
                 loud.add((layer, role, what))
                 if (layer, role, what) not in self._loud:
                     text = f"{shares[row]:.2%} of {role} {what} in {fmt}"
-                    events.append(alarm(record.step, text, layer=layer, role=role))
+                    events.append(alarm(step, text, layer=layer, role=role))
         self._loud = loud
         return events
 
