@@ -3,7 +3,8 @@
 One torch thread, BF16 training steps of two GPTs. *Inside the calls* is thread CPU time spent in the recorder's own
 functions (hooks, passes over tensors, the record and its file) as a share of the step's: small shares cannot be told
 from noise by timing whole steps. An interval's share is that of one sampled step and of the steps between, measured
-apart. Whole steps stand beside it: variants take turns, with an A/A twin of the unwatched step, medians of paired ratios.
+apart. Whole steps stand beside it: variants take turns, with an A/A twin of the unwatched step; medians of paired
+ratios.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -151,9 +153,9 @@ def hooks(training: Training, look: Callable[[Tensor], object]) -> Iterator[None
     for layer in training.model.modules():
         if isinstance(layer, nn.Linear):
             handles.append(layer.register_forward_hook(after))
-    handles += [
-        p.register_post_accumulate_grad_hook(lambda p: look(p.grad) and None) for p in training.model.parameters()
-    ]
+    for parameter in training.model.parameters():
+        after_gradient: Any = parameter.register_post_accumulate_grad_hook
+        handles.append(after_gradient(lambda p: look(p.grad) and None))
     try:
         yield
     finally:
@@ -169,13 +171,23 @@ def peers() -> dict[str, Callable[[Training], AbstractContextManager[object]]]:
         kept[:] = look_at(x)
         return True
 
+    torch._dynamo.config.recompile_limit = 32  # dtypes and states of autograd and autocast, each a graph
     compiled = torch.compile(look_at, dynamic=True)
     return {
         "hooks that call .item()": partial(hooks, look=lambda x: [value.item() for value in look_at(x)]),
         "hooks, kept on the device": partial(hooks, look=on_device),
         "hooks, compiled": partial(hooks, look=lambda x: compiled(x)),
-        "detect_anomaly": lambda training: torch.autograd.detect_anomaly(check_nan=True),
+        "detect_anomaly": lambda training: anomalies(),
     }
+
+
+@contextmanager
+def anomalies() -> Iterator[None]:
+    """Torch warns that this is slow, which is what is measured."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.autograd.detect_anomaly(check_nan=True):
+            yield
 
 
 def measure(name: str, sizes: gpt.Config, batch: int, repeats: int, compile_peers: bool) -> Iterator[Row]:

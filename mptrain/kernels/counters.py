@@ -98,7 +98,7 @@ class Counters:
         return sums
 
     def row(self, slot: int) -> dict[str, Tensor]:
-        """What a cast of this row's tensor shall count on its way: keyword arguments for the kernels; empty if not sampled.
+        """What a cast of this row's tensor shall count on its way, as keyword arguments; empty on unsampled steps.
 
         A backend casts a weight in every micro-batch of a step; it is counted in the first.
         """

@@ -63,8 +63,8 @@ class Sample:
 
 
 class Monitor:
-    """``totals``: counts (int64 [rows, 5], on the host) of all sampled steps so far. ``recording``: is the step under way
-    a recorded one?"""
+    """``totals``: counts (int64 [rows, 5], on the host) of all sampled steps so far. ``recording``: are the tensors of
+    the step under way recorded?"""
 
     def __init__(self, model: nn.Module, precision: Precision, config: TelemetryConfig, last_step: int) -> None:
         self._counters, self._config, self._last = precision.counters, config, last_step
