@@ -7,8 +7,8 @@
     outcome = precision.step(optimizer, clip)
 
 Step t's outcome stays on the device until just before the optimizer step of t+1, when its copy has long arrived, so
-that schedule and ledger are exact and nothing stalls. Losses are read back every ``telemetry.every`` steps. A step whose
-tensors the monitor records is read back at once, and runs the model itself where the others run its compiled form.
+that schedule and ledger are exact and nothing stalls. Losses are read back every ``telemetry.every`` steps. A step
+whose tensors the monitor records is read back at once, and runs the model itself where others run its compiled form.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ OPERANDS = ("input", "weight", "grad_output")
 BACKWARD = ("grad_output", "grad_weight")
 FORWARD_RANK = {"input": 0, "weight": 1, "output": 2}
 PARTS, SAMPLED_FROM = 8, 65536  # of tensors with at least as many elements, one of 8 parts
+COUNTED = ("counts", "histogram")  # of every element
 N_COUNTS = 5  # elements, saturated, flushed, inf, nan: mptrain.kernels.COUNTS
 SUMS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {  # what one pass over a tensor adds: mptrain.kernels.observe
     "counts": ((N_COUNTS,), torch.int64),
@@ -68,6 +69,7 @@ class Counters:
         self.decisive = 0
         self.order: dict[str, int] = {}
         self.sums: dict[str, Tensor] = {}
+        self._noted: set[int] = set()
         self.allocate(torch.device("cpu"))
 
     def add(self, layer: str, roles: tuple[str, ...] = OPERANDS) -> dict[str, int]:
@@ -91,6 +93,7 @@ class Counters:
         self.samples += 1
         n, kinds = len(self.slots), {name: SUMS[name] for name in names}
         self.sums = {name: torch.zeros(n, *shape, dtype=d, device=self.device) for name, (shape, d) in kinds.items()}
+        self._noted.clear()
 
     def take(self) -> dict[str, Tensor]:
         """The sums of the sampled step, by name, on the device; sampling ends."""
@@ -104,23 +107,27 @@ class Counters:
         """
         if not self.counting or (self.micro and slot < self.decisive and self.slots[slot][1] == "weight"):
             return {}
-        return {name: self.sums[name][slot] for name in ("counts", "histogram") if name in self.sums}
+        return {name: table[slot] for name, table in self.sums.items() if name in COUNTED}
 
     def sample_of(self, slot: int, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rows of ``x`` [..., K] for the statistics that are no counts (errors, blocks), and where to add them.
+        """The part of ``x`` [..., K] for the statistics that are no counts (errors, blocks), and where to add them.
 
         They cost as much again as a histogram, and a ratio or a median needs no more than an eighth of a large tensor:
         each sampled step takes another one.
         """
-        rows = x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.reshape(1, -1)
-        if x.numel() >= SAMPLED_FROM and len(rows) >= PARTS:
+        wanted = {name: table[slot] for name, table in self.sums.items() if name not in COUNTED}
+        if x.numel() >= SAMPLED_FROM and x.numel() >= PARTS * x.shape[-1]:
+            rows = x.reshape(-1, x.shape[-1])
             size = len(rows) // PARTS
-            rows = rows[self.samples % PARTS * size :][:size]
-        return rows, {name: self.sums[name][slot] for name in ("errors", "blocks") if name in self.sums}
+            x = rows.narrow(0, self.samples % PARTS * size, size)
+        return x, wanted
 
     def note(self, slot: int, amax: Tensor) -> None:
         """A layer may run more than once: an Inf seen in its first call must outlive the second."""
-        torch.maximum(self.amax[slot], amax, out=self.amax[slot])
+        if slot in self._noted:
+            amax = torch.maximum(self.amax[slot], amax)
+        self._noted.add(slot)
+        self.amax[slot] = amax
 
     def end_microbatch(self) -> None:
         """Remember which rows saw Inf or NaN in this micro-batch first."""
@@ -140,6 +147,7 @@ class Counters:
         if self.counting:
             self._blame()  # of the weights' gradients, seen after the last micro-batch
         fault, self.micro, self.last_amax = self.fault, 0, self.amax
+        self._noted.clear()
         if self.decisive or self.counting:
             self.fault = torch.zeros_like(fault)
             self.amax = torch.zeros_like(self.amax)

@@ -40,7 +40,7 @@ class TelemetryConfig:
     ``alarm_saturated_frac`` or ``alarm_flushed_frac`` of an operand's elements."""
 
     every: int = 10
-    record_every: int = 200
+    record_every: int = 300
     alarm_saturated_frac: float = 0.001
     alarm_flushed_frac: float = 0.1
 

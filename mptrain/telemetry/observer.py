@@ -101,27 +101,39 @@ class Observer:
         if out.requires_grad:
             out.register_hook(partial(self._see, slot=rows["grad_output"]))  # type: ignore[no-untyped-call]
 
-    @torch.no_grad()
     def _see(self, x: Tensor, slot: int) -> None:
         """Add one tensor to its row. A hook of autograd too: it returns nothing, so gradients stay as they are."""
-        x, fmt = x.detach(), self.formats[slot]
+        x = x.detach()
+        if self._extra:
+            self._measure(x, slot)
+        if slot < self._booked:
+            return
+        books, fmt = self._counters, self.formats[slot]
+        amax, sums = torch.empty((), dtype=torch.float32, device=x.device), books.row(slot)
+        casts = fmt is not None and x.dtype is not fmt.value.dtype  # else it was rounded by the operation that made it
+        if not casts:
+            del sums["counts"]
+        part = x
+        wanted: dict[str, Tensor] = {}
+        if books.slots[slot][1] in OPERANDS:
+            part, wanted = books.sample_of(slot, x)
+            if not casts:
+                del wanted["errors"]
+        if part is x:
+            kernels.observe(x, fmt=fmt, scale=self._one, amax=amax, **sums, **wanted)
+        else:
+            kernels.observe(x, fmt=fmt, scale=self._one, amax=amax, **sums)
+            kernels.observe(part, fmt=fmt, scale=self._one, **wanted)
+        books.note(slot, amax)
+
+    def _measure(self, x: Tensor, slot: int) -> None:
+        """The statistics that the kernels do not know."""
+        fmt = self.formats[slot]
         cast: Cast = None if fmt is None else (fmt, self._counters.scale[slot])
         for statistic in self._extra:
             states = self.extra[statistic.name]
             state = statistic.measure(x, cast)
             states[slot] = states[slot] + state if slot in states else state
-        if slot < self._booked:
-            return
-        books, amax = self._counters, torch.empty((), dtype=torch.float32, device=x.device)
-        casts = fmt is not None and x.dtype is not fmt.value.dtype  # else it was rounded by the operation that made it
-        counts = books.sums["counts"][slot] if casts else None
-        histogram = books.sums["histogram"][slot]
-        kernels.observe(x, fmt=fmt, scale=self._one, amax=amax, histogram=histogram, counts=counts)
-        if books.slots[slot][1] in OPERANDS:
-            part, wanted = books.sample_of(slot, x)
-            errors = wanted["errors"] if casts else None
-            kernels.observe(part, fmt=fmt, scale=self._one, errors=errors, blocks=wanted["blocks"])
-        books.note(slot, amax)
 
     def see_gradients(self) -> None:
         """After the last micro-batch, before anything is unscaled or clipped."""
@@ -141,7 +153,7 @@ class Observer:
             if moments_of is None and "exp_avg" not in state:
                 continue
             first, second = moments_of(parameter) if moments_of else (state["exp_avg"], state["exp_avg_sq"])
-            tables = [self._counters.sums["histogram"][rows[role]] for role in PARAMETER_ROLES[2:]]
+            tables = [self._counters.row(rows[role])["histogram"] for role in PARAMETER_ROLES[2:]]
             group, step = groups[parameter], float(state["step"])
             lr, (beta1, beta2) = float(group["lr"]), group["betas"]
             updates(
