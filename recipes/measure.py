@@ -69,7 +69,7 @@ def precisions_table(kept: dict[str, Any]) -> str:
 
 
 def bench_table(kept: dict[str, Any]) -> str:
-    """Markdown of ``mptrain bench cpu --json``."""
+    """Markdown of ``mptrain bench cpu --json`` and of its siblings."""
     lines = ["| measured | figure | target | A/A twin |  |", "|---|---|---|---|---|"]
     for row in kept["rows"]:
         unit = "x" if row["unit"] == "x" else f" {row['unit']}"
@@ -85,7 +85,7 @@ def bench_table(kept: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"gpt-nano-cpu.json": precisions_table, "bench-cpu.json": bench_table}
+TABLES = {"gpt-nano-cpu.json": precisions_table, "bench-cpu.json": bench_table, "bench-telemetry.json": bench_table}
 
 
 def with_tables(text: str) -> str:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mptrain
 from mptrain import Precision
 from mptrain.models import gpt
-from mptrain.optim import OptimConfig, Schedule, build_optimizer
+from mptrain.optim import Average, OptimConfig, Schedule, build_optimizer
 from mptrain.telemetry import record
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import Throughput
@@ -278,7 +278,8 @@ def test_a_resumed_run_goes_on_in_the_same_files(monkeypatch, tmp_path):
 
 def test_off_leaves_no_record(monkeypatch, tmp_path):
     folder = tmp_path / "run"
-    train(monkeypatch, tmp_path, "precision=fp8", "baseline=none", f"run_dir={folder}", "telemetry.record_every=0")
+    given = ["precision=fp8", "baseline=none", f"run_dir={folder}", "telemetry.record_every=0"]
+    assert "not counted (telemetry.record_every=0)" in train(monkeypatch, tmp_path, *given)
     assert not (folder / record.FILE).exists()
     assert summary_of(folder)["overflow_events"] is None
     assert not any(key.startswith("numerics") for row in rows_of(folder) for key in row)
@@ -293,3 +294,23 @@ def test_fp8_counts_between_the_records(monkeypatch, tmp_path):
     assert counted == [1, 2, 4, 6, 8]
     assert [row["step"] for row in rows_of(folder) if "amax/head/input" in row] == [1, 8]
     assert record.steps(folder / record.FILE) == [1, 8]
+
+
+def test_the_running_average_moves_with_applied_steps_only(monkeypatch, tmp_path):
+    """Five steps, one of them skipped: four moves, each towards the weights that the step left."""
+    run = trainer("bf16", every=0, drill=Drill.parse("3:head:grad_weight:nan"))
+    run.average = Average(run.model, 0.5)
+    expected, seen = run.average.shadow[0].clone(), []
+    for _ in range(5):
+        run.step()
+        seen.append(run.model.embed.weight.detach().clone())
+    run._settle()
+    assert torch.equal(seen[1], seen[2]), "step 3 is skipped"
+    for after in (seen[0], seen[1], seen[3], seen[4]):
+        expected.lerp_(after, 0.5)
+    assert torch.equal(run.average.shadow[0], expected)
+    assert run.ledger.applied == 4
+    folder = tmp_path / "run"
+    train(monkeypatch, tmp_path, "optim.ema_decay=0.5", "baseline=none", f"run_dir={folder}")
+    last = [row for row in rows_of(folder) if "val/loss_average" in row][-1]
+    assert 0 < abs(last["val/loss_average"] - last["val/loss"]) < 0.1

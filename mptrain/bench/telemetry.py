@@ -225,9 +225,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: does it run, not how fast")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions of a measurement (default 5)")
     args = parser.parse_args(argv)
-    about = machine() | {"command": " ".join(["mptrain bench telemetry", *argv])}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    about = machine() | {"command": " ".join(["mptrain bench telemetry", *argv])}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows: list[dict[str, Any]] = []
     try:

@@ -65,9 +65,10 @@ def comparison_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Events, and why a figure may not mean what it seems to."""
     overflow, underflow = summary["overflow_events"], summary["underflow_frac"]
+    uncounted = "FP32 casts nothing" if summary["precision"] == "fp32" else "not counted (telemetry.record_every=0)"
     rows = [
-        ("overflow", "not counted in FP32" if overflow is None else f"{overflow:,} elements on sampled steps"),
-        ("underflow", "not counted in FP32" if underflow is None else f"{underflow:.3%} of elements became zero"),
+        ("overflow", uncounted if overflow is None else f"{overflow:,} elements on sampled steps"),
+        ("underflow", uncounted if underflow is None else f"{underflow:.3%} of elements became zero"),
         ("skipped steps", str(summary["skipped_steps"])),
     ]
     if "gemm_flops" in summary:

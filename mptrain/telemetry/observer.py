@@ -148,13 +148,13 @@ class Observer:
         """After an applied step. Optimizers that keep no Adam moments leave these rows empty."""
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         moments_of = getattr(optimizer, "moments", None)  # those that keep them in other ways than torch say so
-        for parameter, rows in self._parameters:
-            state = optimizer.state.get(parameter, {})
-            if moments_of is None and "exp_avg" not in state:
-                continue
+        states = [(parameter, rows, optimizer.state.get(parameter, {})) for parameter, rows in self._parameters]
+        states = [known for known in states if "step" in known[2] and (moments_of or "exp_avg" in known[2])]
+        counted = torch.stack([torch.as_tensor(state["step"]) for *_, state in states]).tolist() if states else []
+        for (parameter, rows, state), step in zip(states, counted, strict=True):
             first, second = moments_of(parameter) if moments_of else (state["exp_avg"], state["exp_avg_sq"])
             tables = [self._counters.row(rows[role])["histogram"] for role in PARAMETER_ROLES[2:]]
-            group, step = groups[parameter], float(state["step"])
+            group = groups[parameter]
             lr, (beta1, beta2) = float(group["lr"]), group["betas"]
             updates(
                 parameter.detach(),
