@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mptrain import cli
 from mptrain.checkpoint import Checkpoints
-from mptrain.formats import Format, count_cast, overflows, round_to, underflows
+from mptrain.formats import Format, overflows, round_to, underflows
 from mptrain.kernels.bins import edges
 from mptrain.report import figures
 from mptrain.report.drawing import COLOURS, Band, heat_map_svg, histogram_svg
@@ -56,6 +56,12 @@ def recorded(step, layers=3, without=()):
             tables["lost"].append(torch.tensor(LOST if role == "update" else [0.0] * 5, dtype=torch.float64))
     stacked = {name: torch.stack(parts) for name, parts in tables.items() if name not in without}
     return record.Record(step, {"loss_scale": 8.0}, rows, stacked)
+
+
+def count_cast(x, fmt):
+    """int64 [5] by the definitions: elements, overflows, underflows, Inf and NaN of a cast to ``fmt``."""
+    found = overflows(x, fmt), underflows(x, fmt) & x.isfinite(), x.isinf(), x.isnan()
+    return torch.tensor([x.numel(), *(int(mask.sum()) for mask in found)])
 
 
 @pytest.fixture(scope="module")

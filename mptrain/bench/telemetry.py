@@ -10,6 +10,7 @@ ratios.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -171,14 +172,19 @@ def peers() -> dict[str, Callable[[Training], AbstractContextManager[object]]]:
         kept[:] = look_at(x)
         return True
 
-    torch._dynamo.config.recompile_limit = 32  # dtypes and states of autograd and autocast, each a graph
-    compiled = torch.compile(look_at, dynamic=True)
     return {
         "hooks that call .item()": partial(hooks, look=lambda x: [value.item() for value in look_at(x)]),
         "hooks, kept on the device": partial(hooks, look=on_device),
-        "hooks, compiled": partial(hooks, look=lambda x: compiled(x)),
+        "hooks, compiled": lambda training: hooks(training, compiled_look()),
         "detect_anomaly": lambda training: anomalies(),
     }
+
+
+@functools.cache
+def compiled_look() -> Callable[[Tensor], object]:
+    """The same, fused by torch.compile."""
+    torch._dynamo.config.recompile_limit = 32  # dtypes and states of autograd and autocast, each a graph
+    return torch.compile(look_at, dynamic=True)
 
 
 @contextmanager
