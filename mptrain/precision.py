@@ -54,6 +54,7 @@ class Precision:
         self._agree = agree
         self._names: list[str] = []
         self._parameters: list[nn.Parameter] = []
+        self._multiplied: set[str] = set()
         self._losses: list[Tensor] = []  # of this step's micro-batches: a bad one tells forward from backward
 
     def prepare(self, model: nn.Module) -> Precision:
@@ -69,6 +70,8 @@ class Precision:
                     f"{name} is {parameter.dtype}: parameters are the FP32 master weights, call model.float() first"
                 )
         self._names, self._parameters = list(trained.values()), list(trained)
+        linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        self._multiplied = {f"{name}.weight" for name in linear}  # these stand in the order of their products
         self.device = self._parameters[0].device
         self.backend = resolve(self.policy, self.device)(self.policy, self.device, self._agree)
         self.report = self.backend.convert(model, self.counters)
@@ -106,28 +109,31 @@ class Precision:
         if self.counters.decisive:
             found_inf = found_inf | fault[: self.counters.decisive].any()
         found_inf = self._agree(found_inf)
-        blame = self._witness([name for name, _ in named], norms, fault, found_inf)
+        # A CPU reads for nothing, and a found_inf tensor costs AdamW one subtraction per parameter.
+        skips = bool(found_inf.item()) if found_inf.device.type == "cpu" else None
+        blame = self._witness(named, norms, fault, skips)
         divisor = scale if self.scaler.active else None
         if self.scaler.active:
             norm = norm / scale
         if clip > 0:
             factor = (norm / clip).clamp_(min=1.0)
             divisor = factor if divisor is None else divisor * factor
-        self._update(optimizer, divisor, found_inf)
+        self._update(optimizer, divisor, found_inf, skips)
         event = self.scaler.update(found_inf)
         values = torch.stack([found_inf.float(), norm, scale, event.float(), self.scaler.scale])
         return StepOutcome(values, blame)
 
-    def _update(self, optimizer: Optimizer, divisor: Tensor | None, found_inf: Tensor) -> None:
+    def _update(self, optimizer: Optimizer, divisor: Tensor | None, found_inf: Tensor, skips: bool | None) -> None:
+        """Step or skip. ``skips``: what ``found_inf`` says, None if nobody has read it yet."""
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # set by torch on fused optimizers
-        # A CPU reads for nothing, and a found_inf tensor costs AdamW one subtraction per parameter. Before the first
-        # step no kernel may be told to skip: fused SGD would leave momentum in memory that nobody wrote.
-        read = not fused or found_inf.device.type == "cpu" or not optimizer.state
-        if read and found_inf.item():
+        # Before the first step no kernel may be told to skip: fused SGD would leave momentum in memory nobody wrote.
+        if skips is None and (not fused or not optimizer.state):
+            skips = bool(found_inf.item())
+        if skips:
             return
         if fused:
             optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-            optimizer.found_inf = None if read else found_inf.float()  # type: ignore[attr-defined]
+            optimizer.found_inf = found_inf.float() if skips is None else None  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
         else:
@@ -135,14 +141,17 @@ class Precision:
                 torch._foreach_div_([p.grad for p in self._parameters if p.grad is not None], divisor)
             optimizer.step()
 
-    def _witness(self, names: list[str], norms: Tensor, fault: Tensor, found_inf: Tensor) -> Callable[[], Blame]:
+    def _witness(
+        self, named: list[tuple[str, Tensor]], norms: Tensor, fault: Tensor, skips: bool | None
+    ) -> Callable[[], Blame]:
         """What a skip will be explained with when the outcome is read; the gradients may be gone by then."""
         losses, self._losses = self._losses, []
-        if found_inf.device.type == "cpu" and found_inf.item():
-            grads = [p.grad for p in self._parameters if p.grad is not None]
-            # A norm can overflow FP32 where every element is finite: those are no Inf in the gradient.
-            truly = torch.tensor([not bool(grad.isfinite().all()) for grad in grads])
+        if skips is False:
+            return lambda: Blame("")
+        if skips:  # a norm can overflow FP32 where every element is finite: those are no Inf in the gradient
+            truly = torch.tensor([not bool(grad.isfinite().all()) for _, grad in named])
             norms = torch.where(truly, norms, norms.nan_to_num(posinf=torch.finfo(norms.dtype).max))
+        names = [name for name, _ in named]
         return lambda: self._blame(names, norms, fault, losses)
 
     def _blame(self, names: list[str], norms: Tensor, fault: Tensor, losses: list[Tensor]) -> Blame:
@@ -160,8 +169,9 @@ class Precision:
             return Blame("another rank found Inf or NaN", rank=rank())
         if not bad:
             return Blame("the norm of all gradients overflows FP32, though each element is finite", rank=rank())
-        layer, _, leaf = names[bad[-1]].rpartition(".")  # backward comes from the end
-        kind = "NaN" if norms[bad[-1]].isnan() else "Inf"
+        place = ([index for index in bad if names[index] in self._multiplied] or bad)[-1]  # backward comes from the end
+        layer, _, leaf = names[place].rpartition(".")
+        kind = "NaN" if norms[place].isnan() else "Inf"
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         return Blame(f"{kind} in the gradient of {leaf}{more}", layer, "grad_weight", kind, "backward", -1, rank())
 

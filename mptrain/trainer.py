@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,8 @@ from mptrain.telemetry.ledger import Ledger
 from mptrain.telemetry.meters import PeakMemory, Throughput, weighted_peak_tflops
 from mptrain.telemetry.monitor import Monitor, Sample
 from mptrain.telemetry.record import Record
+
+NOTHING = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Trainer:
         watching = self.monitor if self.monitor is not None and self.monitor.due(step) else None
         if watching:
             watching.begin_step(step)
-        with self.memory.measured(len(self.throughput.seconds), self.model, self.optimizer), self._drilled(step):
+        with self._around(step):
             audited = self.audit is not None and self.audit.result is None
             seen = watching is not None and watching.recording
             loss = self._audited() if audited else self._gradients(self.model if seen else self.run_model)
@@ -195,8 +197,18 @@ class Trainer:
         self.throughput.add(time.perf_counter() - start)
         self.sink.tick(step)
 
-    def _drilled(self, step: int) -> AbstractContextManager[None]:
-        return self.drill.planted(self.model) if self.drill and self.drill.step == step else nullcontext()
+    def _around(self, step: int) -> AbstractContextManager[object]:
+        """What one step out of many runs in: the meter of memory, a fire drill."""
+        metered = self.memory.due(len(self.throughput.seconds))
+        drilled = self.drill is not None and self.drill.step == step
+        if not metered and not drilled:
+            return NOTHING
+        stack = ExitStack()
+        if metered:
+            stack.enter_context(self.memory.measured(self.model, self.optimizer))
+        if drilled and self.drill is not None:
+            stack.enter_context(self.drill.planted(self.model))
+        return stack
 
     def _tell(self, sample: Sample) -> None:
         """Hand on what the monitor saw. The ledger hears of it before it enters the step."""

@@ -76,16 +76,14 @@ class Booking:
             if not sums:
                 return
             books.scale[slot] = scale
-            part, wanted = books.sample_of(slot, rows)
+            errors, blocks = (books.sums[name][slot] if name in books.sums else None for name in ("errors", "blocks"))
+            cast = rows
             if self._config.scaling in (Scaling.rowwise, Scaling.block):
-                local, one = rows.float() * self._local_scales(rows, role, fmt), torch.ones_like(scale)
-                kernels.observe(local, fmt=fmt, scale=one, counts=sums["counts"])
-                kernels.observe(rows, histogram=sums.get("histogram"))
-                kernels.observe(books.sample_of(slot, local)[0], fmt=fmt, scale=one, errors=wanted.get("errors"))
-                kernels.observe(part, blocks=wanted.get("blocks"))
-            else:
-                kernels.observe(rows, fmt=fmt, scale=scale, **sums)
-                kernels.observe(part, fmt=fmt, scale=scale, **wanted)
+                cast, scale = rows.float() * self._local_scales(rows, role, fmt), torch.ones_like(scale)
+            kernels.observe(cast, fmt=fmt, scale=scale, counts=sums["counts"])
+            kernels.observe(rows, histogram=sums.get("histogram"))
+            kernels.observe(books.part_of(cast), fmt=fmt, scale=scale, errors=errors)
+            kernels.observe(books.part_of(rows), blocks=blocks)
 
     def _local_scales(self, rows: Tensor, role: str, fmt: Format) -> Tensor:
         """The scale of each element (FP32, as ``rows``): powers of two, rounded down, as torchao and TE use them."""

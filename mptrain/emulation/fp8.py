@@ -59,9 +59,9 @@ class Quantizers:
             books.note(slot, amax)
             if sums:
                 books.scale[slot] = scale
-                part, wanted = books.sample_of(slot, x)
-                if wanted:
-                    kernels.observe(part, fmt=fmt, scale=scale, **wanted)
+                if "errors" in books.sums:
+                    errors, blocks = books.sums["errors"][slot], books.sums["blocks"][slot]
+                    kernels.observe(books.part_of(x), fmt=fmt, scale=scale, errors=errors, blocks=blocks)
         return first, second, scale
 
     def _cast(

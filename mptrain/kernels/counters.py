@@ -20,7 +20,6 @@ OPERANDS = ("input", "weight", "grad_output")
 BACKWARD = ("grad_output", "grad_weight")
 FORWARD_RANK = {"input": 0, "weight": 1, "output": 2}
 PARTS, SAMPLED_FROM = 8, 65536  # of tensors with at least as many elements, one of 8 parts
-COUNTED = ("counts", "histogram")  # of every element
 N_COUNTS = 5  # elements, saturated, flushed, inf, nan: mptrain.kernels.COUNTS
 SUMS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {  # what one pass over a tensor adds: mptrain.kernels.observe
     "counts": ((N_COUNTS,), torch.int64),
@@ -107,20 +106,19 @@ class Counters:
         """
         if not self.counting or (self.micro and slot < self.decisive and self.slots[slot][1] == "weight"):
             return {}
-        return {name: table[slot] for name, table in self.sums.items() if name in COUNTED}
+        return {name: self.sums[name][slot] for name in ("counts", "histogram") if name in self.sums}
 
-    def sample_of(self, slot: int, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The part of ``x`` [..., K] for the statistics that are no counts (errors, blocks), and where to add them.
+    def part_of(self, x: Tensor) -> Tensor:
+        """The part of ``x`` [..., K] for the statistics that are no counts: errors and blocks.
 
         They cost as much again as a histogram, and a ratio or a median needs no more than an eighth of a large tensor:
         each sampled step takes another one.
         """
-        wanted = {name: table[slot] for name, table in self.sums.items() if name not in COUNTED}
-        if x.numel() >= SAMPLED_FROM and x.numel() >= PARTS * x.shape[-1]:
-            rows = x.reshape(-1, x.shape[-1])
-            size = len(rows) // PARTS
-            x = rows.narrow(0, self.samples % PARTS * size, size)
-        return x, wanted
+        if x.numel() < SAMPLED_FROM or x.numel() < PARTS * x.shape[-1]:
+            return x
+        rows = x.reshape(-1, x.shape[-1])
+        size = len(rows) // PARTS
+        return rows.narrow(0, self.samples % PARTS * size, size)
 
     def note(self, slot: int, amax: Tensor) -> None:
         """A layer may run more than once: an Inf seen in its first call must outlive the second."""

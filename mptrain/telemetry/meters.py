@@ -124,12 +124,13 @@ class PeakMemory:
         if self._device.type == "cuda":
             self.peak_gib = torch.cuda.max_memory_allocated(self._device) / GIB
 
+    def due(self, steps_done: int) -> bool:
+        """Is the next step to be run under :meth:`measured`?"""
+        return steps_done == MEMORY_STEP and self._device.type == "cpu"
+
     @contextmanager
-    def measured(self, steps_done: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Around forward and backward: on a CPU, step ``MEMORY_STEP`` (from 0) runs under :class:`LiveBytes`."""
-        if self._device.type != "cpu" or steps_done != MEMORY_STEP:
-            yield
-            return
+    def measured(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Around the forward and backward of a step on a CPU: live bytes, by :class:`LiveBytes`."""
         with kernels.onlooker(), LiveBytes(resident_tensors(model, optimizer)) as meter:
             yield
         self.peak_gib = meter.peak / GIB

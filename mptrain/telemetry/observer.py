@@ -109,21 +109,18 @@ class Observer:
         if slot < self._booked:
             return
         books, fmt = self._counters, self.formats[slot]
-        amax, sums = torch.empty((), dtype=torch.float32, device=x.device), books.row(slot)
         casts = fmt is not None and x.dtype is not fmt.value.dtype  # else it was rounded by the operation that made it
-        if not casts:
-            del sums["counts"]
-        part = x
-        wanted: dict[str, Tensor] = {}
+        wanted, partly = {"histogram": books.sums["histogram"][slot]}, {}
+        if casts:
+            wanted["counts"], partly["errors"] = books.sums["counts"][slot], books.sums["errors"][slot]
         if books.slots[slot][1] in OPERANDS:
-            part, wanted = books.sample_of(slot, x)
-            if not casts:
-                del wanted["errors"]
+            partly["blocks"] = books.sums["blocks"][slot]
+        amax, part = torch.empty((), dtype=torch.float32, device=x.device), books.part_of(x)
         if part is x:
-            kernels.observe(x, fmt=fmt, scale=self._one, amax=amax, **sums, **wanted)
-        else:
-            kernels.observe(x, fmt=fmt, scale=self._one, amax=amax, **sums)
-            kernels.observe(part, fmt=fmt, scale=self._one, **wanted)
+            wanted |= partly
+        elif partly:
+            kernels.observe(part, fmt=fmt, scale=self._one, **partly)
+        kernels.observe(x, fmt=fmt, scale=self._one, amax=amax, **wanted)
         books.note(slot, amax)
 
     def _measure(self, x: Tensor, slot: int) -> None:
@@ -153,7 +150,7 @@ class Observer:
         counted = torch.stack([torch.as_tensor(state["step"]) for *_, state in states]).tolist() if states else []
         for (parameter, rows, state), step in zip(states, counted, strict=True):
             first, second = moments_of(parameter) if moments_of else (state["exp_avg"], state["exp_avg_sq"])
-            tables = [self._counters.row(rows[role])["histogram"] for role in PARAMETER_ROLES[2:]]
+            tables = [self._counters.sums["histogram"][rows[role]] for role in PARAMETER_ROLES[2:]]
             group = groups[parameter]
             lr, (beta1, beta2) = float(group["lr"]), group["betas"]
             updates(
