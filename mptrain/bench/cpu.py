@@ -48,12 +48,12 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, and how often. ``steps``: of the null model, in one measurement."""
+    """What is measured, and how often. ``steps``: of the null model, in one measurement: one of them is recorded."""
 
     gpt: gpt.Config = field(default_factory=lambda: gpt.Config(256, 256, n_layer=6, n_head=6, n_embd=384))
     batch: int = 8
     elements: int = 16 << 20
-    steps: int = 200
+    steps: int = 300
     repeats: int = 9
 
 
