@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -198,17 +198,11 @@ class Trainer:
         self.sink.tick(step)
 
     def _around(self, step: int) -> AbstractContextManager[object]:
-        """What one step out of many runs in: the meter of memory, a fire drill."""
+        """What one step out of many runs in: a fire drill, or else the meter of memory."""
+        if self.drill is not None and self.drill.step == step:
+            return self.drill.planted(self.model)
         metered = self.memory.due(len(self.throughput.seconds))
-        drilled = self.drill is not None and self.drill.step == step
-        if not metered and not drilled:
-            return NOTHING
-        stack = ExitStack()
-        if metered:
-            stack.enter_context(self.memory.measured(self.model, self.optimizer))
-        if drilled and self.drill is not None:
-            stack.enter_context(self.drill.planted(self.model))
-        return stack
+        return self.memory.measured(self.model, self.optimizer) if metered else NOTHING
 
     def _tell(self, sample: Sample) -> None:
         """Hand on what the monitor saw. The ledger hears of it before it enters the step."""

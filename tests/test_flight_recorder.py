@@ -130,12 +130,13 @@ def test_a_huge_value_is_counted_and_is_no_inf():
 
 def test_a_fire_drill_by_command(monkeypatch, tmp_path):
     folder = tmp_path / "run"
-    given = ["precision=fp8", "debug.inject=4:blocks.1.mlp.up:input:inf", "baseline=none", f"run_dir={folder}"]
+    given = ["precision=fp8", "debug.inject=2:blocks.1.mlp.up:input:inf", "baseline=none", f"run_dir={folder}"]
     text = train(monkeypatch, tmp_path, *given)
     skips = [event for event in events_of(folder) if event["event"] == "skipped"]
-    assert [(event["step"], event["layer"], event["role"]) for event in skips] == [(4, "blocks.1.mlp.up", "input")]
-    assert "step 4: skipped: Inf in input (forward of micro-batch 0) in blocks.1.mlp.up" in text
+    assert [(event["step"], event["layer"], event["role"]) for event in skips] == [(2, "blocks.1.mlp.up", "input")]
+    assert "step 2: skipped: Inf in input (forward of micro-batch 0) in blocks.1.mlp.up" in text
     assert summary_of(folder)["skipped_steps"] == 1
+    assert summary_of(folder)["peak_memory_gib"] > 0, "memory is measured in another step then"
 
 
 BAD_DRILLS = {
