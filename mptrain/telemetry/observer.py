@@ -135,7 +135,7 @@ class Observer:
     def see_gradients(self) -> None:
         """After the last micro-batch, before anything is unscaled or clipped."""
         for parameter, rows in self._parameters:
-            if rows["weight"] >= self._booked and not self._is_multiplied(rows["weight"]):
+            if not self._is_multiplied(rows["weight"]):
                 self._see(parameter, rows["weight"])
             if parameter.grad is not None:
                 self._see(parameter.grad, rows["grad_weight"])
