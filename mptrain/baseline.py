@@ -1,15 +1,14 @@
 """FP32 beside every run: an earlier FP32 run of the same fingerprint, else a probe of a few FP32 steps.
 
-Two runs of one fingerprint saw the same initial weights, batches and learning rates on the same machine, so their
-losses differ by precision alone and are compared at the same step. The probe runs in a process of its own, before this
-run allocates anything on the device, so neither takes the other's memory or time; a file lock keeps two of them from
-measuring each other. Its result stays in the runs folder for the next run of that fingerprint.
+Runs of one fingerprint (:mod:`mptrain.identity`) differ by precision alone, so their losses are compared at the same
+step. The probe runs in a process of its own, before this run allocates anything on the device, so neither takes the
+other's memory or time; a file lock keeps two of them from measuring each other. Its result stays in the runs folder for
+the next run of that fingerprint.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -22,12 +21,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mptrain.identity import COMPARED
 from mptrain.settings import to_plain
 
 PROBE_STEPS = 8  # 3 of warm-up, then 5 whose median is the speed
 FEW_STEPS = 100  # with fewer, a ratio of losses says nothing about where training goes
 PROBES = ".fp32-probes"
-COMPARED = ("model", "data", "optim", "trainer", "seed")  # settings that make two runs comparable step by step
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -45,14 +44,6 @@ class Figures:
     @property
     def steps(self) -> int:
         return max(self.losses, default=0)
-
-
-def fingerprint(config: Any, corpus: str, machine: str, torch_version: str, fp32_gemm: str) -> str:
-    """A hash (16 hex digits) of what must be equal for two runs to differ by precision alone."""
-    plain = to_plain(config)
-    same = {key: plain[key] for key in COMPARED if key != "data"}  # the corpus's hash says more than its path
-    text = json.dumps([same, corpus, machine, torch_version, fp32_gemm], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def find(folders: list[Path], wanted: str) -> Figures | None:

@@ -9,20 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from mptrain import baseline, machine
+from mptrain import baseline, identity, machine
 from mptrain.backends.base import resolve
 from mptrain.baseline import Figures
 from mptrain.checkpoint import Checkpoints, load, read_header, require_fit
 from mptrain.config import RunConfig, parse_open
 from mptrain.distributed import world_size
-from mptrain.folder import discard, folder_of
+from mptrain.folder import describe, discard, folder_of
 from mptrain.formats import Format
 from mptrain.kernels.counters import N_COUNTS
 from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sinks, WandbSink
@@ -34,7 +36,7 @@ from mptrain.settings import to_plain
 from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.coverage import summary_of
 from mptrain.telemetry.drill import DebugConfig, Drill
-from mptrain.telemetry.meters import Throughput, peak_tflops
+from mptrain.telemetry.meters import Throughput, peak_tflops, peaks, weighted_rate
 from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED, Monitor
 from mptrain.trainer import Trainer
 
@@ -52,6 +54,16 @@ class Prepared:
     fp32_gemm: str
     fingerprint: str
 
+    @cached_property
+    def gemm_tflops(self) -> dict[str, float]:
+        """TFLOP/s by GEMM format: of a GPU the vendor's peaks, of a CPU what one large product reached just now."""
+        if self.device.type != "cpu":
+            return peaks(self.device)
+        used = {Format.fp32: torch.float32}
+        if self.config.precision.compute is Format.bf16:
+            used[Format.bf16] = torch.bfloat16
+        return {str(fmt): machine.gemm_flops_per_s(dtype) / 1e12 for fmt, dtype in used.items()}
+
 
 @dataclass
 class Run:
@@ -62,6 +74,7 @@ class Run:
     sinks: Sinks
     console: Console
     folder: Path
+    held: TextIO  # the lock on the folder
     fp32: Figures
 
     def train(self) -> dict[str, Any]:
@@ -72,6 +85,7 @@ class Run:
             self.sinks.summary(summary)
         finally:
             self.sinks.close()
+            self.held.close()
         print_comparison(self.console, summary)
         print_end(self._say, self.folder, self.trainer.stopped_early)
         return summary
@@ -100,16 +114,29 @@ class Run:
             "val_loss": trainer.final.get("val/loss", math.nan),
             "val_loss_masters": trainer.final.get("val/loss_masters", math.nan),
             "tokens_per_s": trainer.throughput.tokens_per_s(),
+            "mfu_frac": self._mfu_frac(),
             "peak_memory_gib": trainer.memory.peak_gib,
             "overflow_events": overflow if counted else None,
             "underflow_frac": totals[FLUSHED] / totals[ELEMENTS] if counted else None,
+            "memory_gib": trainer.memory.roles_gib,
             "worst_layers": [] if monitor is None else monitor.worst(),
+            "layers": [] if monitor is None else monitor.worst(most=None),
             "baseline": baseline.compare(self._figures(), self.fp32),
             **summary_of(None if trainer.audit is None else trainer.audit.result, compiled=config.trainer.compile),
             "fingerprint": self.prepared.fingerprint,
             "machine": machine.describe(self.prepared.device),
             "torch": torch.__version__,
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+    def _mfu_frac(self) -> float:
+        """Model FLOPs a second over the rate of the formats that the audited step ran in; NaN if not known."""
+        audit = self.trainer.audit
+        if audit is None or audit.result is None or self.trainer.precision.backend.emulated:
+            return math.nan
+        rate = weighted_rate(self.prepared.gemm_tflops, audit.result.coverage)
+        achieved = self.trainer.throughput.tokens_per_s() * self.trainer.flops_per_token
+        return achieved / (rate * 1e12) if rate else math.nan
 
     def _figures(self) -> Figures:
         """This run's side, its speed over the steps that the other side ran."""
@@ -140,27 +167,30 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     if config.debug.inject:
         Drill.parse(config.debug.inject).check(shell)
     fp32_gemm = machine.choose_fp32_gemm(shell, device)
-    mark = baseline.fingerprint(config, data.fingerprint, machine.describe(device), torch.__version__, fp32_gemm)
+    mark = identity.fingerprint(config, data.fingerprint, machine.describe(device), torch.__version__, fp32_gemm)
     return Prepared(config, device, data, model_module, model_config, shell, fp32_gemm, mark)
 
 
-def build(config: RunConfig) -> Run:
+def build(config: RunConfig, console: Console | None = None) -> Run:
     """Make everything a run needs. ValueError or OSError, naming the setting to change, if it cannot be."""
-    console = Console()
+    console = console or Console()
     start = _resume_path(config)
     prepared = prepare(config, lambda text: console.print(text, highlight=False))
     if start is not None:
         require_fit(start, prepared.shell)
     fp32 = _known_baseline(prepared)
-    folder = folder_of(config, resumed=start is not None)
+    folder, held = folder_of(config, resumed=start is not None)
     try:
-        return _build(prepared, console, folder, start, fp32)
+        return _build(prepared, console, folder, held, start, fp32)
     except BaseException:
         discard(folder)
+        held.close()
         raise
 
 
-def _build(prepared: Prepared, console: Console, folder: Path, start: Path | None, fp32: Figures | None) -> Run:
+def _build(
+    prepared: Prepared, console: Console, folder: Path, held: TextIO, start: Path | None, fp32: Figures | None
+) -> Run:
     config = prepared.config
     _announce(console, prepared, folder, fp32)
     if fp32 is None:
@@ -178,14 +208,39 @@ def _build(prepared: Prepared, console: Console, folder: Path, start: Path | Non
     if config.logger.wandb:
         sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console))
     sinks.sinks.append(ConsoleSink(console, config.trainer.max_steps, first))
-    return Run(prepared, trainer, sinks, console, folder, fp32)
+    describe(folder, _about(prepared, trainer))
+    return Run(prepared, trainer, sinks, console, folder, held, fp32)
+
+
+def _about(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
+    """``run.json``: what the settings do not say of a run, known before its first step."""
+    backend = trainer.precision.backend
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        **identity.environment(),
+        "torch": torch.__version__,
+        "machine": machine.describe(prepared.device),
+        "fp32_gemm": prepared.fp32_gemm,
+        "corpus": prepared.data.fingerprint,
+        "corpus_name": prepared.data.name,
+        "initial_weights": trainer.about["initial_weights"],
+        "parameters": sum(p.numel() for p in prepared.shell.parameters()),
+        "tokens_per_step": _tokens_per_step(prepared),
+        "flops_per_token": trainer.flops_per_token,
+        "gemm_tflops": prepared.gemm_tflops,
+        "backend": backend.name,
+        "emulated": backend.emulated,
+        "fingerprint": prepared.fingerprint,
+    }
 
 
 def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoints | None = None) -> Trainer:
     """The model on the device, in its precision, with optimizer and meters, inside a trainer."""
     config, data, device = prepared.config, prepared.data, prepared.device
     torch.manual_seed(config.seed)
-    model = prepared.model_module.build(prepared.model_config).to(device)
+    model = prepared.model_module.build(prepared.model_config)
+    mark = identity.weights_mark(model)
+    model.to(device)
     precision = Precision(config.precision).prepare(model)
     if config.trainer.checkpointing:
         model.recompute = precision.recompute
@@ -210,7 +265,11 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
         run_model=torch.compile(model) if config.trainer.compile else model,  # type: ignore[arg-type]
         checkpoints=checkpoints,
         checkpoint_every=config.checkpoint.every,
-        about={"precision": config.precision.name, "fingerprint": prepared.fingerprint},
+        about={
+            "precision": config.precision.name,
+            "fingerprint": prepared.fingerprint,
+            "initial_weights": mark,
+        },
         flops_per_token=model.flops_per_token(),
         peak_flops_per_s=None if peak is None else peak * 1e12,
     )
@@ -219,7 +278,9 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
 def probe(config: RunConfig) -> Figures:
     """The first steps of the run that ``config`` describes, in FP32: what the probe's process does."""
     quiet = replace(config.telemetry, record_every=0)
-    fp32 = replace(config, precision=PrecisionPolicy.named("fp32"), telemetry=quiet, debug=DebugConfig())
+    masters = replace(config.optim, weights="fp32", moments="fp32")
+    policy = PrecisionPolicy.named("fp32")
+    fp32 = replace(config, precision=policy, optim=masters, telemetry=quiet, debug=DebugConfig())
     prepared = prepare(fp32)
     trainer = assemble(prepared, NullSink())
     trainer.fit(until=baseline.PROBE_STEPS)
@@ -287,10 +348,11 @@ def _minutes(prepared: Prepared, probed: bool) -> str:
     config = prepared.config
     flops = prepared.shell.flops_per_token() * _tokens_per_step(prepared)  # type: ignore[operator]
     low = config.precision.quantized or str(config.precision.compute) == "bf16"
-    step_s = flops / machine.gemm_flops_per_s(torch.bfloat16 if low else torch.float32)
+    rates = prepared.gemm_tflops
+    step_s = flops / (rates.get("bf16", rates["fp32"]) * 1e12)
     evaluations = 1 + config.trainer.max_steps // max(1, config.trainer.eval_every or config.trainer.max_steps)
     steps = config.trainer.max_steps + evaluations * config.trainer.eval_batches / 3
     seconds = 10 + steps * step_s * (2.2 if low else 1.2)  # what is not a GEMM weighs more where GEMMs are fast
     if probed:
-        seconds += 10 + baseline.PROBE_STEPS * flops / machine.gemm_flops_per_s(torch.float32) * 1.2
+        seconds += 10 + baseline.PROBE_STEPS * flops / (rates["fp32"] * 1e12) * 1.2
     return f", about {max(1, round(seconds / 60))} min in all"

@@ -1,35 +1,45 @@
-"""The folder of a run: where it is, that it can be written, and that no run lands in the folder of another."""
+"""The folder of a run: where it is, that it can be written, and that no run lands in the folder of another.
+
+A run holds a lock on its folder while it is at work. The system lets go of it when the process ends, however it ends,
+so a folder without a summary and without a lock is of a run that was stopped.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
+from typing import Any, TextIO
 
+from mptrain import identity
 from mptrain.config import RunConfig
 from mptrain.settings import to_plain
 
+LOCK = identity.LOCK
 
-def folder_of(config: RunConfig, *, resumed: bool) -> Path:
-    """Make the run's folder and write ``config.json`` into it.
 
-    ValueError if it cannot be written, or holds a run already and is not being resumed.
+def folder_of(config: RunConfig, *, resumed: bool) -> tuple[Path, TextIO]:
+    """Make the run's folder, claim it and write ``config.json`` into it; returns the folder and what holds it.
+
+    ValueError if it cannot be written, is in use, or holds a run already and is not being resumed.
     """
     setting = f"run_dir={config.run_dir}" if config.run_dir else f"runs_dir={config.runs_dir}"
     try:
-        return _try_folder(config, resumed)
+        folder = _made(config, resumed)
+        held = claim(folder)
+        (folder / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"{setting} cannot be written ({error.strerror}): choose another folder") from error
+    return folder, held
 
 
-def _try_folder(config: RunConfig, resumed: bool) -> Path:
-    if config.run_dir:
-        folder = Path(config.run_dir)
-        if (folder / "metrics.jsonl").exists() and not resumed:
-            raise ValueError(f"{folder} already holds a run: continue it with resume=auto, or choose another run_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = _numbered(Path(config.runs_dir), f"{config.model.get('kind')}-{config.precision.name}")
-    (folder / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n")
+def _made(config: RunConfig, resumed: bool) -> Path:
+    if not config.run_dir:
+        return _numbered(Path(config.runs_dir), f"{config.model.get('kind')}-{config.precision.name}")
+    folder = Path(config.run_dir)
+    if (folder / "metrics.jsonl").exists() and not resumed:
+        raise ValueError(f"{folder} already holds a run: continue it with resume=auto, or choose another run_dir")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -46,8 +56,27 @@ def _numbered(parent: Path, stem: str) -> Path:
             return folder
 
 
+def claim(folder: Path) -> TextIO:
+    """Hold the folder until the returned file is closed. ValueError if another run is at work in it."""
+    held = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise ValueError(f"{folder} is in use by a run at work: wait for it, or choose another run_dir") from None
+    return held
+
+
+def describe(folder: Path, about: dict[str, Any]) -> None:
+    """Write ``run.json``. A resumed run keeps the one of its beginning."""
+    path = folder / identity.FILE
+    if not path.exists():
+        path.write_text(json.dumps(about, indent=2) + "\n")
+
+
 def discard(folder: Path) -> None:
-    """Remove the folder of a run that never began, if it holds nothing but its settings."""
-    if {path.name for path in folder.iterdir()} == {"config.json"}:
-        (folder / "config.json").unlink()
+    """Remove the folder of a run that never began, if it holds nothing but what was written before it began."""
+    if {path.name for path in folder.iterdir()} <= {"config.json", identity.FILE, LOCK}:
+        for path in folder.iterdir():
+            path.unlink()
         folder.rmdir()

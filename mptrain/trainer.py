@@ -31,7 +31,7 @@ from mptrain.precision import Precision
 from mptrain.settings import require
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.ledger import Ledger
-from mptrain.telemetry.meters import PeakMemory, Throughput, weighted_peak_tflops
+from mptrain.telemetry.meters import PeakMemory, Throughput, peaks, weighted_rate
 from mptrain.telemetry.monitor import Monitor, Sample
 from mptrain.telemetry.record import Record
 
@@ -164,7 +164,7 @@ class Trainer:
             if not self.stopped_early and until is None:
                 self.final = self.evaluate(masters=self.precision.policy.name != "fp32")
                 self.sink.metrics(self.step_number, self.final)
-        self.memory.end()
+        self.memory.end(self.model, self.optimizer)
 
     def step(self) -> None:
         """One optimizer step: micro-batches, the outcome of the step before, then apply or skip."""
@@ -237,7 +237,7 @@ class Trainer:
         assert self.audit is not None
         with self.audit:
             loss = self._gradients(self.model)
-        peak = weighted_peak_tflops(self.device, self.audit.result.coverage)
+        peak = weighted_rate(peaks(self.device), self.audit.result.coverage)
         self.peak_flops_per_s = peak * 1e12 if peak else self.peak_flops_per_s
         return loss
 

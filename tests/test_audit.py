@@ -444,14 +444,12 @@ def test_convolutions_and_other_products():
     assert step.result.problems() == []
 
 
-def test_the_peak_is_weighted_by_what_ran(monkeypatch):
-    peaks = {"fp8": 2000.0, "bf16": 1000.0}
-    monkeypatch.setattr(meters, "peak_tflops", lambda device, fmt: peaks.get(fmt))
-    device = torch.device("cpu")
-    assert meters.weighted_peak_tflops(device, {"fp8": 0.8, "bf16": 0.2}) == pytest.approx(1 / (0.0004 + 0.0002))
-    assert meters.weighted_peak_tflops(device, {"fp8 claimed": 1.0}) == 2000.0
-    assert meters.weighted_peak_tflops(device, {"fp8": 0.8, "fp32": 0.2}) is None
-    assert meters.weighted_peak_tflops(device, {}) is None
+def test_the_rate_is_weighted_by_what_ran():
+    rates = {"fp8": 2000.0, "bf16": 1000.0}
+    assert meters.weighted_rate(rates, {"fp8": 0.8, "bf16": 0.2}) == pytest.approx(1 / (0.0004 + 0.0002))
+    assert meters.weighted_rate(rates, {"fp8 claimed": 1.0}) == 2000.0
+    assert meters.weighted_rate(rates, {"fp8": 0.8, "fp32": 0.2}) is None
+    assert meters.weighted_rate(rates, {}) is None
 
 
 def test_an_audit_that_saw_nothing_says_so():

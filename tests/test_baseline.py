@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mptrain import baseline
+from mptrain import baseline, identity
 from mptrain.baseline import Figures
 from mptrain.config import RunConfig
 from mptrain.optim import OptimConfig
@@ -21,7 +21,7 @@ CONFIG = RunConfig(model={"kind": "gpt", "n_layer": 2})
 
 
 def mark(config=CONFIG, corpus="c", machine="m", torch="2.13", gemm="blas"):
-    return baseline.fingerprint(config, corpus, machine, torch, gemm)
+    return identity.fingerprint(config, corpus, machine, torch, gemm)
 
 
 def write_run(folder, *, precision="fp32", fingerprint=None, losses=(3.0, 2.0), config=CONFIG, **more):
@@ -41,6 +41,7 @@ def test_the_fingerprint_changes_with_what_makes_losses_differ_and_with_nothing_
         change(CONFIG, precision=PrecisionPolicy.named("fp8")),
         change(CONFIG, run_dir="x", runs_dir="y", resume="auto", baseline="none"),
         change(CONFIG, data={"cache_dir": "elsewhere"}),
+        change(CONFIG, optim=OptimConfig(weights="bf16", moments="int8")),
     ]
     assert {mark(config) for config in same} == {mark()}
     other = [

@@ -43,9 +43,10 @@ INTERNAL: dict[str, tuple[str, ...]] = {
         "kernels", "formats", "distributed", "outcome", "scaling", "settings", "policy", "convert", "precision",
     ),
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings", "interrupts"),
-    "baseline": ("settings",),
+    "identity": ("settings",),
+    "baseline": ("settings", "identity"),
     "loggers": ("settings", "telemetry.record", "telemetry.histogram", "report.drawing"),
-    "folder": ("config", "settings"),
+    "folder": ("config", "identity", "settings"),
     "memory": ("policy", "formats", "settings"),
     "quantization": ("convert", "formats", "kernels", "policy", "settings", "registry"),
     "report": (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from mptrain import kernels
 
 GIB = 2**30
 MEMORY_STEP = 1  # the second step: optimizer state exists, and warm-up is not over
+ROLES = ("weights", "gradients", "moments", "activations", "workspace")
 WARMUP_STEPS = 3  # kernels chosen, optimizer state allocated, memory measured: none of it is the speed of training
 
 # Dense peak rates in TFLOP/s, vendor figures. MFU is against the peak of the format the GEMMs really ran in.
@@ -32,26 +34,30 @@ PEAK_TFLOPS = {
 }
 
 
-def peak_tflops(device: torch.device, fmt: str) -> float | None:
-    """The device's dense peak for a GEMM format (fp8, bf16, ...), None where none is known."""
+def peaks(device: torch.device) -> dict[str, float]:
+    """The device's dense peaks in TFLOP/s by GEMM format (fp8, bf16, ...); empty where none are known."""
     if device.type != "cuda":
-        return None
+        return {}
     name = torch.cuda.get_device_name(device)
-    rates = next((rates for card, rates in PEAK_TFLOPS.items() if card in name), {})
-    return rates.get(fmt)
+    return next((rates for card, rates in PEAK_TFLOPS.items() if card in name), {})
 
 
-def weighted_peak_tflops(device: torch.device, coverage: Mapping[str, float]) -> float | None:
-    """The peak of a step whose GEMM FLOPs ran in several formats: 1 / sum(share / peak), None if a peak is unknown.
+def peak_tflops(device: torch.device, fmt: str) -> float | None:
+    """The device's dense peak for a GEMM format, None where none is known."""
+    return peaks(device).get(fmt)
+
+
+def weighted_rate(rates: Mapping[str, float], coverage: Mapping[str, float]) -> float | None:
+    """The rate of a step whose GEMM FLOPs ran in several formats: 1 / sum(share / rate), None if a rate is unknown.
 
     ``coverage``: format -> share, as :attr:`mptrain.telemetry.coverage.Audit.coverage`; claimed shares count as theirs.
     """
-    seconds = 0.0  # per TFLOP
+    seconds = 0.0  # per FLOP, in the unit of the rates
     for name, share in coverage.items():
-        peak = peak_tflops(device, name.removesuffix(" claimed"))
-        if peak is None:
+        rate = rates.get(name.removesuffix(" claimed"))
+        if rate is None:
             return None
-        seconds += share / peak
+        seconds += share / rate
     return 1.0 / seconds if seconds else None
 
 
@@ -73,57 +79,80 @@ class Throughput:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Peak bytes of live tensor storages while active; ``resident`` tensors (weights, moments) count from the start.
+    """Bytes of live tensor storages while active, by role; ``resident`` (role -> tensors) counts from the start.
 
-    Every storage an operator returns is counted once, until Python and autograd let go of it. Work space inside an
-    operator is not seen.
+    Every storage an operator returns is counted once, until Python and autograd let go of it, as ``workspace`` until
+    :meth:`claim` says what it is. Work space inside an operator is not seen.
     """
 
-    def __init__(self, resident: Iterable[Tensor]) -> None:
+    def __init__(self, resident: Mapping[str, Iterable[Tensor]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self.peak = 0
-        self._known: set[int] = set()
-        for tensor in resident:
-            self._track(tensor)
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._total = self._most = 0
+        self._role: dict[int, str] = {}
+        for role, tensors in resident.items():
+            for tensor in tensors:
+                self._track(tensor, role)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._track(leaf)
+                self._track(leaf, "workspace")
         return out
 
-    def _track(self, tensor: Tensor) -> None:
+    def claim(self, tensor: Tensor, role: str) -> None:
+        """What was work space is known to be of this role."""
+        storage = tensor.untyped_storage()
+        if self._role.get(storage._cdata) == "workspace":
+            self._role[storage._cdata] = role
+            self.live["workspace"] -= storage.nbytes()
+            self.live[role] += storage.nbytes()
+            if self._total == self._most:
+                self.peak = self.live.copy()
+
+    def _track(self, tensor: Tensor, role: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
+        if key in self._role:
             return
         size = storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        self._role[key] = role
+        self.live[role] += size
+        self._total += size
+        if self._total > self._most:
+            self._most, self.peak = self._total, self.live.copy()
         weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+        self.live[self._role.pop(key)] -= size
+        self._total -= size
 
 
 class PeakMemory:
-    """The peak of a run in GiB: the allocator's on a GPU, of live tensors over one early step on a CPU; NaN before."""
+    """The peak of a run in GiB: the allocator's on a GPU, of live tensors over one early step on a CPU; NaN before.
+
+    ``roles_gib``: what was alive at the peak. Activations are what autograd saved for backward, low-precision copies
+    of the weights among it; workspace is everything else. On a GPU both are one, the rest of the allocator's peak.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.peak_gib = float("nan")
+        self.roles_gib: dict[str, float] = {}
 
     def start(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
-    def end(self) -> None:
-        if self._device.type == "cuda":
-            self.peak_gib = torch.cuda.max_memory_allocated(self._device) / GIB
+    def end(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if self._device.type != "cuda":
+            return
+        self.peak_gib = torch.cuda.max_memory_allocated(self._device) / GIB
+        sizes = {role: sum(t.nbytes for t in tensors) / GIB for role, tensors in resident(model, optimizer).items()}
+        sizes["gradients"] = sum(p.nbytes for p in model.parameters() if p.requires_grad) / GIB
+        self.roles_gib = sizes | {"activations and workspace": max(0.0, self.peak_gib - sum(sizes.values()))}
 
     def due(self, steps_done: int) -> bool:
         """Is the next step to be run under :meth:`measured`? One is, on a CPU, as soon as it can be."""
@@ -132,14 +161,29 @@ class PeakMemory:
     @contextmanager
     def measured(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Around the forward and backward of a step on a CPU: live bytes, by :class:`LiveBytes`."""
-        with kernels.onlooker(), LiveBytes(resident_tensors(model, optimizer)) as meter:
-            yield
-        self.peak_gib = meter.peak / GIB
+        meter = LiveBytes(resident(model, optimizer))
+
+        def saved(tensor: Tensor) -> Tensor:
+            meter.claim(tensor, "activations")
+            return tensor
+
+        def accumulated(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                meter.claim(parameter.grad, "gradients")
+
+        hooks = [p.register_post_accumulate_grad_hook(accumulated) for p in model.parameters() if p.requires_grad]
+        try:
+            with kernels.onlooker(), meter, torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.roles_gib = {role: meter.peak[role] / GIB for role in ROLES}
+        self.peak_gib = sum(self.roles_gib.values())
 
 
-def resident_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Weights, buffers, gradients and optimizer state: what lives from step to step."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    tensors += [p.grad for p in model.parameters() if p.grad is not None]
-    tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return tensors
+def resident(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
+    """What lives from step to step, by role."""
+    state = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return {"weights": [*model.parameters(), *model.buffers()], "gradients": gradients, "moments": state}

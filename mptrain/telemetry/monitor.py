@@ -169,8 +169,8 @@ class Monitor:
         self._loud = loud
         return events
 
-    def worst(self) -> list[dict[str, Any]]:
-        """The operands with the largest share of saturated or flushed elements so far."""
+    def worst(self, most: int | None = WORST) -> list[dict[str, Any]]:
+        """The ``most`` operands with the largest share of saturated or flushed elements so far; None: all counted."""
         rows = []
         for (layer, role), row in zip(self._counters.slots, self.totals.tolist(), strict=True):
             if row[ELEMENTS]:
@@ -178,7 +178,7 @@ class Monitor:
                 share = row[FLUSHED] / row[ELEMENTS]
                 rows.append({"layer": layer, "role": role, "overflow_events": overflow, "underflow_frac": share})
         rows.sort(key=lambda r: (r["overflow_events"], r["underflow_frac"]), reverse=True)
-        return rows[:WORST]
+        return rows[:most]
 
     def state_dict(self) -> dict[str, Tensor]:
         rows = enumerate(self._counters.slots)
