@@ -5,20 +5,23 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from mptrain import build, config
+from mptrain import build, config, sweep
 from mptrain.policy import conf_dir
 
 
 @hydra.main(version_base=None, config_path=str(conf_dir()), config_name="config")
-def main(composed: DictConfig) -> None:
+def main(composed: DictConfig) -> float | None:
+    if sweep.is_job():
+        return sweep.job(composed)
     with config.clear_errors():  # here for the run, below for the command line
         run = build.build(config.parse(composed))
         run.train()
     if run.trainer.interrupts.stopped_by is not None:
         sys.exit(128 + run.trainer.interrupts.stopped_by)
+    return None
 
 
 if __name__ == "__main__":
     config.register()
-    with config.clear_errors():
+    with config.clear_errors(), sweep.reported():
         main()

@@ -27,7 +27,7 @@ from mptrain.distributed import world_size
 from mptrain.folder import describe, discard, folder_of
 from mptrain.formats import Format
 from mptrain.kernels.counters import N_COUNTS
-from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sinks, WandbSink
+from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sinks
 from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.policy import PrecisionPolicy
 from mptrain.precision import Precision
@@ -39,6 +39,7 @@ from mptrain.telemetry.drill import DebugConfig, Drill
 from mptrain.telemetry.meters import Throughput, peak_tflops, peaks, weighted_rate
 from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED, Monitor
 from mptrain.trainer import Trainer
+from mptrain.wandb_logger import WandbSink
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _build(
         trainer.load(load(start, prepared.device), first)
     sinks.sinks.append(JsonLines(folder))
     if config.logger.wandb:
-        sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console))
+        sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console, config.logger.group))
     sinks.sinks.append(ConsoleSink(console, config.trainer.max_steps, first))
     describe(folder, _about(prepared, trainer))
     return Run(prepared, trainer, sinks, console, folder, held, fp32)

@@ -37,10 +37,12 @@ USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, torc
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """``wandb``: also log to Weights & Biases, online when logged in, offline when not."""
+    """``wandb``: also log to Weights & Biases, online when logged in, offline when not. ``group``: a sweep's is its
+    folder's name."""
 
     wandb: bool = True
     project: str = "mptrain"
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class RunConfig:
     device: str = "auto"
     run_dir: str = ""
     runs_dir: str = "runs"
+    sweep_dir: str = ""
     resume: str = "none"
     baseline: str = "auto"
 

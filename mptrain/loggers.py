@@ -1,7 +1,5 @@
-"""Sinks: where metrics, events and the summary go. Console and JSONL always; W&B when configured.
-
-Metrics are one flat dict with ``/`` names and units. A sink that fails must not fail the run: W&B's errors turn into
-one warning and the JSONL file, which is always written, goes on.
+"""Sinks: where metrics, events and the summary go. Console and JSONL always, W&B (:mod:`mptrain.wandb_logger`) when
+configured. Metrics are one flat dict with ``/`` names and units.
 """
 
 from __future__ import annotations
@@ -16,17 +14,13 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mptrain.report.drawing import heat_map_svg
 from mptrain.telemetry import record as records
-from mptrain.telemetry.histogram import Histograms
 from mptrain.telemetry.record import Record
 
 Metrics = dict[str, float]
 Event = dict[str, Any]
 
 
-PICTURED = ("input", "weight", "output", "grad_output")  # roles with a histogram a layer: 4 panels are enough
-PICTURED_OCTAVES = (-64, 32)  # log2 of the magnitudes in it
 SCALE_EVENTS = {"scale_grew": "loss scale grew to {scale:g}", "scale_backed_off": "loss scale fell to {scale:g}"}
 
 
@@ -189,128 +183,6 @@ def progress_line(values: Metrics) -> str:
     if "train/loss" not in values and "val/loss" not in values:
         return ""
     return "  ".join(text.format(values[name]) for name, text in wanted if name in values)
-
-
-class WandbSink(NullSink):
-    """Weights & Biases: online when logged in, offline when not; never a prompt, never a failed run.
-
-    Beside the metrics: ``magnitude/LAYER/ROLE`` (a histogram by exponent, which W&B draws as a heat map over time),
-    ``heatmap/ROLE`` (layer by exponent at one step), the table ``events``, and an alert for every alarm.
-    """
-
-    TIMEOUT_S = 20
-    ALERT_EVERY_S = 300
-
-    def __init__(self, folder: Path, project: str, config: dict[str, Any], console: Console) -> None:
-        self._console = console
-        self._run: Any = None
-        self._events: list[Event] = []
-        try:
-            self._run = self._start(folder, project, config)
-        except Exception as error:
-            self._give_up(error)
-
-    def _start(self, folder: Path, project: str, config: dict[str, Any]) -> Any:
-        import wandb
-
-        asked = os.environ.get("WANDB_MODE")
-        mode = asked or ("online" if wandb_key_present() else "offline")
-        settings = wandb.Settings(silent=True, init_timeout=self.TIMEOUT_S, console="off", x_disable_stats=True)
-        keywords = {"project": project, "dir": str(folder), "name": folder.name, "config": config, "settings": settings}
-        try:
-            run = wandb.init(mode=mode, **keywords)  # type: ignore[arg-type]
-        except Exception as error:
-            if mode != "online":
-                raise
-            self._console.print(f"W&B is not reachable ({type(error).__name__}): logging offline", highlight=False)
-            run = wandb.init(mode="offline", **keywords)
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        return run
-
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        self._console.print(f"W&B is off for this run: {reason} (logger=jsonl silences this)", highlight=False)
-
-    def metrics(self, step: int, values: Metrics) -> None:
-        self._send(lambda run: run.log({"step": step, **values}))
-
-    def event(self, event: Event) -> None:
-        self._events.append(event)
-        fields = {f"event/{event['event']}": 1, "event/reason": str(event.get("reason", ""))}
-        self._send(lambda run: run.log({"step": event["step"], **fields}))
-        if event["event"] == "alarm":
-            text = f"step {event['step']}: {event['reason']}" + (f" in {event['layer']}" if event.get("layer") else "")
-            self._send(lambda run: run.alert("numerics", text, level="WARN", wait_duration=self.ALERT_EVERY_S))
-
-    def record(self, record: Record) -> None:
-        self._send(lambda run: run.log({"step": record.step, **self._pictures(record)}))
-
-    def _pictures(self, record: Record) -> dict[str, Any]:
-        import wandb
-
-        tables = Histograms(record.tables["histogram"], record.tables["amax"].double())
-        octaves = tables.octaves()
-        rows: dict[str, list[int]] = {}
-        pictures: dict[str, Any] = {}
-        for index, (layer, role, _) in enumerate(record.rows):
-            if int(octaves[index].sum()) == 0:
-                continue
-            rows.setdefault(role, []).append(index)
-            if role in PICTURED:
-                counts = octaves[index, PICTURED_OCTAVES[0] + 127 : PICTURED_OCTAVES[1] + 127].tolist()
-                edges = list(range(PICTURED_OCTAVES[0], PICTURED_OCTAVES[1] + 1))
-                pictures[f"magnitude/{layer}/{role}"] = wandb.Histogram(np_histogram=(counts, edges))
-        for role, found in rows.items():
-            labels = [record.rows[index][0] for index in found]
-            drawn = heat_map_svg(labels, Histograms(tables.counts[found], tables.amax[found]))
-            pictures[f"heatmap/{role}"] = wandb.Html(drawn, inject=False, data_is_not_path=True)
-        return pictures
-
-    def _event_table(self) -> Any:
-        import wandb
-
-        columns = ["step", "event", "layer", "role", "reason", "kind", "phase", "micro_batch", "rank", "scale"]
-        return wandb.Table(columns=columns, data=[[event.get(name) for name in columns] for event in self._events])
-
-    def summary(self, values: dict[str, Any]) -> None:
-        self._send(lambda run: run.summary.update(flatten(values)))
-
-    def close(self) -> None:
-        if self._events:
-            self._send(lambda run: run.log({"events": self._event_table()}))
-        self._send(lambda run: run.finish())
-
-    def _send(self, act: Any) -> None:
-        if self._run is None:
-            return
-        try:
-            act(self._run)
-        except Exception as error:
-            self._give_up(error)
-
-
-def wandb_key_present() -> bool:
-    """Is there a W&B key, in the environment or in netrc? Without one wandb would prompt."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        return "wandb" in netrc.read_text()
-    except OSError:
-        return False
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one flat dict with ``/`` names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _json(values: dict[str, Any], indent: int | None = None) -> str:

@@ -80,4 +80,6 @@ def to_plain(value: Any) -> Any:
         return value.name
     if isinstance(value, Mapping):
         return {key: to_plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(inner) for inner in value]
     return value

@@ -45,12 +45,16 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings", "interrupts"),
     "identity": ("settings",),
     "baseline": ("settings", "identity"),
-    "loggers": ("settings", "telemetry.record", "telemetry.histogram", "report.drawing"),
+    "loggers": ("settings", "telemetry.record"),
+    "wandb_logger": (
+        "loggers", "telemetry.record", "telemetry.histogram", "report.drawing", "report.comparison",
+    ),
+    "sweep": ANY,
     "folder": ("config", "identity", "settings"),
     "memory": ("policy", "formats", "settings"),
     "quantization": ("convert", "formats", "kernels", "policy", "settings", "registry"),
     "report": (
-        "baseline", "checkpoint", "formats", "kernels.bins", "policy", "settings", "telemetry", "registry",
+        "baseline", "identity", "checkpoint", "formats", "kernels.bins", "policy", "settings", "telemetry", "registry",
     ),
     "config": (
         "registry", "settings", "policy", "optim", "trainer", "data", "models", "telemetry", "distributed",
@@ -65,16 +69,17 @@ INTERNAL: dict[str, tuple[str, ...]] = {
 # against whatever peers there are.
 EXTERNAL: dict[str, tuple[str, ...]] = {
     "torch": ANY,
-    "hydra": ("config", "build", "cli"),
-    "omegaconf": ("config", "build", "cli"),
+    "hydra": ("config", "build", "cli", "sweep"),
+    "omegaconf": ("config", "build", "cli", "sweep"),
     "transformer_engine": ("backends.transformer_engine",),
     "torchao": ("backends.native", "optim", "quantization"),
-    "wandb": ("loggers",),
+    "wandb": ("wandb_logger",),
     "triton": ("kernels.triton",),
     "safetensors": ("checkpoint", "quantization"),
     "yaml": ("policy", "config", "build", "cli", "report"),
     "numpy": ("data", "kernels.exhaustive", "report", "quantization"),
-    "rich": ("loggers", "build", "cli", "report"),
+    "scipy": ("report",),
+    "rich": ("loggers", "wandb_logger", "build", "cli", "report", "sweep"),
     "ml_dtypes": ("kernels.exhaustive",),
     "transformers": ("quantization",),
 }

@@ -1,0 +1,235 @@
+"""Run folders, read as they are: finished, still at work, stopped, failed or damaged. Nothing here raises for one run.
+
+A value that was not a number is null in the files and NaN here, so it can be told from one that was never written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mptrain.identity import FILE, LOCK
+from mptrain.report.comparison import Status
+from mptrain.settings import did_you_mean
+
+Floats = npt.NDArray[np.float64]
+MARKS = ("config.json", "metrics.jsonl", "summary.json", "error.json", "job.json")  # one of them makes a run's folder
+TAIL_BYTES = 1 << 14  # of metrics.jsonl: holds the last row of metrics at any interval of up to 150 steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder holds. ``losses``, ``scales``: training loss (nats) and loss scale by step."""
+
+    folder: Path
+    status: Status
+    why: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+    scales: dict[int, float] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.get("seed")
+
+    @property
+    def max_steps(self) -> int | None:
+        return self.config.get("trainer", {}).get("max_steps")
+
+    @property
+    def steps(self) -> int:
+        return max(self.losses, default=0)
+
+    def figure(self, name: str) -> float:
+        """A number of the summary; NaN where there is none."""
+        return number(self.summary.get(name))
+
+    def curve(self) -> Floats:
+        """Training loss of steps 1 to ``max_steps``, NaN where none was read."""
+        found = np.full(self.max_steps or self.steps, math.nan)
+        for step, loss in self.losses.items():
+            if 1 <= step <= len(found):
+                found[step - 1] = loss
+        return found
+
+
+def expand(paths: Iterable[Path]) -> list[Path]:
+    """Run folders: those given, and those inside a given folder of runs (a sweep). ValueError for anything else."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        if is_run(path):
+            found[path] = None
+            continue
+        inside = sorted(inner for inner in path.iterdir() if is_run(inner)) if path.is_dir() else []
+        if not inside:
+            raise ValueError(f"{path} is no run and holds none{_nearest(path)}")
+        found |= dict.fromkeys(inside)
+    return list(found)
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in MARKS)
+
+
+def _nearest(path: Path) -> str:
+    beside = [str(inner) for inner in path.parent.glob("*") if inner.is_dir()] if path.parent.is_dir() else []
+    return did_you_mean(str(path), sorted(beside)[:20]) if beside else ": give the folder of a run or of a sweep"
+
+
+def read(folder: Path) -> Run:
+    """Everything in the folder of one run."""
+    config, about, summary = settings_in(folder), object_in(folder / FILE), object_in(folder / "summary.json")
+    losses: dict[int, float] = {}
+    scales: dict[int, float] = {}
+    for row in rows_in(folder / "metrics.jsonl"):
+        step = row.get("step")
+        if isinstance(step, int):
+            if "train/loss_step" in row:
+                losses[step] = number(row["train/loss_step"])
+            if "scale/value" in row:
+                scales[step] = number(row["scale/value"])
+    status, why = _status(folder, config, summary, max(losses, default=0))
+    events = list(rows_in(folder / "events.jsonl"))
+    return Run(folder, status, why, config, about, summary, losses, scales, events)
+
+
+def glance(folder: Path) -> Run:
+    """The same from the end of ``metrics.jsonl`` alone: quick, for a table that is drawn every second."""
+    config, summary = settings_in(folder), object_in(folder / "summary.json")
+    rows = [row for row in _last_rows(folder / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    losses = {row["step"]: number(row["train/loss_step"]) for row in rows if "train/loss_step" in row}
+    status, why = _status(folder, config, summary, max(losses, default=0))
+    speeds = [row["speed/tokens_per_s"] for row in rows if "speed/tokens_per_s" in row]
+    skipped = [row["scale/skipped_total"] for row in rows if "scale/skipped_total" in row]
+    latest = {"tokens_per_s": speeds[-1:], "skipped_steps": skipped[-1:]}
+    summary = {key: found[0] for key, found in latest.items() if found} | summary
+    return Run(folder, status, why, config, {}, summary, losses)
+
+
+def _status(folder: Path, config: dict[str, Any], summary: dict[str, Any], step: int) -> tuple[Status, str]:
+    failed = object_in(folder / "error.json").get("error")
+    whole = config.get("trainer", {}).get("max_steps")
+    if whole and number(summary.get("steps")) >= whole:
+        return Status.finished, ""
+    if in_use(folder):
+        return Status.running, f"at step {step} of {whole or '?'}{_age(folder)}"
+    if failed:
+        return Status.failed, str(failed)
+    if not whole:
+        return (Status.running, "waiting") if (folder / "job.json").exists() else (Status.unreadable, _damage(folder))
+    if (folder / "summary.json").exists() and not summary:
+        return Status.unreadable, "summary.json is torn"
+    continued = f"run_dir={folder} resume=auto continues it" if (folder / "checkpoints").exists() else "start it again"
+    return Status.stopped, f"stopped at step {step} of {whole}: {continued}"
+
+
+def settings_in(folder: Path) -> dict[str, Any]:
+    """``config.json`` if it holds the settings of a run, else empty."""
+    found = object_in(folder / "config.json")
+    groups = all(isinstance(found.get(name), dict) for name in ("model", "data", "optim", "trainer", "precision"))
+    policy = found.get("precision", {}) if groups else {}
+    parts = all(isinstance(policy.get(name), dict) for name in ("quantization", "loss_scale"))
+    return found if groups and parts and isinstance(found.get("seed"), int) else {}
+
+
+def _damage(folder: Path) -> str:
+    there = (folder / "config.json").exists()
+    return "config.json is torn" if there else "no config.json: its settings are not known"
+
+
+def _age(folder: Path) -> str:
+    try:
+        return f", last heard of {max(0, time.time() - (folder / 'metrics.jsonl').stat().st_mtime):.0f} s ago"
+    except OSError:
+        return ""
+
+
+def in_use(folder: Path) -> bool:
+    """Is a process at work on the run in ``folder``?"""
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def number(value: Any) -> float:
+    """A number of a JSON file; NaN for null and for what is not one. Infinities are written as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+
+
+def object_in(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is none, or it is torn."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def rows_in(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file with one a line; lines that are torn are passed over."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return
+    yield from _objects(text.splitlines())
+
+
+def _last_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return list(_objects(text.splitlines()[1 if size > TAIL_BYTES else 0 :]))
+
+
+def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def leaf_names(keys: Iterable[str]) -> dict[str, str]:
+    """Dotted settings -> their last part, or as many parts as tell them from each other."""
+    keys = list(keys)
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        others = [other for other in keys if other != key]
+        pattern = "(^|.*\\.){}$"
+        names[key] = next((t for t in tails if not any(re.match(pattern.format(re.escape(t)), o) for o in others)), key)
+    return names

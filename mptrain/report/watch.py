@@ -1,0 +1,129 @@
+"""The live table of a sweep: a row for each run, read from the runs' folders, whoever runs them."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from mptrain.report.comparison import Status
+from mptrain.report.runs import Run, glance, is_run
+
+EVERY_S = 1.0
+DONE = (Status.finished, Status.failed)
+MARKS = {  # a sign and a word beside the colour
+    Status.finished: ("✓", "green"),
+    Status.running: ("▶", "bold"),
+    Status.stopped: ("■", "yellow"),
+    Status.failed: ("✗", "red"),
+    Status.unreadable: ("?", "red"),
+}
+
+
+class Watch:
+    """Shows the table while it is started: redrawn every second in a terminal, elsewhere a line for each run that ends.
+
+    A thread of its own reads the folders; a run that ended is not read again.
+    """
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self.folder, self.console = folder, console
+        self._over: dict[Path, Run] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def runs(self) -> list[Run]:
+        """Every run there is by now, in the order in which they were begun."""
+        found = []
+        for folder in _folders(self.folder):
+            run = self._over.get(folder) or glance(folder)
+            if run.status in DONE:
+                self._over[folder] = run
+            found.append(run)
+        return found
+
+    def table(self) -> Table:
+        return table(self.runs(), jobs(self.folder), self.folder)
+
+    def _follow(self) -> None:
+        if self.console.is_terminal:
+            with Live(self.table(), console=self.console, auto_refresh=False) as live:
+                while not self._stop.wait(EVERY_S):
+                    live.update(self.table(), refresh=True)
+                live.update(self.table(), refresh=True)
+            return
+        self.console.print(f"sweep in {self.folder}", highlight=False, soft_wrap=True)
+        told = {run.folder for run in self.runs() if run.status in DONE}
+        if told:
+            self.console.print(f"{len(told)} runs are there already", highlight=False)
+        while True:
+            last = self._stop.wait(EVERY_S)
+            for run in self.runs():
+                if run.status in DONE and run.folder not in told:
+                    told.add(run.folder)
+                    self.console.print(line(run), highlight=False, soft_wrap=True)
+            if last:
+                return
+
+
+def _folders(sweep: Path) -> list[Path]:
+    found = [path for path in sweep.iterdir() if is_run(path)]
+    return sorted(found, key=lambda path: (path / "job.json").stat().st_mtime if (path / "job.json").exists() else 0.0)
+
+
+def jobs(sweep: Path) -> int | None:
+    """How many jobs the sweep has, where that is known beforehand."""
+    try:
+        found = json.loads((sweep / "sweep.json").read_text())["jobs"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
+    """What each run is at; ``whole``: the number of jobs to come to."""
+    over = sum(run.status in DONE for run in runs)
+    made = Table(title=f"{folder}: {over}{f' of {whole}' if whole else ''} done", title_justify="left")
+    made.add_column("run", overflow="fold")
+    for head in ("", "step", "loss", "val loss", "tokens/s", "skipped"):
+        made.add_column(head, justify="right", no_wrap=True)
+    for run in runs:
+        mark, style = MARKS[run.status]
+        status = Text(f"{mark} {run.status.value}", style)
+        if run.status is Status.failed:
+            made.add_row(run.name, status, Text(run.why.splitlines()[0] if run.why else "", "red", overflow="fold"))
+            continue
+        made.add_row(run.name, status, f"{run.steps}/{run.max_steps or '?'}", *cells(run))
+    if whole and len(runs) < whole:
+        made.add_row(Text(f"{whole - len(runs)} more to come", "dim"))
+    return made
+
+
+def cells(run: Run) -> list[str]:
+    """Loss, validation loss, tokens a second and skipped steps as text."""
+    loss = run.losses.get(run.steps, math.nan)
+    forms = ((loss, ".4f"), (run.figure("val_loss"), ".4f"), (run.figure("tokens_per_s"), ",.0f"))
+    shown = ["-" if math.isnan(value) else format(value, form) for value, form in forms]
+    skipped = run.figure("skipped_steps")
+    return [*shown, "-" if math.isnan(skipped) else f"{skipped:.0f}"]
+
+
+def line(run: Run) -> str:
+    """The same in one line."""
+    if run.status is Status.failed:
+        return f"{run.name}: failed: {run.why}"
+    loss, val, speed, skipped = cells(run)
+    return f"{run.name}: {run.status.value}, loss {loss}, val {val}, {speed} tokens/s, {skipped} skipped"

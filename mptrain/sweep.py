@@ -1,0 +1,237 @@
+"""Sweeps: ``python train.py -m precision=fp32,fp8 seed=0,1,2``, by Hydra's launchers, in one folder, with one report.
+
+Hydra composes the jobs and starts them, here, in other processes or on a cluster. What this module adds lives in files
+of the sweep's folder alone, so that every launcher can share it: ``sweep.json`` (what the sweep varies), a folder for
+each run with ``job.json`` (its settings), ``error.json`` if it failed and ``console.log`` with what it had to say.
+
+A job is known by its settings, not by its number: the same sweep started again finishes what is missing, a larger one
+in the same folder adds to it, and jobs that would compute the same (FP32 at three amax histories) are run once.
+A job that fails leaves its error and lets the others go on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import math
+import re
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from rich.console import Console
+
+from mptrain import build, config
+from mptrain.checkpoint import Checkpoints
+from mptrain.config import RunConfig
+from mptrain.identity import job_mark, short_hash
+from mptrain.report import runs, watch
+from mptrain.report.compare import NothingToCompare, compare
+from mptrain.report.comparison import Status
+from mptrain.report.output import write_all
+from mptrain.report.table import print_comparison_table
+from mptrain.settings import to_plain
+from mptrain.wandb_logger import log_comparison
+
+PLAN, JOB, ERROR = "sweep.json", "job.json", "error.json"
+WORST = math.inf  # what a job that failed, or whose loss is not a number, tells a search that minimizes
+UNNAMED = ("sweep_dir", "runs_dir", "logger", "logger.wandb", "logger.project", "device")  # not part of a folder's name
+
+_watch: watch.Watch | None = None  # of the sweep that this process has started
+
+
+class Sweep(Callback):
+    """Hydra tells it when a sweep begins (see conf/config.yaml); :func:`reported` ends it, however it ended."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Choose the sweep's folder, write its plan and start the live table."""
+        global _watch
+        try:
+            folder = _plan(config)
+        except OSError as error:  # Hydra would turn it into a warning and go on
+            raise SystemExit(f"error: sweep_dir cannot be written ({error.strerror}: {error.filename})") from error
+        _watch = watch.Watch(folder, Console())
+        _watch.start()
+
+
+def _plan(composed: DictConfig) -> Path:
+    """Write ``sweep.json``; hand the folder to every job as an override like any other."""
+    given = list(composed.hydra.overrides.task)
+    params = [f"{key}={value}" for key, value in (OmegaConf.select(composed, "hydra.sweeper.params") or {}).items()]
+    varied = _varied([*params, *given])
+    if not composed.sweep_dir:
+        what = "-".join(key.rpartition(".")[2].rpartition("/")[2] for key in varied) or "jobs"
+        name = f"sweep-{what}-{short_hash(sorted([*params, *given]))[:6]}"
+        with read_write(composed), open_dict(composed), read_write(composed.hydra):
+            composed.sweep_dir = str(Path(composed.runs_dir) / name)
+            composed.hydra.overrides.task.append(f"sweep_dir={composed.sweep_dir}")
+    folder = Path(composed.sweep_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = [len(values) for values in varied.values()]
+    plan = {
+        "overrides": [*params, *given],
+        "varied": list(varied),
+        "jobs": math.prod(counts) if all(counts) else None,  # None: a search, or a pattern that Hydra expands
+        "holds_fp32": "fp32" in varied.get("precision", []),
+        "wandb_project": composed.logger.project if composed.logger.wandb else None,
+    }
+    (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
+    return folder
+
+
+def _varied(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """The settings that a sweep varies, with their values where they are a list; of one given twice the last counts."""
+    found: dict[str, list[str]] = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.get_key_element()
+        found.pop(key, None)
+        if override.is_choice_sweep():
+            found[key] = [str(value) for value in override.sweep_string_iterator()]
+        elif override.is_sweep_override():
+            found[key] = []
+    return found
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Around ``main()``: at the end of a sweep the table, the verdicts and the report; nothing for a single run."""
+    try:
+        yield
+    finally:
+        if _watch is not None:
+            _watch.stop()
+            report(_watch.folder, _watch.console)
+
+
+def report(folder: Path, console: Console) -> None:
+    """Compare the runs of a sweep: print, write report.html, report.md and report.json, tell W&B."""
+    try:
+        comparison = compare([folder])
+    except NothingToCompare as error:
+        console.print(str(error), highlight=False, soft_wrap=True)
+        return
+    print_comparison_table(console, comparison)
+    written = write_all(comparison, folder)
+    project = json.loads((folder / PLAN).read_text())["wandb_project"]
+    if project is not None:
+        log_comparison(comparison, folder, console, project)
+    if any(run.status is not Status.finished for run in map(runs.glance, runs.expand([folder]))):
+        console.print("not every run is finished: the same command continues with what is missing", highlight=False)
+    console.print(
+        f"report: {written[0]} (and {', '.join(path.name for path in written[1:])})", highlight=False, soft_wrap=True
+    )
+
+
+def is_job() -> bool:
+    """Is this one of a sweep's jobs? (A job's own mode says RUN; only sweeps number their jobs.)"""
+    return not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def job(composed: DictConfig) -> float:
+    """Run one job of a sweep, unless it is done; returns the validation loss (nats), inf where there is none."""
+    sweep = Path(composed.sweep_dir)
+    plan = json.loads((sweep / PLAN).read_text())
+    name = folder_name(list(HydraConfig.get().overrides.task), plan["varied"])
+    try:
+        settings = config.parse(composed)
+    except Exception as error:
+        _fail(_folder(sweep, name, short_hash(name)), error)
+        return WORST
+    folder = _folder(sweep, name, job_mark(to_plain(settings)))
+    with _alone(folder):
+        if runs.glance(folder).status is not Status.finished:
+            _train(settings, folder, plan)
+    loss = runs.glance(folder).figure("val_loss")
+    return loss if math.isfinite(loss) else WORST
+
+
+def folder_name(overrides: list[str], varied: list[str]) -> str:
+    """``precision=fp8,seed=1``: what tells this job from the others (all it was given, where that is not known)."""
+    pairs = [override.partition("=") for override in overrides]
+    told = [(key, value) for key, _, value in pairs if key in varied] or [
+        (key, value) for key, _, value in pairs if key not in UNNAMED
+    ]
+    name = re.sub(r"[^\w.=,+-]", "_", ",".join(f"{key}={value}" for key, value in told)) or "run"
+    return name if len(name) <= 100 else f"{name[:90]}-{short_hash(name)[:8]}"
+
+
+def _folder(sweep: Path, name: str, mark: str) -> Path:
+    """The folder of the job with these settings: the one that holds it already, or a new one."""
+    with _locked(sweep / ".lock"):
+        for path in sweep.glob(f"*/{JOB}"):
+            if json.loads(path.read_text())["mark"] == mark:
+                return path.parent
+        folder, number = sweep / name, 2
+        while folder.exists():  # of other settings: an edited YAML, or another model in the same folder
+            folder, number = sweep / f"{name}-{number}", number + 1
+        folder.mkdir()
+        (folder / JOB).write_text(json.dumps({"mark": mark}) + "\n")
+        return folder
+
+
+def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
+    """Begin the run in ``folder``, or continue it from its newest checkpoint."""
+    checkpoint = Checkpoints(folder / "checkpoints", settings.checkpoint.keep).newest()
+    if checkpoint is None:
+        _set_aside(folder)
+    (folder / ERROR).unlink(missing_ok=True)
+    known = plan["holds_fp32"] and settings.baseline == "auto"
+    settings = replace(
+        settings,
+        run_dir=str(folder),
+        resume="none" if checkpoint is None else str(checkpoint),
+        baseline="none" if known else settings.baseline,
+        logger=replace(settings.logger, group=settings.logger.group or folder.parent.name),
+    )
+    with (folder / "console.log").open("a") as log:
+        try:
+            run = build.build(settings, Console(file=log, width=120))
+            run.train()
+        except Exception as error:
+            _fail(folder, error)
+            return
+    stopped = run.trainer.interrupts.stopped_by
+    del run
+    gc.collect()  # the next job of this process must not find this one's tensors in its memory
+    if stopped is not None:
+        raise SystemExit(128 + stopped)
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep what an attempt without a checkpoint left behind, out of the way of the next one."""
+    left = [path for path in folder.iterdir() if path.name != JOB and not path.name.startswith((".", "attempt-"))]
+    if not left:
+        return
+    number = 1 + sum(1 for _ in folder.glob("attempt-*"))
+    attempt = folder / f"attempt-{number}"
+    attempt.mkdir()
+    for path in left:
+        path.rename(attempt / path.name)
+
+
+def _fail(folder: Path, error: Exception) -> None:
+    """Leave the error where the report finds it."""
+    text = "".join(traceback.format_exception(error))
+    (folder / ERROR).write_text(json.dumps({"error": config.explain(error), "traceback": text}, indent=2) + "\n")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a job: a second one with the same settings waits and finds it done."""
+    with _locked(folder / ".job.lock"):
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
