@@ -14,6 +14,7 @@ def main(composed: DictConfig) -> float | None:
     if sweep.is_job():
         return sweep.job(composed)
     with config.clear_errors():  # here for the run, below for the command line
+        sweep.require_single(composed)
         run = build.build(config.parse(composed))
         run.train()
     if run.trainer.interrupts.stopped_by is not None:

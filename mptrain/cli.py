@@ -17,10 +17,12 @@ from mptrain.backends.base import MODULES, load
 from mptrain.config import RunConfig, clear_errors, composed
 from mptrain.doctor import audited_step
 from mptrain.policy import PrecisionPolicy, conf_dir
-from mptrain.report import casts, figures, page
+from mptrain.report import casts, figures, output, page, watch
+from mptrain.report import compare as comparing
 from mptrain.report import inspect as tables
 from mptrain.report.audit import print_audit
-from mptrain.settings import did_you_mean, from_plain
+from mptrain.report.table import print_comparison_table
+from mptrain.settings import did_you_mean, from_plain, require
 from mptrain.telemetry.histogram import JUDGED
 
 Command = Callable[[list[str]], int]
@@ -121,6 +123,37 @@ def inspect(argv: list[str]) -> int:
     return 0
 
 
+def compare(argv: list[str]) -> int:
+    """Is each precision equivalent to FP32, faster, smaller, healthy? Runs or whole sweeps, with a verdict."""
+    parser = argparse.ArgumentParser(prog="mptrain compare", description=compare.__doc__)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs (a sweep)"
+    )
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="compare with runs like this one (default: FP32)")
+    what = "largest difference that counts as equal, relative to the loss or in accuracy (default: %(default)s)"
+    parser.add_argument("--margin", type=float, default=comparing.MARGIN_FRAC, metavar="FRAC", help=what)
+    for name, kind in (
+        ("html", "the report with its figures"),
+        ("markdown", "for a pull request"),
+        ("json", "all of it"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"also write {kind}")
+    parser.add_argument("--watch", action="store_true", help="refresh while runs are at work; Ctrl-C ends it")
+    asked = parser.parse_args(argv)
+    require(asked.margin > 0, "--margin", asked.margin, "above 0, e.g. 0.005")
+
+    def once(console: Console) -> None:
+        comparison = comparing.compare(asked.runs, asked.baseline, asked.margin)
+        print_comparison_table(console, comparison)
+        output.write_asked(comparison, html=asked.html, markdown=asked.markdown, json=asked.json)
+
+    if asked.watch:
+        watch.follow(asked.runs, Console(), once)
+    else:
+        once(Console())
+    return 0
+
+
 def bench(argv: list[str]) -> int:
     """``bench cpu``, ``bench telemetry`` or ``bench gpu``: cost against targets, peers and limits (``--help``)."""
     if argv[:1] == ["cpu"]:
@@ -155,6 +188,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": doctor,
     "formats": formats,
     "inspect": inspect,
+    "compare": compare,
     "bench": bench,
     "probe": probe,
 }

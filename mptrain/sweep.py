@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -32,9 +32,10 @@ from rich.console import Console
 from mptrain import build, config
 from mptrain.checkpoint import Checkpoints
 from mptrain.config import RunConfig
+from mptrain.folder import claim
 from mptrain.identity import job_mark, short_hash
 from mptrain.report import runs, watch
-from mptrain.report.compare import NothingToCompare, compare
+from mptrain.report.compare import compare
 from mptrain.report.comparison import Status
 from mptrain.report.output import write_all
 from mptrain.report.table import print_comparison_table
@@ -46,6 +47,7 @@ WORST = math.inf  # what a job that failed, or whose loss is not a number, tells
 UNNAMED = ("sweep_dir", "runs_dir", "logger", "logger.wandb", "logger.project", "device")  # not part of a folder's name
 
 _watch: watch.Watch | None = None  # of the sweep that this process has started
+_held: TextIO | None = None  # its lock on the sweep's folder
 
 
 class Sweep(Callback):
@@ -53,11 +55,16 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Choose the sweep's folder, write its plan and start the live table."""
-        global _watch
+        global _watch, _held
         try:
             folder = _plan(config)
-        except OSError as error:  # Hydra would turn it into a warning and go on
+            _held = claim(folder)
+        except OSError as error:  # Hydra would turn an Exception into a warning and go on
             raise SystemExit(f"error: sweep_dir cannot be written ({error.strerror}: {error.filename})") from error
+        except ValueError:
+            raise SystemExit(
+                f"error: a sweep is at work in {folder}: wait for it, or choose another sweep_dir"
+            ) from None
         _watch = watch.Watch(folder, Console())
         _watch.start()
 
@@ -103,36 +110,56 @@ def _varied(overrides: Sequence[str]) -> dict[str, list[str]]:
 @contextmanager
 def reported() -> Iterator[None]:
     """Around ``main()``: at the end of a sweep the table, the verdicts and the report; nothing for a single run."""
+    global _watch, _held
+    failed = 0
     try:
         yield
     finally:
-        if _watch is not None:
+        if _watch is not None and _held is not None:
             _watch.stop()
-            report(_watch.folder, _watch.console)
+            _held.close()
+            failed = report(_watch.folder, _watch.console)
+            _watch = _held = None
+    if failed:
+        raise SystemExit(1)
 
 
-def report(folder: Path, console: Console) -> None:
-    """Compare the runs of a sweep: print, write report.html, report.md and report.json, tell W&B."""
+def report(folder: Path, console: Console) -> int:
+    """Compare the runs of a sweep: print, write report.html, report.md and report.json, tell W&B.
+
+    Returns the number of jobs that failed.
+    """
+    found = [runs.glance(path) for path in sorted(folder.iterdir()) if runs.is_run(path)]
+    failed = [run for run in found if run.status is Status.failed]
     try:
         comparison = compare([folder])
-    except NothingToCompare as error:
+    except ValueError as error:
         console.print(str(error), highlight=False, soft_wrap=True)
-        return
+        return len(failed)
     print_comparison_table(console, comparison)
     written = write_all(comparison, folder)
     project = json.loads((folder / PLAN).read_text())["wandb_project"]
     if project is not None:
         log_comparison(comparison, folder, console, project)
-    if any(run.status is not Status.finished for run in map(runs.glance, runs.expand([folder]))):
-        console.print("not every run is finished: the same command continues with what is missing", highlight=False)
-    console.print(
-        f"report: {written[0]} (and {', '.join(path.name for path in written[1:])})", highlight=False, soft_wrap=True
-    )
+    for run in failed:
+        console.print(f"{run.name} failed: {run.why} ({folder / run.name / ERROR})", highlight=False, soft_wrap=True)
+    if any(run.status is not Status.finished for run in found):
+        console.print("not every run is finished: the same command goes on with what is missing", highlight=False)
+    others = ", ".join(path.name for path in written[1:])
+    console.print(f"report: {written[0]} (and {others})", highlight=False, soft_wrap=True)
+    return len(failed)
 
 
 def is_job() -> bool:
     """Is this one of a sweep's jobs? (A job's own mode says RUN; only sweeps number their jobs.)"""
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def require_single(composed: DictConfig) -> None:
+    """ValueError for a single run that is given what only sweeps have."""
+    asked = "sweep_dir" if composed.sweep_dir else "ablation" if HydraConfig.get().sweeper.get("params") else ""
+    if asked:
+        raise ValueError(f"{asked} is for sweeps: add -m (python train.py -m ...)")
 
 
 def job(composed: DictConfig) -> float:
@@ -159,21 +186,26 @@ def folder_name(overrides: list[str], varied: list[str]) -> str:
     told = [(key, value) for key, _, value in pairs if key in varied] or [
         (key, value) for key, _, value in pairs if key not in UNNAMED
     ]
-    name = re.sub(r"[^\w.=,+-]", "_", ",".join(f"{key}={value}" for key, value in told)) or "run"
+    words = [f"{key.rpartition('.')[2]}={re.sub(r'[^a-zA-Z0-9.+-]+', '_', value).strip('_')}" for key, value in told]
+    name = ",".join(words).replace("/", "_") or "run"
     return name if len(name) <= 100 else f"{name[:90]}-{short_hash(name)[:8]}"
 
 
 def _folder(sweep: Path, name: str, mark: str) -> Path:
     """The folder of the job with these settings: the one that holds it already, or a new one."""
-    with _locked(sweep / ".lock"):
+    with _locked(sweep / ".jobs.lock"):
         for path in sweep.glob(f"*/{JOB}"):
-            if json.loads(path.read_text())["mark"] == mark:
+            known = json.loads(path.read_text())
+            if known["mark"] == mark:
+                if name not in known["names"]:
+                    known["names"].append(name)
+                    path.write_text(json.dumps(known) + "\n")
                 return path.parent
         folder, number = sweep / name, 2
         while folder.exists():  # of other settings: an edited YAML, or another model in the same folder
             folder, number = sweep / f"{name}-{number}", number + 1
         folder.mkdir()
-        (folder / JOB).write_text(json.dumps({"mark": mark}) + "\n")
+        (folder / JOB).write_text(json.dumps({"mark": mark, "names": [name]}) + "\n")
         return folder
 
 

@@ -97,7 +97,9 @@ def memory(runs: Mapping[int, Run], base: Mapping[int, Run]) -> Memory:
     peak = statistics.median(peaks)
     machines = {str(run.about.get("machine")) for run in [*runs.values(), *base.values()]}
     ratio = peak / statistics.median(theirs) if theirs and len(machines) == 1 else None
-    roles = next((run.summary["memory_gib"] for run in runs.values() if run.summary.get("memory_gib")), {})
+    roles: dict[str, float] = next(
+        (run.summary["memory_gib"] for run in runs.values() if run.summary.get("memory_gib")), {}
+    )
     return Memory(peak, ratio, dict(roles))
 
 
@@ -110,7 +112,9 @@ def health(runs: Mapping[int, Run]) -> Health:
     events = _events(runs)
     scales = next((run.scales for run in runs.values() if run.scales), {})
     steps = sorted(scales)
-    coverage = next((run.summary["gemm_coverage"] for run in runs.values() if run.summary.get("gemm_coverage")), {})
+    coverage: dict[str, float] = next(
+        (run.summary["gemm_coverage"] for run in runs.values() if run.summary.get("gemm_coverage")), {}
+    )
     return Health(
         overflow_events=sum(overflow) if overflow else None,
         underflow_frac=statistics.fmean(underflow) if underflow else None,

@@ -42,7 +42,8 @@ def compare(paths: Sequence[Path], baseline: Path | None = None, margin: float =
     if not groups:
         raise NothingToCompare("; ".join(f"{run.folder}: {run.why}" for run in runs) or "no runs to compare")
     chosen = _chosen(groups, baseline)
-    _require_two(groups, chosen, runs)
+    groups.sort(key=lambda group: all(variant.key != chosen for variant in group.variants))  # without a baseline: last
+    _require_two(groups, chosen)
     names = labels(groups)
     made = [
         _group(group, label, chosen, names, margin) for group, label in zip(groups, group_labels(groups), strict=True)
@@ -60,14 +61,16 @@ def _chosen(groups: list[MatchedGroup], baseline: Path | None) -> str | None:
     """The key of the variant that is the baseline; None if there is none."""
     variants = [variant for group in groups for variant in group.variants]
     if baseline is None:
-        return next((variant.key for variant in variants if variant.is_fp32), None)
+        stored = {variant.key for variant in variants if variant.stored_fp32}
+        alone = stored.pop() if len(stored) == 1 else None  # an ablation of how weights are stored, in BF16 throughout
+        return next((variant.key for variant in variants if variant.is_fp32), alone)
     for variant in variants:
         if any(run.folder == baseline for run in variant.runs):
             return variant.key
     raise NothingToCompare(f"baseline {baseline} has no settings that can be read: give the folder of a run")
 
 
-def _require_two(groups: list[MatchedGroup], chosen: str | None, runs: list[Run]) -> None:
+def _require_two(groups: list[MatchedGroup], chosen: str | None) -> None:
     """NothingToCompare if several groups were given and no baseline stands beside another variant in any of them."""
     together = any(len(g.variants) > 1 and any(v.key == chosen for v in g.variants) for g in groups)
     if together or len(groups) == 1:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import t as student
+from scipy.special import stdtrit  # scipy.stats has it too, and takes a second to import
 
 from mptrain.report.comparison import Interval
 from mptrain.report.runs import Floats
@@ -20,6 +20,11 @@ from mptrain.report.runs import Floats
 CONFIDENCE, POWER = 0.95, 0.80
 MOST_SEEDS = 1000
 TAIL = (1 + CONFIDENCE) / 2
+
+
+def quantile(probability: float, freedom: float) -> float:
+    """Of Student's t with that many degrees of freedom."""
+    return float(stdtrit(freedom, probability))
 
 
 def paired(differences: Sequence[float]) -> Interval | None:
@@ -42,7 +47,7 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> Interval | None:
 
 
 def _around(mean: float, error: float, freedom: float, n: int, method: str) -> Interval:
-    half = float(student.ppf(TAIL, freedom)) * error
+    half = quantile(TAIL, freedom) * error
     return Interval(mean, mean - half, mean + half, n, method)
 
 
@@ -53,7 +58,7 @@ def _spread(values: Sequence[float]) -> float:
 def deviation(interval: Interval) -> float:
     """The standard deviation of one seed's difference that the interval was made from (for Welch, equivalent)."""
     half = interval.high - interval.mean
-    return half / float(student.ppf(TAIL, interval.n - 1)) * math.sqrt(interval.n)
+    return half / quantile(TAIL, interval.n - 1) * math.sqrt(interval.n)
 
 
 def seeds_needed(interval: Interval, margin: float) -> int | None:
@@ -65,7 +70,7 @@ def seeds_needed(interval: Interval, margin: float) -> int | None:
     distance = max(margin - interval.mean, interval.mean)
     wanted = distance / max(deviation(interval), 1e-300)
     for n in range(2, MOST_SEEDS + 1):
-        if (student.ppf(TAIL, n - 1) + student.ppf(POWER, n - 1)) / math.sqrt(n) <= wanted:
+        if (quantile(TAIL, n - 1) + quantile(POWER, n - 1)) / math.sqrt(n) <= wanted:
             return n
     return None
 
@@ -79,7 +84,8 @@ def smooth(curves: Floats, window: int) -> Floats:
     if curves.shape[-1] <= window:
         lagged = [np.zeros_like(sums), np.zeros_like(counts)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (sums - lagged[0]) / (counts - lagged[1])
+        means: Floats = (sums - lagged[0]) / (counts - lagged[1])
+    return means
 
 
 def prediction_half_width(curves: Floats, window: int) -> Floats | None:
@@ -92,7 +98,7 @@ def prediction_half_width(curves: Floats, window: int) -> Floats | None:
     if n < 2:
         return None
     variance = smooth(np.var(curves, axis=0, ddof=1), window)
-    half: Floats = float(student.ppf(TAIL, n - 1)) * np.sqrt(variance * (1 + 1 / n))
+    half: Floats = quantile(TAIL, n - 1) * np.sqrt(variance * (1 + 1 / n))
     return half
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from mptrain.identity import STORAGE, numerics, short_hash
 from mptrain.report.runs import Run, leaf_names
 
+USUAL = {"weights": "fp32", "moments": "fp32", "inject": ""}  # said of a variant only where it is otherwise
 SCHEDULE = ("max_steps", "batch_size", "accumulate", "clip", "eval_batches")  # of trainer: what a loss depends on
 
 
@@ -27,10 +28,15 @@ class Matched:
     runs: tuple[Run, ...]
 
     @property
+    def stored_fp32(self) -> bool:
+        """FP32 weights (or masters) and moments, and no fire drill."""
+        return all(self.settings[key] == "fp32" for key in STORAGE) and not self.settings["debug.inject"]
+
+    @property
     def is_fp32(self) -> bool:
         s = self.settings
         plain = s["compute"] == "fp32" and s["quantization.scaling"] == "none" and s["loss_scale.kind"] == "none"
-        return plain and all(s[key] == "fp32" for key in STORAGE) and not s["debug.inject"]
+        return plain and self.stored_fp32
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,8 @@ def labels(groups: Iterable[MatchedGroup]) -> dict[str, str]:
     for name, alike in named.items():
         leaves = leaf_names(differing([one.settings for one in alike]))
         for one in alike:
-            told = [f"{leaf}={_brief(one.settings[key])}" for key, leaf in leaves.items() if key in one.settings]
+            values = {leaf: one.settings[key] for key, leaf in leaves.items() if key in one.settings}
+            told = [f"{leaf}={_brief(value)}" for leaf, value in values.items() if USUAL.get(leaf) != value]
             found[one.key] = " ".join([name, *told])
     return found
 
@@ -130,5 +137,5 @@ def difference(ours: MatchedGroup, theirs: MatchedGroup) -> str:
 
 
 def _brief(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value) or "''"
     return text if len(text) <= 24 else f"{text[:12]}…{text[-8:]}"

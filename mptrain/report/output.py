@@ -11,7 +11,7 @@ from typing import Any
 
 from mptrain.report.compare_page import page
 from mptrain.report.comparison import Comparison
-from mptrain.report.markdown import markdown
+from mptrain.report.markdown import markdown as as_markdown
 from mptrain.settings import to_plain
 
 
@@ -20,9 +20,19 @@ def write_all(comparison: Comparison, folder: Path) -> list[Path]:
     html = folder / "report.html"
     return [
         write(html, page(comparison, links(comparison, html))),
-        write(folder / "report.md", markdown(comparison)),
+        write(folder / "report.md", as_markdown(comparison)),
         write(folder / "report.json", as_json(comparison)),
     ]
+
+
+def write_asked(comparison: Comparison, *, html: Path | None, markdown: Path | None, json: Path | None) -> None:
+    """Write those that have a path."""
+    if html:
+        write(html, page(comparison, links(comparison, html)))
+    if markdown:
+        write(markdown, as_markdown(comparison))
+    if json:
+        write(json, as_json(comparison))
 
 
 def write(path: Path, text: str) -> Path:

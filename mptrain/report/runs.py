@@ -5,6 +5,7 @@ A value that was not a number is null in the files and NaN here, so it can be to
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import json
 import math
@@ -20,7 +21,6 @@ import numpy.typing as npt
 
 from mptrain.identity import FILE, LOCK
 from mptrain.report.comparison import Status
-from mptrain.settings import did_you_mean
 
 Floats = npt.NDArray[np.float64]
 MARKS = ("config.json", "metrics.jsonl", "summary.json", "error.json", "job.json")  # one of them makes a run's folder
@@ -47,11 +47,13 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        return self.config.get("seed")
+        found: int | None = self.config.get("seed")
+        return found
 
     @property
     def max_steps(self) -> int | None:
-        return self.config.get("trainer", {}).get("max_steps")
+        found: int | None = self.config.get("trainer", {}).get("max_steps")
+        return found
 
     @property
     def steps(self) -> int:
@@ -77,11 +79,16 @@ def expand(paths: Iterable[Path]) -> list[Path]:
         if is_run(path):
             found[path] = None
             continue
-        inside = sorted(inner for inner in path.iterdir() if is_run(inner)) if path.is_dir() else []
+        inside = sorted((p for p in path.iterdir() if is_run(p)), key=_natural) if path.is_dir() else []
         if not inside:
             raise ValueError(f"{path} is no run and holds none{_nearest(path)}")
         found |= dict.fromkeys(inside)
     return list(found)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Numbers in a name by their size: history=16 before history=1024."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def is_run(folder: Path) -> bool:
@@ -89,8 +96,9 @@ def is_run(folder: Path) -> bool:
 
 
 def _nearest(path: Path) -> str:
-    beside = [str(inner) for inner in path.parent.glob("*") if inner.is_dir()] if path.parent.is_dir() else []
-    return did_you_mean(str(path), sorted(beside)[:20]) if beside else ": give the folder of a run or of a sweep"
+    beside = [inner.name for inner in path.parent.glob("*") if inner.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f": did you mean {path.parent / near[0]}?" if near else ": give the folder of a run or of a sweep"
 
 
 def read(folder: Path) -> Run:

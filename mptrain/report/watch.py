@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,10 +13,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mptrain.report.compare import NothingToCompare
 from mptrain.report.comparison import Status
-from mptrain.report.runs import Run, glance, is_run
+from mptrain.report.runs import Run, expand, glance, in_use, is_run, object_in
 
 EVERY_S = 1.0
+FOLLOW_S = 5.0  # a comparison reads every row of every run
 DONE = (Status.finished, Status.failed)
 MARKS = {  # a sign and a word beside the colour
     Status.finished: ("✓", "green"),
@@ -79,6 +82,33 @@ class Watch:
                 return
 
 
+def follow(paths: Sequence[Path], console: Console, once: Callable[[Console], None]) -> None:
+    """Print ``once``, the comparison, under the table of runs, again and again until no run is at work any more.
+
+    In a terminal the screen is drawn anew; elsewhere the comparison is printed when a run ends, and at the end.
+    """
+    shown: list[Status] = []
+    while True:
+        runs = [glance(folder) for folder in expand(paths)]
+        busy = any(run.status is Status.running for run in runs) or any(in_use(path) for path in paths)
+        states = [run.status for run in runs]
+        if console.is_terminal or states != shown or not busy:
+            if console.is_terminal:
+                console.clear()
+            console.print(table(runs, None, paths[0] if len(paths) == 1 else Path(f"{len(runs)} runs")))
+            try:
+                once(console)
+            except NothingToCompare as error:
+                console.print(str(error), highlight=False, soft_wrap=True)
+        if not busy:
+            return
+        shown = states
+        try:
+            time.sleep(FOLLOW_S)
+        except KeyboardInterrupt:
+            return
+
+
 def _folders(sweep: Path) -> list[Path]:
     found = [path for path in sweep.iterdir() if is_run(path)]
     return sorted(found, key=lambda path: (path / "job.json").stat().st_mtime if (path / "job.json").exists() else 0.0)
@@ -86,16 +116,18 @@ def _folders(sweep: Path) -> list[Path]:
 
 def jobs(sweep: Path) -> int | None:
     """How many jobs the sweep has, where that is known beforehand."""
-    try:
-        found = json.loads((sweep / "sweep.json").read_text())["jobs"]
-    except (OSError, ValueError, KeyError):
-        return None
+    found = object_in(sweep / "sweep.json").get("jobs")
     return found if isinstance(found, int) else None
+
+
+def _jobs_of(run: Run) -> int:
+    """Of a sweep's jobs, those that this run is: they would compute the same."""
+    return len(object_in(run.folder / "job.json").get("names", [run.name]))
 
 
 def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
     """What each run is at; ``whole``: the number of jobs to come to."""
-    over = sum(run.status in DONE for run in runs)
+    over = sum(_jobs_of(run) for run in runs if run.status in DONE)
     made = Table(title=f"{folder}: {over}{f' of {whole}' if whole else ''} done", title_justify="left")
     made.add_column("run", overflow="fold")
     for head in ("", "step", "loss", "val loss", "tokens/s", "skipped"):
@@ -107,8 +139,9 @@ def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
             made.add_row(run.name, status, Text(run.why.splitlines()[0] if run.why else "", "red", overflow="fold"))
             continue
         made.add_row(run.name, status, f"{run.steps}/{run.max_steps or '?'}", *cells(run))
-    if whole and len(runs) < whole:
-        made.add_row(Text(f"{whole - len(runs)} more to come", "dim"))
+    left = (whole or 0) - sum(map(_jobs_of, runs))
+    if left > 0:
+        made.add_row(Text(f"{left} more to come", "dim"))
     return made
 
 

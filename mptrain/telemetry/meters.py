@@ -171,7 +171,8 @@ class PeakMemory:
             if parameter.grad is not None:
                 meter.claim(parameter.grad, "gradients")
 
-        hooks = [p.register_post_accumulate_grad_hook(accumulated) for p in model.parameters() if p.requires_grad]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(accumulated) for p in trained]  # type: ignore[no-untyped-call]
         try:
             with kernels.onlooker(), meter, torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
                 yield

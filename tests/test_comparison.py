@@ -1,0 +1,366 @@
+"""Runs matched, paired and judged: folders written by hand, whose truth is known."""
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+from fake_runs import falling, settings, write
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mptrain.folder import claim
+from mptrain.report import inference
+from mptrain.report.compare import NothingToCompare, compare
+from mptrain.report.comparison import Interval, Kind, Status
+from mptrain.report.judge import judge
+from mptrain.report.runs import expand, read
+
+STEPS = 200
+
+
+def shifted(seed, shift=0.0, noise=0.002, steps=STEPS):
+    """A curve whose end differs from FP32's of the same seed by ``shift`` and a little chance."""
+    jitter = np.random.default_rng((seed, 77)).standard_normal() * noise
+    return falling(steps, seed=seed) + (shift + jitter) * np.linspace(0, 1, steps)
+
+
+def sweep(root, shifts, seeds=range(3), steps=STEPS):
+    for name, shift in shifts.items():
+        for seed in seeds:
+            losses = falling(steps, seed=seed) if name == "fp32" else shifted(seed, shift, steps=steps)
+            write(root / f"{name},{seed}", settings(name, seed, steps=steps), losses)
+    return root
+
+
+def by_label(comparison):
+    return {variant.label: variant for group in comparison.groups for variant in group.variants}
+
+
+# --- statistics against an independent implementation
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=12))
+def test_the_paired_interval_is_scipys(values):
+    found = inference.paired(values)
+    low, high = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95) if np.std(values) else (values[0],) * 2
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
+
+
+def test_the_unpaired_interval_is_scipys():
+    ours, theirs = [1.0, 2.0, 4.0, 3.5], [2.0, 2.2, 1.9]
+    found = inference.welch(ours, theirs)
+    expected = scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(("mean", "sd"), [(0.001, 0.004), (0.02, 0.03), (0.0, 0.01)])
+def test_the_seeds_asked_for_decide_with_the_stated_power(mean, sd):
+    """Simulated: with that many seeds 80 % of experiments decide (70 to 95: the formula takes the spread as known)."""
+    n_now, margin = 3, 0.005
+    half = scipy.stats.t.ppf(0.975, n_now - 1) * sd / math.sqrt(n_now)
+    wanted = inference.seeds_needed(Interval(mean, mean - half, mean + half, n_now, "paired t"), margin)
+    assert wanted > n_now
+    draws = np.random.default_rng(0).normal(mean, sd, (2000, wanted))
+    halves = scipy.stats.t.ppf(0.975, wanted - 1) * draws.std(1, ddof=1) / math.sqrt(wanted)
+    decided = (draws.mean(1) + halves < margin) | (draws.mean(1) - halves > 0)
+    assert 0.7 < decided.mean() < 0.95
+
+
+def test_no_number_of_seeds_decides_what_lies_on_the_border():
+    assert inference.seeds_needed(Interval(0.0025, -1.0, 1.005, 3, "paired t"), 0.005) is None
+    assert (
+        "more than 997 more seeds" in judge(Interval(0.0025, -1, 1.005, 3, "paired t"), 0.005, steps=300, seeds=3).text
+    )
+
+
+@given(st.integers(1, 7), st.integers(1, 30))
+def test_smoothing_is_the_mean_of_the_last_steps_that_are_known(window, steps):
+    values = np.random.default_rng(steps).standard_normal((2, steps))
+    values[0, ::3] = np.nan
+    found = inference.smooth(values, window)
+    for row in range(2):
+        for step in range(steps):
+            known = values[row, max(0, step - window + 1) : step + 1]
+            known = known[np.isfinite(known)]
+            assert found[row, step] == pytest.approx(known.mean() if len(known) else math.nan, nan_ok=True)
+
+
+def test_the_band_holds_a_further_seed_in_95_percent_of_cases():
+    rng = np.random.default_rng(1)
+    inside = []
+    for _ in range(3000):
+        curves = rng.standard_normal((4, 1))
+        half = inference.prediction_half_width(curves[:3], 1)
+        inside.append(abs(curves[3, 0] - curves[:3].mean()) <= half[0])
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
+
+
+@given(st.lists(st.booleans(), max_size=20), st.integers(1, 4))
+def test_the_first_lasting_row(flags, length):
+    runs = [i for i in range(len(flags)) if all(flags[i : i + length]) and (i == 0 or not flags[i - 1])]
+    whole = [i for i in runs if len(flags[i : i + length]) == length or all(flags[i:])]
+    assert inference.first_lasting(np.array(flags, dtype=bool), length) == (whole[0] if whole else None)
+
+
+# --- verdicts where the truth is known
+
+
+def test_verdicts_follow_the_truth(tmp_path):
+    found = by_label(compare([sweep(tmp_path, {"fp32": 0, "bf16": 0.0, "fp8": 0.06, "fp8-delayed": 0.004})]))
+    kinds = {label: variant.verdict.kind for label, variant in found.items()}
+    assert kinds == {
+        "fp32": Kind.baseline, "bf16": Kind.equivalent, "fp8": Kind.worse, "fp8-delayed": Kind.equivalent,
+    }  # fmt: skip
+    worse = found["fp8"]
+    assert worse.verdict.text.startswith("worse by 2.")
+    assert worse.loss.val_delta.mean == pytest.approx(0.06 * 0.95 / 2.42, rel=0.1)
+    assert worse.loss.tokens_to_baseline is None
+    assert found["fp32"].loss.tokens_ratio == 1.0
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_as_good_as_the_baseline_is_never_worse_beyond_the_stated_rate(paired):
+    """200 comparisons of FP32 seeds with FP32 seeds: at most 2.5 % may be called worse (binomial: 10 in 200 at 1 %)."""
+    rng = np.random.default_rng(5)
+    worse = 0
+    for _ in range(200):
+        losses = rng.normal(2.4, 0.012, (2, 3))  # 0.5 % between seeds
+        delta = (
+            inference.paired(((losses[0] - losses[1]) / losses[1]).tolist())
+            if paired
+            else inference.welch(*(losses / losses[1].mean()).tolist())
+        )
+        worse += judge(delta, 0.005, steps=300, seeds=3).kind is Kind.worse
+    assert worse <= scipy.stats.binom.ppf(0.99, 200, 0.025)
+
+
+def test_too_few_seeds_are_undecided_with_a_number(tmp_path):
+    one = by_label(compare([sweep(tmp_path / "one", {"fp32": 0, "bf16": 0}, seeds=[0])]))["bf16"]
+    assert one.verdict.text == "undecided: needs 2 more seeds"
+    root = tmp_path / "two"
+    for seed, val in enumerate((2.40, 2.43)):
+        write(root / f"fp32,{seed}", settings("fp32", seed), val=2.4)
+        write(root / f"fp8,{seed}", settings("fp8", seed), val=val)
+    two = by_label(compare([root]))["fp8"]
+    assert two.verdict.kind is Kind.undecided
+    assert int(two.verdict.text.split()[2]) >= 1
+
+
+def test_short_runs_are_undecided(tmp_path):
+    verdict = by_label(compare([sweep(tmp_path, {"fp32": 0, "fp8": 0.06}, steps=60)]))["fp8"].verdict
+    assert verdict.text == "undecided: 60 steps are too few, use trainer.max_steps=100 or more"
+
+
+def test_divergence_says_where_and_why(tmp_path):
+    root = sweep(tmp_path, {"fp32": 0})
+    nan = np.concatenate((falling(seed=0)[:120], [np.nan] * 80))
+    events = [{"event": "skipped", "step": 118, "reason": "inf in grad_output", "layer": "blocks.1.mlp.up"}]
+    write(root / "fp16", settings("fp16", 0), nan, val=math.nan, events=events)
+    lost = np.concatenate((falling(seed=1)[:100], np.linspace(2.5, 5.4, 100)))
+    write(root / "bf16", settings("bf16", 1), lost)
+    skips = [{"event": "skipped", "step": step, "reason": "inf in a gradient"} for step in (50, *range(181, 201))]
+    write(root / "fp8", settings("fp8", 2), falling(seed=2), events=skips)
+    found = {label: variant.verdict for label, variant in by_label(compare([root])).items()}
+    assert found["fp16"].text == (
+        "diverged at step 121 because the training loss is not a finite number "
+        "(step 118: inf in grad_output in blocks.1.mlp.up)"
+    )
+    assert found["bf16"].text.startswith("diverged at step 1")
+    assert "the training loss rose from 2.5" in found["bf16"].text
+    assert "step 181 because every one of the last 20 steps was skipped" in found["fp8"].text
+    assert by_label(compare([root]))["fp16"].loss.val is None
+
+
+def test_a_baseline_that_diverged_judges_nobody(tmp_path):
+    bad = np.concatenate((falling()[:100], [np.inf] * 100))
+    write(tmp_path / "fp32", settings("fp32"), bad, val=math.nan)
+    write(tmp_path / "fp8", settings("fp8"))
+    assert by_label(compare([tmp_path]))["fp8"].verdict.text == "the baseline itself diverged at step 101"
+
+
+def test_the_first_step_outside_the_band(tmp_path):
+    root = sweep(tmp_path, {"fp32": 0})
+    for seed in range(3):
+        losses = falling(seed=seed) + np.where(np.arange(STEPS) >= 140, 0.8, 0.0)
+        write(root / f"fp8,{seed}", settings("fp8", seed), losses)
+    assert 140 < by_label(compare([root]))["fp8"].loss.outside_step <= 144  # the mean of the last 4 steps
+
+
+def test_accuracy_is_what_counts_where_there_is_one(tmp_path):
+    for seed in range(4):
+        good, bad = {"val_top1_frac": 0.97 + 0.001 * seed}, {"val_top1_frac": 0.90 + 0.002 * seed}
+        write(tmp_path / f"fp32,{seed}", settings("fp32", seed), summary=good)
+        write(tmp_path / f"bf16,{seed}", settings("bf16", seed), summary=good)
+        write(tmp_path / f"fp8,{seed}", settings("fp8", seed), summary=bad)
+    comparison = compare([tmp_path])
+    assert comparison.groups[0].metric == "top-1"
+    found = by_label(comparison)
+    assert found["bf16"].verdict.kind is Kind.equivalent
+    assert found["fp8"].verdict.text == "worse by 6.8 points"
+    assert found["fp8"].loss.top1_delta.mean == pytest.approx(-0.0685)
+
+
+# --- speed and memory
+
+
+def test_speed_is_a_ratio_of_the_same_seed_and_machine(tmp_path):
+    for seed, (fp32, bf16) in enumerate(((100.0, 180.0), (100.0, 200.0), (200.0, 380.0))):
+        share = {"gemm_coverage": {"fp32": 1.0}, "mfu_frac": 0.4}
+        write(tmp_path / f"fp32,{seed}", settings("fp32", seed), summary=share | {"tokens_per_s": fp32})
+        share = {"gemm_coverage": {"bf16": 1.0}, "mfu_frac": 0.3}
+        write(tmp_path / f"bf16,{seed}", settings("bf16", seed), summary=share | {"tokens_per_s": bf16})
+    write(tmp_path / "fp8", settings("fp8"), about={"emulated": True})
+    write(tmp_path / "tf32", settings("tf32"), about={"machine": "another"})
+    found = {label: variant.speed for label, variant in by_label(compare([tmp_path])).items()}
+    assert (found["bf16"].ratio, found["bf16"].ratio_low, found["bf16"].ratio_high) == (1.9, 1.8, 2.0)
+    # One token takes 10 ms at 100 tokens/s, of which 1e6 FLOPs at 0.1 TFLOP/s are 10 us; BF16 takes a quarter of them.
+    assert found["bf16"].limit == pytest.approx(0.01 / (0.01 - 1e-5 * 0.75))
+    assert found["bf16"].mfu_frac == 0.3
+    assert (found["fp8"].ratio, found["fp8"].reached_frac) == (None, None)
+    assert "emulated" in found["fp8"].note
+    assert found["tf32"].ratio is None
+    assert "another machine" in found["tf32"].note
+
+
+def test_runs_side_by_side_are_said_to_have_disturbed_each_other(tmp_path):
+    for name, start, end in (("fp32", "10:00:00", "10:05:00"), ("bf16", "10:04:00", "10:09:00")):
+        write(tmp_path / name, settings(name), about={"started": start}, summary={"ended": end})
+    assert by_label(compare([tmp_path]))["bf16"].speed.note == "measured while other runs were at work"
+
+
+# --- what can be compared with what
+
+
+def test_other_data_or_weights_are_refused_with_the_difference(tmp_path):
+    write(tmp_path / "a", settings("fp32"))
+    write(tmp_path / "b", settings("fp8"), about={"corpus": "dead"})
+    with pytest.raises(NothingToCompare, match=r"b and .*a cannot be compared.* data.corpus is dead here and c0ffee"):
+        compare([tmp_path / "a", tmp_path / "b"])
+    write(tmp_path / "c", settings("bf16"), about={"initial_weights": "x", "torch": "2.12"})
+    found = by_label(compare([tmp_path / "a", tmp_path / "c"]))["bf16"]
+    assert found.verdict.text == "no finished run"
+    assert found.runs[0].why == (
+        "refused: other initial weights than a, the baseline's run of this seed (torch 2.12 here, 2.13.0 there)"
+    )
+
+
+def test_each_learning_rate_has_its_own_baseline(tmp_path):
+    for lr in (1e-3, 3e-3):
+        for name in ("fp32", "fp8"):
+            write(tmp_path / f"{name},{lr}", settings(name, lr=lr))
+    write(tmp_path / "fp8,0.1", settings("fp8", lr=0.1))
+    comparison = compare([tmp_path])
+    assert [group.label for group in comparison.groups] == ["lr=0.001", "lr=0.003", "lr=0.1"]
+    assert [group.baseline for group in comparison.groups] == ["fp32", "fp32", None]
+    assert "lr=0.1: no baseline ran with these settings (optim.lr is 0.1 here and 0.001 there)" in comparison.notes
+    assert comparison.groups[2].variants[0].verdict.text.startswith("no baseline: add runs with precision=fp32")
+
+
+def test_variants_are_called_by_what_tells_them_apart(tmp_path):
+    write(tmp_path / "fp32", settings("fp32"))
+    write(tmp_path / "fp32h", settings("fp32", 1, quantization={"history": 7}))  # unused: the same variant
+    for history in (1, 16):
+        write(tmp_path / f"d{history}", settings("fp8-delayed", quantization={"history": history}))
+    write(tmp_path / "bf16", settings("bf16"))
+    write(tmp_path / "pure", settings("bf16", weights="bf16"))
+    found = by_label(compare([tmp_path]))
+    assert set(found) == {"fp32", "fp8-delayed history=1", "fp8-delayed history=16", "bf16", "bf16 weights=bf16"}
+    assert len(found["fp32"].runs) == 2
+
+
+def test_without_fp32_the_runs_with_fp32_masters_are_the_baseline(tmp_path):
+    for seed in range(3):
+        write(tmp_path / f"m{seed}", settings("bf16", seed))
+        write(tmp_path / f"p{seed}", settings("bf16", seed, weights="bf16"), shifted(seed, 0.1))
+    comparison = compare([tmp_path])
+    assert comparison.groups[0].baseline == "bf16"
+    assert by_label(comparison)["bf16 weights=bf16"].verdict.kind is Kind.worse
+
+
+def test_a_named_baseline_takes_the_place_of_fp32(tmp_path):
+    root = sweep(tmp_path, {"fp32": 0.0, "bf16": 0.0, "fp8": 0.06})
+    comparison = compare([root], baseline=root / "bf16,1")
+    assert comparison.groups[0].baseline == "bf16"
+    assert by_label(comparison)["fp32"].verdict.kind is Kind.equivalent
+
+
+def test_a_run_done_twice_counts_once_and_says_so(tmp_path):
+    write(tmp_path / "a", settings("fp32"), summary={"ended": "2026-01-01T00:00:00"})
+    write(tmp_path / "b", settings("fp32"), summary={"ended": "2026-01-02T00:00:00"})
+    write(tmp_path / "c", settings("bf16"))
+    rows = {row.name: row.why for row in by_label(compare([tmp_path]))["fp32"].runs}
+    assert rows == {"a": "repeated by b, which counts", "b": ""}
+
+
+# --- damage
+
+
+def test_damaged_and_unfinished_runs_are_rows_that_say_so(tmp_path):
+    root = sweep(tmp_path, {"fp32": 0.0, "fp8": 0.0})
+    half = write(root / "half", settings("fp8", 7), falling()[:90], finished=False)
+    with (half / "metrics.jsonl").open("a") as rows:
+        rows.write('{"step": 91, "train/lo')
+    torn = write(root / "torn", settings("fp8", 8))
+    (torn / "summary.json").write_text('{"precision": "fp')
+    failed = root / "failed"
+    write(failed, settings("fp8", 9), [], finished=False)
+    (failed / "error.json").write_text(json.dumps({"error": "out of GPU memory: lower trainer.batch_size"}))
+    write(root / "lost", settings("fp8", 10))
+    (root / "lost" / "config.json").unlink()
+    working = write(root / "working", settings("fp8", 11), falling()[:50], finished=False)
+    held = claim(working)
+    try:
+        comparison = compare([root])
+    finally:
+        held.close()
+    variant = by_label(comparison)["fp8"]
+    rows = {row.name: row for row in variant.runs}
+    assert variant.loss.val_delta.n == 3
+    assert (rows["half"].status, rows["half"].steps) == (Status.stopped, 90)
+    assert rows["half"].why == "stopped at step 90 of 200: start it again"
+    assert (rows["torn"].status, rows["torn"].why) == (Status.unreadable, "summary.json is torn")
+    assert (rows["failed"].status, rows["failed"].why) == (Status.failed, "out of GPU memory: lower trainer.batch_size")
+    assert rows["working"].status is Status.running
+    assert rows["working"].why.startswith("at step 50 of 200, last heard of")
+    assert any("lost: no config.json: its settings are not known" in note for note in comparison.notes)
+    assert read(working).status is Status.stopped  # nobody holds it any more
+
+
+def test_other_step_counts_do_not_mix(tmp_path):
+    write(tmp_path / "a", settings("fp32", steps=200))
+    write(tmp_path / "b", settings("fp8", steps=300), falling(300))
+    with pytest.raises(NothingToCompare, match=r"trainer\.max_steps is 300 here and 200 there"):
+        compare([tmp_path])
+
+
+def test_what_is_no_run_is_an_error_with_the_nearest(tmp_path):
+    write(tmp_path / "runs" / "gpt-fp8-1", settings("fp8"))
+    with pytest.raises(ValueError, match=r"gpt-fp8 is no run and holds none: did you mean .*gpt-fp8-1\?"):
+        expand([tmp_path / "runs" / "gpt-fp8"])
+    with pytest.raises(ValueError, match="give the folder of a run or of a sweep"):
+        expand([tmp_path / "nowhere" / "x"])
+
+
+def test_without_a_baseline_no_verdict_is_made_up(tmp_path):
+    write(tmp_path / "a", settings("bf16"))
+    write(tmp_path / "b", settings("fp8"))
+    found = by_label(compare([tmp_path]))
+    assert {variant.verdict.kind for variant in found.values()} == {Kind.none}
+    assert all(variant.loss.val_delta is None and variant.speed.ratio is None for variant in found.values())
+
+
+def test_two_hundred_runs_compare_in_seconds(tmp_path):
+    lines = [json.dumps({"step": s, "train/loss_step": float(v)}) for s, v in enumerate(falling(1000), 1)]
+    for number in range(200):
+        name = ("fp32", "bf16", "fp8", "fp8-delayed")[number % 4]
+        folder = write(tmp_path / f"{number}", settings(name, number // 4, steps=1000), [2.4])
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        summary = json.loads((folder / "summary.json").read_text()) | {"steps": 1000}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    start = time.perf_counter()
+    comparison = compare([tmp_path])
+    assert time.perf_counter() - start < 20
+    assert [len(variant.runs) for variant in comparison.groups[0].variants] == [50] * 4
