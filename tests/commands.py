@@ -27,7 +27,9 @@ TINY = (
 
 def train(monkeypatch, tmp_path, *overrides, code=0):
     """Run train.py in this process; returns what it printed (stdout and stderr)."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"runs_dir={tmp_path / 'runs'}", "logger=jsonl", *overrides])
+    flags = [word for word in overrides if word.startswith("-")]
+    settings = [*TINY, f"runs_dir={tmp_path / 'runs'}", "logger=jsonl", *(w for w in overrides if w not in flags)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, *settings])
     GlobalHydra.instance().clear()
     out, err = io.StringIO(), io.StringIO()
     status = 0
