@@ -70,7 +70,7 @@ def detail_columns(group: Group) -> list[Column[Variant]]:
         Column("tokens_to_baseline", f"{unit} to the baseline's loss", "", lambda v: _count(v.loss.tokens_to_baseline)),
         Column(
             "tokens_ratio",
-            "of the baseline's",
+            "ratio to the baseline's",
             "",
             lambda v: Cell(words.ratio(v.loss.tokens_ratio), v.loss.tokens_ratio),
         ),
@@ -79,7 +79,6 @@ def detail_columns(group: Group) -> list[Column[Variant]]:
         Column("limit", "limit of the speed", "", lambda v: Cell(words.ratio(v.speed.limit), v.speed.limit)),
         Column("reached_frac", "reached of it", "", lambda v: _share(v.speed.reached_frac)),
         Column("peak_gib", "peak memory (GiB)", "", lambda v: Cell(words.gib(v.memory.peak_gib), v.memory.peak_gib)),
-        Column("note", "note", "", lambda v: Cell(v.speed.note or "", None), numeric=False),
     ]
     return [column for column in columns if _any(column, group)]
 

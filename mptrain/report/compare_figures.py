@@ -15,6 +15,7 @@ from mptrain.report.comparison import Curve, Group, Kind, Variant
 from mptrain.report.heat import MOST, layers_svg, worst
 from mptrain.report.timeline import timeline_svg
 
+ROOM = 120  # characters of labels in a caption
 KEYS = {"training loss": "train_delta", "top-1": "top1_delta"}  # else val_delta
 
 
@@ -172,9 +173,15 @@ def _finite(curve: Curve) -> list[float]:
     return [value for value in curve.values if math.isfinite(value)]
 
 
-def _listed(labels: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return ", ".join(labels[:most]) + more
+def _listed(labels: Sequence[str]) -> str:
+    """As many as fit two lines, at least one."""
+    shown = list(labels[:1])
+    for label in labels[1:]:
+        if sum(map(len, shown)) + len(label) > ROOM:
+            break
+        shown.append(label)
+    more = f" and {len(labels) - len(shown)} more" if len(labels) > len(shown) else ""
+    return ", ".join(shown) + more
 
 
 def _figure(name: str, title: str, drawn: str, caption: str) -> str:

@@ -28,21 +28,25 @@ p { margin: 4px 0 10px; max-width: 85ch; } .none { color: #555; }
 .verdicts { list-style: none; padding: 0; margin: 10px 0 14px; }
 .verdicts li { display: flex; gap: 8px; padding: 3px 0; break-inside: avoid; }
 .verdicts svg { flex: none; margin-top: 3px; } .why { color: #555; }
-.wide { overflow-x: auto; } figure svg { display: block; max-width: 100%; min-width: 680px; height: auto; }
+.wide { overflow-x: auto; } figure svg { display: block; max-width: 100%; min-width: 780px; height: auto; }
 figure { margin: 22px 0; break-inside: avoid; } figcaption { color: #555; max-width: 85ch; margin-top: 2px; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 8px; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd;
+th, td { padding: 4px 6px; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd;
          overflow-wrap: normal; }
 .n { text-align: right; white-space: nowrap; } .word { white-space: nowrap; }
 thead th, thead th.n { border-bottom: 2px solid #222; vertical-align: bottom; font-weight: 600; white-space: normal; }
-tbody th, .long { min-width: 10em; max-width: 24em; overflow-wrap: break-word; } tbody th { font-weight: 600; }
+tbody th { font-weight: 600; } .label { min-width: 17em; max-width: 24em; overflow-wrap: break-word; }
+.long { min-width: 9em; max-width: 24em; overflow-wrap: break-word; }
+tbody th, thead th:first-child { position: sticky; left: 0; background: #fff; }
 tr { break-inside: avoid; } th svg, td svg { vertical-align: -2px; margin-right: 4px; }
 .bad { color: #a33f00; font-weight: 600; }
 details { margin: 10px 0; } summary { cursor: pointer; font-weight: 600; } ul { padding-left: 1.3em; margin: 6px 0; }
 @page { margin: 12mm; }
 @media print { body { max-width: none; margin: 0; padding: 0; font-size: 11px; } .wide { overflow: visible; }
-  figure svg { min-width: 0; } table { font-size: 8.5px; } th, td { padding: 2px 4px; } .n { white-space: normal; }
-  tbody th, .long { min-width: 0; } h2, h3, summary { break-after: avoid; } a { color: inherit; } }
+  figure svg { min-width: 0; } table { font-size: 8.5px; } th, td { padding: 2px 4px; }
+  .label, .long { min-width: 0; } tbody th, thead th:first-child { position: static; }
+  details::details-content { content-visibility: visible; }
+  h2, h3, summary { break-after: avoid; } a { color: inherit; } }
 """
 # Shapes that stay apart without their colour; the word stands beside each.
 ICONS = {
@@ -55,7 +59,8 @@ ICONS = {
     Kind.diverged: "<path d='M2 2L12 12M12 2L2 12' stroke='#a33f00' stroke-width='3' fill='none'/>",
     Kind.none: "<path d='M2 7H12' stroke='#777777' stroke-width='2.6'/>",
 }
-LONG = ("coverage", "note", "variant", "why")  # columns of words that may go on in a second line
+LONG = ("coverage", "variant", "why")  # columns of words that may go on in a second line
+FITS = 24  # characters of a label that stay in one line
 DOUBTFUL = (Status.failed, Status.unreadable)
 
 
@@ -86,14 +91,16 @@ def _overview(comparison: Comparison) -> str:
     parts = f" in {groups} groups that are not comparable with each other" if groups > 1 else ""
     margin = comparison.margin_frac
     shown = f"<span data-key='margin_frac' data-value='{margin!r}'>{100 * margin:g} %</span>"
-    return f"{runs} run{'' if runs == 1 else 's'}{parts}. Equivalent: within {shown} of the baseline."
+    return f"{runs} run{'' if runs == 1 else 's'}{parts}. Margin of equivalence: {shown}."
 
 
 def _conclusion(variant: Variant) -> str:
     """Icon, name, the verdict in words, and what it follows from."""
     verdict = variant.verdict
     why = f" <span class='why'>{escape(verdict.why)}</span>" if verdict.why else ""
-    said = f"<div><b>{escape(variant.label)}</b>: {escape(verdict.text or verdict.kind.value)}.{why}</div>"
+    said = (
+        f"<div><b>{escape(variant.label)}</b>: {escape((verdict.text or verdict.kind.value).rstrip('.'))}.{why}</div>"
+    )
     return f"<li data-kind='{escape(verdict.kind.value)}'>{_icon(verdict.kind)}{said}</li>"
 
 
@@ -110,6 +117,8 @@ def _rules(comparison: Comparison) -> str:
 
 def _group(group: Group, margin: float, links: Mapping[str, str], *, several: bool) -> str:
     parts = [f"<h2>{escape(_named(group))}</h2>", _summary(group)] if several else []
+    if not group.variants:
+        return f"<section data-group='{escape(group.label)}'>{''.join(parts)}</section>"
     if group.baseline is None:
         parts.append(
             "<p class='none'>No baseline in this group: nothing is judged, the figures stand for themselves.</p>"
@@ -125,6 +134,8 @@ def _named(group: Group) -> str:
 
 
 def _summary(group: Group) -> str:
+    if not group.variants:
+        return "<p class='none'>No variants in this group.</p>"
     columns = cells.summary_columns(group)
     verdict = Column[Variant]("verdict", "verdict", "", lambda v: Cell(v.verdict.kind.value), numeric=False)
     rows = [
@@ -136,10 +147,13 @@ def _summary(group: Group) -> str:
 
 
 def _details(group: Group) -> str:
+    """Figures that not everybody asks for, and what is said about speeds."""
     columns = cells.detail_columns(group)
     if not columns:
         return "<p class='none'>Nothing more is known of these variants.</p>"
-    return _table("details", "variant", columns, [(_breakable(v.label), v.label, v) for v in group.variants])
+    notes = [f"{v.label}: {v.speed.note}" for v in group.variants if v.speed.note]
+    table = _table("details", "variant", columns, [(_breakable(v.label), v.label, v) for v in group.variants])
+    return table + (_listed(notes) if notes else "")
 
 
 def _runs(group: Group, links: Mapping[str, str]) -> str:
@@ -167,11 +181,12 @@ def _table(
     before: Mapping[str, Any] | None = None,
 ) -> str:
     """``rows``: the head of the row as HTML, its key, and what the columns read. ``before``: HTML before a cell."""
-    heads = "".join(f"<th scope='col'{_side(column)}>{escape(column.head)}</th>" for column in columns)
+    heads = "".join(f"<th scope='col'{_side(column)}>{_joined(column.head)}</th>" for column in columns)
     lines = []
     for head, key, row in rows:
         found = "".join(_cell(key, column, column.cell(row), (before or {}).get(column.key), row) for column in columns)
-        lines.append(f"<tr><th scope='row'>{head}</th>{found}</tr>")
+        kind = "label" if len(key) > FITS else "word"
+        lines.append(f"<tr><th scope='row' class='{kind}'>{head}</th>{found}</tr>")
     head_row = f"<thead><tr><th scope='col'>{escape(first)}</th>{heads}</tr></thead>"
     return f"<div class='wide'><table data-table='{name}'>{head_row}<tbody>{''.join(lines)}</tbody></table></div>"
 
@@ -182,13 +197,20 @@ def _cell(key: str, column: Column[Any], cell: Cell, before: Any, row: Any) -> s
         values += f" data-value='{_exact(cell.value)}'"
     values += "".join(f" data-{escape(name)}='{_exact(value)}'" for name, value in cell.more.items())
     bad = column.key == "status" and row.status in DOUBTFUL
-    inner = f"<span class='bad'>{escape(cell.text)}</span>" if bad else escape(cell.text)
+    inner = f"<span class='bad'>{escape(cell.text)}</span>" if bad else _joined(cell.text)
     return f"<td{_side(column)}{values}>{before(row) if before else ''}{inner}</td>"
 
 
 def _breakable(label: str) -> str:
-    """A label that may go on in the next line after a mark, not only after a space."""
+    """A label; a long one may go on in the next line after a mark, not only after a space."""
+    if len(label) <= FITS:
+        return escape(label)
     return "<wbr>".join(map(escape, re.split(r"(?<=[.=_/,:|])(?=[^.=_/,:|])", label)))
+
+
+def _joined(words: str) -> str:
+    """Words whose numbers keep to their ``%``."""
+    return escape(words).replace(" %", "&nbsp;%")
 
 
 def _side(column: Column[Any]) -> str:

@@ -68,7 +68,7 @@ def layers_svg(variants: Sequence[Variant], styles: Sequence[Style], most: int =
             parts.append(_cell(variant, place, one.get(place), left + wide * column, y, wide))
     right, bottom = left + wide * len(counted), top + PITCH * len(shown.places)
     parts += _legend(left, bottom + 14)
-    return svg(max(right + slant + 8, left + 460, 700), bottom + 52, parts)
+    return svg(max(right + slant + 8, left + 460, 780), bottom + 52, parts)
 
 
 def shade(part: float) -> str:

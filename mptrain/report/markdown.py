@@ -14,7 +14,10 @@ def markdown(comparison: Comparison) -> str:
     """A table of verdicts for each group, what they follow from, the rules folded, then the notes."""
     parts = [f"### {plain(comparison.title)}"]
     for group in comparison.groups:
-        parts += [f"#### {plain(group.label)}"] if len(comparison.groups) > 1 else []
+        parts += [f"#### {plain(group.label or f'{group.task} runs')}"] if len(comparison.groups) > 1 else []
+        if not group.variants:
+            parts.append("No variants in this group.")
+            continue
         parts += [_table(group), *([_reasons(group)] if any(v.verdict.why for v in group.variants) else [])]
     if not comparison.groups:
         parts.append("No runs to compare.")

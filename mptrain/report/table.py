@@ -40,8 +40,13 @@ def print_comparison_table(console: Console, comparison: Comparison) -> None:
 
 
 def _print_group(console: Console, group: Group, *, several: bool) -> None:
+    if several:
+        console.print(Text(group.label or f"{group.task} runs", "bold"))
+    if not group.variants:
+        console.print(Text("no variants in this group"))
+        return
     columns = cells.summary_columns(group)
-    fixed = max(cell_len(_sign(variant)) for variant in group.variants) if group.variants else 0
+    fixed = max(cell_len(_sign(variant)) for variant in group.variants)
     shown = fitting(columns, group, console.width - fixed - GAP)
     room = console.width - fixed - GAP - _taken(shown, group)
     width = max(1, min(MOST, room))
@@ -54,8 +59,6 @@ def _print_group(console: Console, group: Group, *, several: bool) -> None:
     for variant, label in zip(group.variants, labels, strict=True):
         figures = [Text(column.cell(variant).text) for column in shown]
         table.add_row(Text(label), Text(_sign(variant), COLOURS.get(variant.verdict.kind, "")), *figures)
-    if several:
-        console.print(Text(group.label or group.task, "bold"))
     console.print(table)
     dropped = [column.brief for column in columns if column not in shown]
     if dropped:
@@ -67,7 +70,7 @@ def _print_group(console: Console, group: Group, *, several: bool) -> None:
 def fitting(columns: list[Column[Variant]], group: Group, width: int) -> list[Column[Variant]]:
     """The columns that fit beside labels of at least ``LEAST`` characters, the least important gone first."""
     shown = list(columns)
-    least = min(LEAST, max((cell_len(variant.label) for variant in group.variants), default=0))
+    least = min(LEAST, max(len("variant"), *(cell_len(variant.label) for variant in group.variants)))
     order = [column for key in DROPPED for column in columns if column.key == key]
     order += [column for column in reversed(columns) if column not in order]
     for column in order:

@@ -82,7 +82,8 @@ def brief(labels: Sequence[str], width: int) -> list[str]:
     cut = [short(label, width) for label in labels]
     if len(set(cut)) == len(set(labels)):
         return cut
-    return [f"{number}:{short(label, width - 3)}" for number, label in enumerate(labels, 1)]
+    digits = len(str(len(labels)))
+    return [f"{number}:{short(label, width - digits - 1)}" for number, label in enumerate(labels, 1)]
 
 
 def _put(form: str, value: float | None) -> str:
