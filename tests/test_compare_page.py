@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
@@ -69,6 +70,12 @@ class Page(HTMLParser):
         }
 
 
+@functools.cache
+def parsed(name):
+    """The page of a sample, parsed once."""
+    return Page(page(SAMPLES[name]()))
+
+
 def expected_summary(variant):
     """What the summary table holds, read off the data."""
     found = {
@@ -90,8 +97,7 @@ def exact(cell):
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_page_is_whole_and_needs_nothing_else(name):
-    text = page(SAMPLES[name]())
-    found = Page(text)
+    text, found = page(SAMPLES[name]()), parsed(name)
     assert "<script" not in text
     assert not found.all("script")
     assert {e["href"] for e in found.all("link")} == {"data:,"}
@@ -107,9 +113,9 @@ def test_the_page_is_whole_and_needs_nothing_else(name):
 
 
 def test_every_figure_is_there_for_each_group():
-    found = Page(page(comparisons.realistic()))
+    found = parsed("realistic")
     assert {e["data-figure"] for e in found.all("figure")} == FIGURES
-    crowded = Page(page(comparisons.crowded()))
+    crowded = parsed("crowded")
     groups = {label: {e["data-figure"] for e in crowded.all("figure") if e["group"] == label} for label in GROUPS}
     assert groups == {GROUPS[0]: FIGURES, GROUPS[1]: {"interval", "speed"}}
     said = {e["data-no-figure"] for e in crowded.all("p") if "data-no-figure" in e}
@@ -120,8 +126,8 @@ GROUPS = [group.label for group in comparisons.crowded().groups]
 
 
 def test_numbers_in_the_summary_are_those_of_the_data():
-    for comparison in (comparisons.realistic(), comparisons.crowded()):
-        found = Page(page(comparison))
+    for name in ("realistic", "crowded"):
+        comparison, found = SAMPLES[name](), parsed(name)
         for group in comparison.groups[:1]:
             cells = found.cells("summary", group.label if len(comparison.groups) > 1 else None)
             for variant in group.variants:
@@ -140,8 +146,7 @@ def test_numbers_in_the_summary_are_those_of_the_data():
 
 
 def test_numbers_in_the_details_and_of_the_runs_are_those_of_the_data():
-    comparison = comparisons.realistic()
-    found = Page(page(comparison))
+    comparison, found = comparisons.realistic(), parsed("realistic")
     details, runs = found.cells("details"), found.cells("runs")
     for variant in comparison.groups[0].variants:
         for part, names in (
@@ -162,7 +167,7 @@ def test_numbers_in_the_details_and_of_the_runs_are_those_of_the_data():
 
 
 def test_what_is_shown_is_the_value_rounded_and_an_emulated_speed_is_none():
-    cells = Page(page(comparisons.realistic())).cells("summary")
+    cells = parsed("realistic").cells("summary")
     assert cells["fp32/val"]["text"] == "2.4523"
     assert cells["fp32/val"]["data-value"] == "2.45234567"
     assert cells["fp16/val_delta"]["text"].replace("\xa0", " ") == "+0.02 % [-0.11, +0.15]"
@@ -171,13 +176,13 @@ def test_what_is_shown_is_the_value_rounded_and_an_emulated_speed_is_none():
     assert "data-value" not in cells["fp8/speed_ratio"]
     assert cells["fp8/overflow_events"]["text"] == "1,234"
     assert cells["bf16/val"]["text"] == "-"
-    images = Page(page(comparisons.crowded())).cells("summary", GROUPS[1])
+    images = parsed("crowded").cells("summary", GROUPS[1])
     assert images["bf16/top1"]["text"].replace("\xa0", " ") == "75.73 %"
     assert images["bf16/top1_delta"]["text"] == "-0.40 pt"
 
 
 def test_every_verdict_is_said_in_words_beside_a_shape_of_its_own():
-    found = Page(page(comparisons.realistic()))
+    found = parsed("realistic")
     said = [(e["data-kind"], e["text"]) for e in found.all("li") if "data-kind" in e]
     variants = comparisons.realistic().groups[0].variants
     assert [kind for kind, _ in said] == [v.verdict.kind.value for v in variants]
@@ -194,7 +199,7 @@ def test_runs_link_to_where_the_caller_says():
 
 
 def test_rules_and_notes_are_there():
-    found = Page(page(comparisons.realistic()))
+    found = parsed("realistic")
     rules = next(e for e in found.all("details"))
     assert "open" not in rules
     for rule in comparisons.RULES:
@@ -203,7 +208,7 @@ def test_rules_and_notes_are_there():
 
 
 def test_rows_that_are_left_out_are_counted():
-    text = Page(page(comparisons.realistic()))
+    text = parsed("realistic")
     captions = " ".join(e["text"] for e in text.all("figcaption"))
     assert "The worst 40 of 72: 32 less bad are left out." in captions
     assert "37 of fp16" in captions
@@ -225,7 +230,7 @@ def test_nothing_to_compare_is_said():
     assert "No runs to compare." in page(empty)
     assert "No runs to compare." in markdown(empty)
     assert "no runs to compare" in terminal(empty, 80)
-    found = Page(page(comparisons.degenerate()))
+    found = parsed("degenerate")
     said = {e["data-no-figure"]: e["text"] for e in found.all("p") if "data-no-figure" in e}
     assert set(said) == FIGURES - {"loss-late"}
     assert "there is no baseline" in said["difference"]

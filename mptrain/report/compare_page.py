@@ -41,6 +41,7 @@ tbody th, thead th:first-child { position: sticky; left: 0; background: #fff; }
 tr { break-inside: avoid; } th svg, td svg { vertical-align: -2px; margin-right: 4px; }
 .bad { color: #a33f00; font-weight: 600; }
 details { margin: 10px 0; } summary { cursor: pointer; font-weight: 600; } ul { padding-left: 1.3em; margin: 6px 0; }
+@media screen and (max-width: 700px) { .long { min-width: 17em; } }
 @page { margin: 12mm; }
 @media print { body { max-width: none; margin: 0; padding: 0; font-size: 11px; } .wide { overflow: visible; }
   figure svg { min-width: 0; } table { font-size: 8.5px; } th, td { padding: 2px 4px; }
