@@ -135,10 +135,11 @@ def figures_json(figures: Figures) -> str:
     return json.dumps(asdict(figures))
 
 
-def compare(run: Figures, fp32: Figures) -> dict[str, Any]:
+def compare(run: Figures, fp32: Figures, *, emulated: bool = False) -> dict[str, Any]:
     """Ratios to FP32 (speed above 1: faster; memory below 1: smaller) and loss differences (nats), NaN where unknown.
 
-    Losses are those of the last step that both sides have, on the same batch.
+    Losses are those of the last step that both sides have, on the same batch. ``emulated``: the run's speed is that of
+    an emulation, of which no ratio is a speed-up.
     """
     step = max(run.losses.keys() & fp32.losses.keys(), default=0)
     loss, loss_fp32 = run.losses.get(step, math.nan), fp32.losses.get(step, math.nan)
@@ -146,7 +147,7 @@ def compare(run: Figures, fp32: Figures) -> dict[str, Any]:
     return {
         "source": fp32.source,
         "note": fp32.note,
-        "speedup": run.tokens_per_s / fp32.tokens_per_s,
+        "speedup": math.nan if emulated else run.tokens_per_s / fp32.tokens_per_s,
         "memory_ratio": run.peak_memory_gib / fp32.peak_memory_gib,
         "loss_delta": loss - loss_fp32,
         "val_loss_delta": run.val_loss - fp32.val_loss if same_length else math.nan,

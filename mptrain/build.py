@@ -122,7 +122,7 @@ class Run:
             "memory_gib": trainer.memory.roles_gib,
             "worst_layers": [] if monitor is None else monitor.worst(),
             "layers": [] if monitor is None else monitor.worst(most=None),
-            "baseline": baseline.compare(self._figures(), self.fp32),
+            "baseline": baseline.compare(self._figures(), self.fp32, emulated=backend.emulated),
             **summary_of(None if trainer.audit is None else trainer.audit.result, compiled=config.trainer.compile),
             "fingerprint": self.prepared.fingerprint,
             "machine": machine.describe(self.prepared.device),

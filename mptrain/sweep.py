@@ -223,6 +223,9 @@ def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
         baseline="none" if known else settings.baseline,
         logger=replace(settings.logger, group=settings.logger.group or folder.parent.name),
     )
+    (folder / "config.json").write_text(
+        json.dumps(to_plain(settings), indent=2) + "\n"
+    )  # known even if it cannot begin
     with (folder / "console.log").open("a") as log:
         try:
             run = build.build(settings, Console(file=log, width=120))

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import wandb_files
 from commands import ROOT, TINY, rows_of, summary_of, train
 from hydra import compose, initialize_config_dir
 
@@ -107,9 +108,11 @@ def command(tmp_path, *overrides):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_sweep_that_was_killed_goes_on_where_it_was(tmp_path, number):
     """A real process, ended in the middle of its second run; started again it does the rest, and the same losses."""
-    words = command(tmp_path, "precision=fp32", "seed=0,1", "trainer.max_steps=400", "telemetry.every=1")
+    words = command(tmp_path, "precision=fp32", "seed=0,1", "trainer.max_steps=150", "telemetry.every=1")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         second = tmp_path / "s" / "seed=1" / "metrics.jsonl"
         limit = time.monotonic() + 120
         while not (second.exists() and second.read_text().count("\n") > 20) and time.monotonic() < limit:
@@ -124,7 +127,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(tmp_path, number):
     assert set(after) == {"seed=0", "seed=1"}
     assert after["seed=0"] == first["seed=0"]
     steps = [row["step"] for row in rows_of(tmp_path / "s" / "seed=1") if "train/loss_step" in row]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 151))
     kept = list((tmp_path / "s" / "seed=1").glob("attempt-1/metrics.jsonl"))
     assert len(kept) == (number is signal.SIGKILL)  # Ctrl-C saves a checkpoint and goes on in the same files
 
@@ -140,7 +143,9 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(tmp_path, number):
 def test_other_launchers_do_the_same(tmp_path, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].partition('=')[2].partition('_')[0]}_launcher")
     words = command(tmp_path, "precision=fp32,bf16", "seed=0", *launcher)
-    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(runs_in(tmp_path / "s")) == {"precision=fp32", "precision=bf16"}
     assert "report:" in done.stdout
@@ -167,12 +172,16 @@ def test_a_slurm_sweep_composes_and_submits_an_array(tmp_path, monkeypatch):
         assert asked in text, done.stdout + done.stderr
 
 
-def test_a_search_minimizes_the_validation_loss(monkeypatch, tmp_path):
+def test_a_search_minimizes_the_validation_loss(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    start(
-        monkeypatch, tmp_path, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1",
+    words = command(
+        tmp_path, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1",
         "hydra.sweeper.sampler.seed=1", "optim.lr=interval(1e-4,1e-2)", "precision=fp32", "trainer.max_steps=3",
     )  # fmt: skip
+    done = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "s"
     assert len(runs_in(folder)) == 3
     text = (folder / "optimization_results.yaml").read_text()
@@ -180,10 +189,46 @@ def test_a_search_minimizes_the_validation_loss(monkeypatch, tmp_path):
     assert f"best_value: {min(losses)}" in text
 
 
+def worse(tmp_path, monkeypatch, *overrides):
+    """The verdicts of a real sweep of a model that learns something in 100 steps."""
+    learning = ["model.n_embd=64", "model.block_size=64", "trainer.max_steps=100", "trainer.batch_size=8"]
+    start(monkeypatch, tmp_path, *learning, "trainer.eval_batches=16", "telemetry.every=50", *overrides)
+    report = json.loads((tmp_path / "s" / "report.json").read_text())
+    return {v["label"]: v["verdict"]["text"] for v in report["groups"][0]["variants"]}
+
+
+def test_fp8_that_saturates_is_found_to_be_worse(monkeypatch, tmp_path):
+    """A margin of -3: everything above an eighth of each tensor's amax is cut off."""
+    found = worse(tmp_path, monkeypatch, "precision=fp32,fp8", "precision.quantization.margin=-3", "seed=0,1,2,3")
+    assert found["fp8"].startswith("worse by ")
+
+
+def test_pure_bf16_weights_at_a_small_learning_rate_are_found_to_be_worse(monkeypatch, tmp_path):
+    given = ["precision=bf16", "optim=adamw,adamw-bf16", "optim.lr=2e-5", "baseline=none", "seed=0,1,2"]
+    found = worse(tmp_path, monkeypatch, *given)
+    assert found["bf16"] == "baseline"
+    assert found["bf16 weights=bf16"].startswith("worse by ")
+
+
+def test_a_sweep_is_one_group_in_wandb_with_its_report(monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    start(monkeypatch, tmp_path, "logger=default", "precision=fp32,bf16", "seed=0")
+    folder = tmp_path / "s"
+    runs = [wandb_files.read(folder / f"precision={name}") for name in ("fp32", "bf16")]
+    report = wandb_files.read(folder)
+    assert {run.group for run in (*runs, report)} == {"s"}
+    assert report.job_type == "report"
+    assert report.logged["comparison/nrows"] == [2]
+    told = json.loads((folder / "report.json").read_text())["groups"][0]["variants"][1]
+    assert report.final["bf16/val_loss"] == pytest.approx(told["loss"]["val"])
+    assert report.final["bf16/verdict"] == told["verdict"]["text"]
+
+
 def test_names_of_jobs():
     varied = ["precision", "precision.keep"]
     overrides = ["precision=fp8", "precision.keep='(.*[.])?head|x'", "model=gpt-nano"]
-    assert sweep.folder_name(overrides, varied) == "precision=fp8,keep=.*_.head_x"
+    assert sweep.folder_name(overrides, varied) == "precision=fp8,keep=._._head_x"
     assert sweep.folder_name(["model=gpt-nano", "sweep_dir=a/b"], []) == "model=gpt-nano"
     assert len(sweep.folder_name([f"a={'x' * 300}"], ["a"])) <= 100
 
