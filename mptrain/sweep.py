@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
 from mptrain import build, config
+from mptrain.baseline import FEW_STEPS
 from mptrain.checkpoint import Checkpoints
 from mptrain.config import RunConfig
 from mptrain.folder import claim
@@ -65,7 +66,11 @@ class Sweep(Callback):
             raise SystemExit(
                 f"error: a sweep is at work in {folder}: wait for it, or choose another sweep_dir"
             ) from None
-        _watch = watch.Watch(folder, Console())
+        console = Console()
+        if config.trainer.max_steps < FEW_STEPS:
+            few = f"{config.trainer.max_steps} steps a run are too few for a verdict"
+            console.print(f"{few}: trainer.max_steps={FEW_STEPS} or more gives one", highlight=False)
+        _watch = watch.Watch(folder, console)
         _watch.start()
 
 

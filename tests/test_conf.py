@@ -15,7 +15,8 @@ from mptrain.trainer import TrainerConfig
 
 ROOT = Path(__file__).parent.parent
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
-OPTIONS = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+OPTIONS = [path for path in FILES if path.parent.name != "ablation"]  # sweeps, no settings: tests/test_sweep.py
 NEEDS = {
     "tokens": ["data.train=a.bin", "data.validation=b.bin"],
     "gpt-small-h100": ["data.train=a", "data.validation=b"],
@@ -68,4 +69,4 @@ def test_the_default_files_hold_the_defaults_of_the_dataclasses():
 
 def test_the_package_ships_the_same_files():
     shipped = ROOT / "mptrain" / "conf"
-    assert sorted(path.relative_to(shipped) for path in shipped.glob("*/*.yaml")) == OPTIONS
+    assert sorted(path.relative_to(shipped) for path in shipped.glob("*/*.yaml")) == FILES
