@@ -64,21 +64,27 @@ class Booking:
         books, slot, fmt = self._counters, self._slots[role], self._config.format_of(role)
         with torch.no_grad():
             rows = x.detach().reshape(-1, x.shape[-1])
+            sums = books.row(slot)
+            if self._config.fine and sums:
+                self._book_tiles(rows, role, sums["counts"])
+                return
             amax = kernels.amax(rows)
+            books.note(slot, amax)
             scale = kernels.current_scale(amax, fmt, self._config.margin)
             if self._scale_of is not None:
                 scale = self._scale_of(slot)
-            books.note(slot, amax)
-            if self._config.fine:
-                tiles.book(books, slot, rows, self._config.tile_of(role, 1), fmt, self._config.margin)
-                return
-            sums = books.row(slot)
             if not sums:
                 return
             books.scale[slot] = scale
             errors, blocks = (books.sums[name][slot] if name in books.sums else None for name in ("errors", "blocks"))
             kernels.observe(rows, fmt=fmt, scale=scale, counts=sums["counts"], histogram=sums.get("histogram"))
             kernels.observe(books.part_of(rows), fmt=fmt, scale=scale, errors=errors, blocks=blocks)
+
+    def _book_tiles(self, rows: Tensor, role: str, counts: Tensor) -> None:
+        slot, tile = self._slots[role], self._config.tile_of(role, 1)
+        made, amax = tiles.cast(rows, tile, self._config.format_of(role), margin=self._config.margin, counts=counts)
+        self._counters.note(slot, amax)
+        tiles.book(self._counters, slot, rows, tile, made)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

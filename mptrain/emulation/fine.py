@@ -34,12 +34,16 @@ class FineQuantizers(Operands):
 
     def __call__(self, x: Tensor, role: str, dim: int, *, carried: bool = True) -> tiles.Cast:
         """``x`` [M, N] for a GEMM that sums over ``dim``. Without ``carried`` only what backward needs is made."""
-        fmt, tile, margin = self.config.format_of(role), self.config.tile_of(role, dim), self.config.margin
-        made, amax = tiles.cast(x, tile, fmt, margin=margin, carrier=self.carrier if carried else None)
-        if dim == ALONG and self._booked(role):
-            slot = self._slots[role]
-            self._counters.note(slot, amax)
-            tiles.book(self._counters, slot, x, tile, fmt, margin)
+        config, books, slot = self.config, self._counters, self._slots[role]
+        tile, carrier = config.tile_of(role, dim), self.carrier if carried else None
+        booked = dim == ALONG and self._booked(role)
+        counts = books.row(slot).get("counts") if booked else None
+        fmt, margin = config.format_of(role), config.margin
+        made, amax = tiles.cast(x, tile, fmt, margin=margin, carrier=carrier, counts=counts)
+        if booked:
+            books.note(slot, amax)
+        if counts is not None:
+            tiles.book(books, slot, x, tile, made)
         return made
 
     def decode(self, kept: tuple[Tensor, Tensor], role: str) -> Tensor:

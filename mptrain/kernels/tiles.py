@@ -25,7 +25,7 @@ MANTISSA = 2**23 - 1
 
 
 class Cast(NamedTuple):
-    """``codes``: FP8 [M, N]. ``carried``: their values over their tile's scale, times ``scale`` (see :func:`cast`)."""
+    """What :func:`cast` makes of a matrix [M, N]; only the codes and their ratios need be kept."""
 
     codes: Tensor
     carried: Tensor | None
@@ -65,15 +65,20 @@ def powers(amax: Tensor, fmt: Format, margin: int = 0) -> Tensor:
     return torch.where((amax > 0) & (amax < math.inf), power.clamp_(2.0**-126, 2.0**127), 1.0)
 
 
-def scaled(x: Tensor, tile: Tile, fmt: Format, margin: int = 0) -> tuple[Tensor, Tensor]:
-    """``x`` [M, N] times its tiles' scales, exact but for what ``fmt`` makes 0, and the scales [M, N], in x's dtype."""
+def scaled(x: Tensor, tile: Tile, fmt: Format) -> Tensor:
+    """``x`` (FP32 or BF16, [M, N]) times its tiles' scales: exact but for what ``fmt`` makes 0."""
     parts = split(x, tile)
-    scales = powers(amaxes(parts), fmt, margin).to(x.dtype)
-    return join(parts * scales, x.shape), join(scales.expand(parts.shape), x.shape)
+    return join(parts * powers(amaxes(parts), fmt).to(x.dtype), x.shape)
 
 
 def cast(
-    x: Tensor, tile: Tile, fmt: Format, *, margin: int = 0, carrier: torch.dtype | None = None
+    x: Tensor,
+    tile: Tile,
+    fmt: Format,
+    *,
+    margin: int = 0,
+    carrier: torch.dtype | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Cast, Tensor]:
     """``x`` (FP32, BF16 or FP16, [M, N]) cast to ``fmt`` (FP8) tile by tile, and its amax (FP32 0-dim).
 
@@ -81,15 +86,20 @@ def cast(
     of the tiles', and ``ratio`` [down, 1, across, 1] is ``scale`` over the tile's, a power of two of at most 1 (unless
     an Inf or NaN is about). ``carried`` (None without ``carrier``) holds ``codes * ratio``: exact, but for values below
     the carrier's normal numbers, 2^-126, in tiles that are 2^110 (E5M2) to 2^117 (E4M3) times smaller than the largest.
+    ``counts``: as of :func:`mptrain.kernels.quantize`.
     """
-    wide = x if x.dtype is torch.bfloat16 else x.float()  # times a power of two BF16 stays exact; FP16 would overflow
+    narrow = x.dtype is torch.bfloat16 and counts is None  # what a product loses below 2^-133 is 0 in FP8, but counts
+    wide = x if narrow else x.float()
     tiles = split(wide, tile)
     peaks = amaxes(tiles)
-    scales = powers(peaks, fmt, margin)
     amax = kernels.amax(peaks)
-    scale = powers(amax, fmt, margin)
+    scales = powers(torch.cat([peaks.flatten(), amax.view(1)]), fmt, margin)
+    scales, scale = scales[:-1].view_as(peaks), scales[-1]
     ratio = scale / scales
-    codes, carried = kernels.quantize(tiles * scales.to(wide.dtype), torch.ones_like(scale), fmt, carrier=carrier)
+    product = tiles * scales.to(wide.dtype)
+    codes, carried = kernels.quantize(product, torch.ones_like(scale), fmt, carrier=carrier, counts=counts)
+    if counts is not None:
+        counts[0] += x.numel() - tiles.numel()  # the zeros that tiles were filled up with
     if carried is not None:
         carried = join(carried.mul_(ratio.to(carried.dtype)), x.shape)
     return Cast(join(codes, x.shape), carried, ratio, scale), amax
@@ -101,24 +111,20 @@ def decode(codes: Tensor, tile: Tile, ratio: Tensor, carrier: torch.dtype) -> Te
     return join(values.mul_(ratio.to(carrier)), codes.shape)
 
 
-def book(books: Counters, slot: int, x: Tensor, tile: Tile, fmt: Format, margin: int = 0) -> None:
-    """On a sampled step: count the cast of ``x`` [M, N] at its tiles' scales in row ``slot``.
+def book(books: Counters, slot: int, x: Tensor, tile: Tile, made: Cast) -> None:
+    """On a sampled step: what was made of ``x`` [M, N], its counts apart, in row ``slot``.
 
     The row's scale is NaN: no single number stands for the cast, and nobody shall judge it by one. Errors are those of
     the values, not of the scaled ones, in which tiles of small numbers would weigh as much as the largest.
     """
-    sums = books.row(slot)
-    if not sums:
-        return
     books.scale[slot] = math.nan
-    one = torch.ones((), device=x.device)
-    product, scale = scaled(x.float(), tile, fmt, margin)
-    kernels.observe(product, fmt=fmt, scale=one, counts=sums["counts"])
-    if "histogram" in sums:
-        kernels.observe(x, histogram=sums["histogram"])
+    if "histogram" in books.sums:
+        kernels.observe(x, histogram=books.sums["histogram"][slot])
     if "errors" in books.sums:
         kernels.observe(books.part_of(x), blocks=books.sums["blocks"][slot])
-        part, back = books.part_of(x).double(), kernels.fake_quantize(books.part_of(product), one, fmt)
-        back = back.div_(books.part_of(scale)).double()
+        part, codes = books.part_of(x).double(), books.part_of(made.codes)
+        scale = made.scale / made.ratio
+        scale = join(scale.expand(split(x, tile).shape), x.shape)
+        back = codes.double() / books.part_of(scale)
         squares = torch.stack([part, part - back]).masked_fill(~(part.isfinite() & back.isfinite()), 0).square_()
         books.sums["errors"][slot] += squares.sum((1, 2))

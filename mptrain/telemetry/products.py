@@ -98,7 +98,7 @@ def on_grid(x: Tensor, fmt: Format, tile: tiles.Tile = tiles.WHOLE) -> bool:
     operand does not show in the peak of memory (with tiles it does, as the emulation's own casts of them do).
     """
     if tile != tiles.WHOLE and fmt in kernels.FP8:
-        x, _ = tiles.scaled(x.detach(), tile, fmt)
+        x = tiles.scaled(x.detach(), tile, fmt)
     turned = x.ndim == 2 and x.stride(0) == 1
     for chunk in torch.split((x.t() if turned else x).detach().reshape(-1), CHUNK):
         if fmt is Format.tf32:
