@@ -21,6 +21,7 @@ from mptrain.settings import did_you_mean, from_plain, require
 
 COMPUTE_FORMATS = (Format.fp32, Format.tf32, Format.bf16, Format.fp16)
 FP8_FORMATS = (Format.fp8_e4m3, Format.fp8_e5m2)
+BLOCK = 128
 
 
 class LossScaleKind(Enum):
@@ -35,8 +36,8 @@ class Scaling(Enum):
     none = "none"
     delayed = "delayed"  # per tensor, from the amaxes of the last `history` micro-batches
     current = "current"  # per tensor, from its own amax
-    rowwise = "rowwise"  # one scale per row / column of each GEMM operand
-    block = "block"  # 1x128 for activations and gradients, 128x128 for weights
+    rowwise = "rowwise"  # one per row / column of each GEMM operand, powers of two
+    block = "block"  # one per 1x128 of activations and gradients, 128x128 of weights, powers of two
 
 
 class BackendName(Enum):
@@ -104,6 +105,28 @@ class Quantization:
     def format_of(self, role: str) -> Format:
         """The format of a GEMM operand: role is ``input``, ``weight`` or ``grad_output``."""
         return self.backward if role == "grad_output" else self.forward
+
+    @property
+    def fine(self) -> bool:
+        """Has an operand many scales?"""
+        return self.scaling in (Scaling.rowwise, Scaling.block)
+
+    def tile_of(self, role: str, dim: int) -> tuple[int, int]:
+        """(height, width) of the parts of an operand (a matrix) that share a scale; 0 for all of that dimension.
+
+        ``dim``: the dimension that the GEMM sums over, 1 for output and grad_input, 0 for the operand's other GEMM.
+        """
+        if not self.fine:
+            return 0, 0
+        run = 0 if self.scaling is Scaling.rowwise else BLOCK
+        if run and role == "weight":
+            return run, run
+        return (1, run) if dim == 1 else (run, 1)
+
+    @property
+    def multiple(self) -> int:
+        """Both dimensions of a weight must be divisible by it: what tensor cores ask, or whole tiles."""
+        return BLOCK if self.scaling is Scaling.block else 16
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ HEALTHY = {
     "fp16": policy_of("fp16"),
     "fp8": policy_of("fp8"),
     "fp8-delayed": policy_of("fp8-delayed"),
+    "fp8-rowwise": policy_of("fp8-rowwise"),
     "fp8-tied-head": policy_of("fp8", keep=""),
     "fp8-native": policy_of("fp8", "native"),
     "fp8-native-rowwise": policy_of("fp8", "native", "rowwise"),

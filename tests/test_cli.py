@@ -116,7 +116,7 @@ def test_formats_knows_who_has_inf_and_nan_and_its_exponent_bits():
 def test_doctor_says_for_every_precision_which_backend_is_used_and_why_not_the_others(capsys):
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for name in ("fp32", "tf32", "bf16", "fp16", "fp8", "fp8-delayed"):
+    for name in ("fp32", "tf32", "bf16", "fp16", "fp8", "fp8-delayed", "fp8-rowwise", "fp8-block"):
         assert f"precision={name}" in text
     blocks = text.split("precision=")[1:]
     assert all(block.count("used") == 1 for block in blocks)

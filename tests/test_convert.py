@@ -177,7 +177,7 @@ def test_a_module_with_two_names_is_kept_for_either(keep):
     assert select(model, keep, multiple=16) == ({}, {"a": "matches precision.keep"})
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8-delayed"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-delayed", "fp8-rowwise"])
 def test_a_layer_used_twice_runs_in_fp8_both_times(name):
     class Twice(nn.Module):
         def __init__(self):

@@ -105,7 +105,7 @@ def test_a_planted_value_is_named_and_its_step_skipped(name, role, phase, value)
 
 
 @pytest.mark.parametrize("role", ["input", "weight", "grad_output"])
-@pytest.mark.parametrize("name", ["fp8", "fp8-delayed"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-delayed", "fp8-rowwise"])
 def test_fp8_hides_no_inf_on_a_step_that_nobody_samples(name, role):
     """E4M3 has no Inf: the cast makes 448 of it, the loss stays finite, and still the step is skipped and named."""
     sink = Kept()

@@ -15,7 +15,7 @@ from mptrain.telemetry.observer import LOST, PARAMETER_ROLES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = gpt.Config(vocab_size=32, block_size=8, n_layer=2, n_head=2, n_embd=32)
-NAMES = ("fp32", "bf16", "fp16", "tf32", "fp8", "fp8-delayed")
+NAMES = ("fp32", "bf16", "fp16", "tf32", "fp8", "fp8-delayed", "fp8-rowwise")
 
 
 class Loop:

@@ -27,11 +27,11 @@ OPTIMIZERS = {
 BAD = {"Inf": math.inf, "-Inf": -math.inf, "NaN": math.nan}
 
 
-def toy(seed: int = 0) -> nn.Sequential:
+def toy(seed: int = 0, width: int = 32, out: int = 16) -> nn.Sequential:
     """Three layers that FP8 GEMMs take; without biases, whose gradients are not quantized and would show an Inf."""
     torch.manual_seed(seed)
-    layers = [nn.Linear(32, 32, bias=False), nn.Tanh(), nn.Linear(32, 32, bias=False), nn.Linear(32, 16, bias=False)]
-    return nn.Sequential(*layers)
+    first, second = (nn.Linear(width, width, bias=False) for _ in range(2))
+    return nn.Sequential(first, nn.Tanh(), second, nn.Linear(width, out, bias=False))
 
 
 class Loop:
@@ -40,14 +40,18 @@ class Loop:
     def __init__(
         self, policy: str | PrecisionPolicy, optimizer: str = "adamw", *, fused: bool = True, agree: Agree = alone
     ) -> None:
-        self.model = toy()
-        self.precision = Precision(policy, agree=agree).prepare(self.model)
+        self.precision = Precision(policy, agree=agree)
+        multiple = self.precision.policy.quantization.multiple
+        self.width, self.out = max(32, multiple), multiple
+        self.model = toy(width=self.width, out=self.out)
+        self.precision.prepare(self.model)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), fused)
 
     def gradients(self, index: int, *, x: Tensor | None = None, hook: Callable[[Tensor], Tensor] | None = None) -> None:
         """Forward and backward of batch ``index`` (or of ``x``); ``hook`` changes the gradient of the output."""
         generator = torch.Generator().manual_seed(index)
-        drawn, cotangent = torch.randn(16, 32, generator=generator), torch.randn(16, 16, generator=generator)
+        drawn = torch.randn(16, self.width, generator=generator)
+        cotangent = torch.randn(16, self.out, generator=generator)
         with self.precision.forward():
             y = self.model(drawn if x is None else x)
             if hook is not None:
@@ -170,7 +174,7 @@ def test_a_bad_operand_that_the_cast_would_hide(name, value, fused):
     loop = Loop(name, fused=fused)
     loop.step(0)
     before = loop.everything()
-    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(16, loop.width, generator=torch.Generator().manual_seed(1))
     x[4, 7] = value
     loop.gradients(1, x=x)
     if not math.isnan(value):
@@ -209,7 +213,7 @@ def test_a_bad_grad_output_and_a_bad_weight(name):
 def test_a_bad_micro_batch_among_good_ones_skips_the_step(name, bad):
     loop = Loop(name)
     for micro in range(3):
-        x = torch.randn(16, 32, generator=torch.Generator().manual_seed(micro))
+        x = torch.randn(16, loop.width, generator=torch.Generator().manual_seed(micro))
         x[0, 0] = math.inf if micro == bad else 1.0
         loop.gradients(micro, x=x)
     assert not loop.precision.step(loop.optimizer).applied

@@ -12,22 +12,19 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mptrain import kernels
-from mptrain.formats import Format
+from mptrain.kernels import tiles
 from mptrain.kernels.counters import Counters
-from mptrain.policy import Quantization, Scaling
-
-BLOCK = 128
+from mptrain.policy import Quantization
 
 
 class Booking:
     """Books the operands of one layer. ``scale_of(slot)``: the scale (FP32 0-dim) a kernel takes from a table.
 
     Without ``scale_of`` the scale is the operand's own, at the policy's granularity. Rowwise and block scaling cast
-    each operand twice, along both of its dimensions; counted is the cast along the last one.
+    each operand twice, along both of its dimensions; counted is the cast along the last one, and the scale is NaN.
     """
 
     def __init__(
@@ -67,41 +64,27 @@ class Booking:
         books, slot, fmt = self._counters, self._slots[role], self._config.format_of(role)
         with torch.no_grad():
             rows = x.detach().reshape(-1, x.shape[-1])
+            sums = books.row(slot)
+            if self._config.fine and sums:
+                self._book_tiles(rows, role, sums["counts"])
+                return
             amax = kernels.amax(rows)
+            books.note(slot, amax)
             scale = kernels.current_scale(amax, fmt, self._config.margin)
             if self._scale_of is not None:
                 scale = self._scale_of(slot)
-            sums = books.row(slot)
-            books.note(slot, amax)
             if not sums:
                 return
             books.scale[slot] = scale
             errors, blocks = (books.sums[name][slot] if name in books.sums else None for name in ("errors", "blocks"))
-            cast = rows
-            if self._config.scaling in (Scaling.rowwise, Scaling.block):
-                cast, scale = rows.float() * self._local_scales(rows, role, fmt), torch.ones_like(scale)
-            kernels.observe(cast, fmt=fmt, scale=scale, counts=sums["counts"])
-            kernels.observe(rows, histogram=sums.get("histogram"))
-            kernels.observe(books.part_of(cast), fmt=fmt, scale=scale, errors=errors)
-            kernels.observe(books.part_of(rows), blocks=blocks)
+            kernels.observe(rows, fmt=fmt, scale=scale, counts=sums["counts"], histogram=sums.get("histogram"))
+            kernels.observe(books.part_of(rows), fmt=fmt, scale=scale, errors=errors, blocks=blocks)
 
-    def _local_scales(self, rows: Tensor, role: str, fmt: Format) -> Tensor:
-        """The scale of each element (FP32, as ``rows``): powers of two, rounded down, as torchao and TE use them."""
-        height, width = 1, rows.shape[1]
-        if self._config.scaling is Scaling.block:
-            height, width = (BLOCK if role == "weight" else 1), BLOCK
-        exact = fmt.value.max / _tile_amax(rows, height, width)
-        exponent = torch.frexp(exact.where(exact.isfinite(), 1.0)).exponent - 1
-        return torch.ldexp(torch.ones_like(exact), exponent)
-
-
-def _tile_amax(rows: Tensor, height: int, width: int) -> Tensor:
-    """FP32 [M, N]: for each element of ``rows`` [M, N] the amax of its ``height`` x ``width`` tile (edges are cut)."""
-    m, n = rows.shape
-    padded = F.pad(rows.float().abs(), (0, -n % width, 0, -m % height))
-    down, across = padded.shape[0] // height, padded.shape[1] // width
-    tiles = padded.reshape(down, height, across, width).amax(dim=(1, 3), keepdim=True)
-    return tiles.expand(down, height, across, width).reshape(padded.shape)[:m, :n]
+    def _book_tiles(self, rows: Tensor, role: str, counts: Tensor) -> None:
+        slot, tile = self._slots[role], self._config.tile_of(role, 1)
+        made, amax = tiles.cast(rows, tile, self._config.format_of(role), margin=self._config.margin, counts=counts)
+        self._counters.note(slot, amax)
+        tiles.book(self._counters, slot, rows, tile, made)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -13,6 +13,7 @@ from mptrain.backends._booking import bypassing, replaying
 from mptrain.convert import ConversionReport, select, swap
 from mptrain.distributed import Agree
 from mptrain.emulation.delayed import DelayedScaling
+from mptrain.emulation.fine import FineLinear, FineQuantizers
 from mptrain.emulation.fp8 import EmulatedLinear, Quantizers
 from mptrain.emulation.gemm import carrier_dtype
 from mptrain.emulation.mode import RoundedOperands
@@ -38,12 +39,7 @@ class Backend:
 
     @staticmethod
     def missing(policy: PrecisionPolicy, device: torch.device, *, auto: bool) -> str | None:
-        if policy.quantized:
-            if policy.quantization.scaling not in (Scaling.current, Scaling.delayed):
-                wanted = policy.quantization.scaling.value
-                return f"it has no {wanted} scaling; use precision.quantization.scaling=current or delayed"
-            return None
-        if policy.compute in (Format.fp16, Format.tf32):
+        if policy.quantized or policy.compute in (Format.fp16, Format.tf32):
             return None
         return f"{policy.compute} needs no emulation; use precision.backend=autocast"
 
@@ -53,13 +49,15 @@ class Backend:
             counters.allocate(self._device)
             return ConversionReport()
         config = self._policy.quantization
-        chosen, kept = select(model, self._policy.keep, multiple=16)
+        chosen, kept = select(model, self._policy.keep, multiple=config.multiple)
         slots = {name: counters.add(name) for name in chosen}
         counters.allocate(self._device)
         if config.scaling is Scaling.delayed:
             self._delayed = DelayedScaling(config, counters, self._device, self._agree)
 
         def make(name: str, layer: nn.Linear) -> nn.Module:
+            if config.fine:
+                return FineLinear.sharing(layer, FineQuantizers(config, slots[name], counters, self._carrier))
             books = Quantizers(config, slots[name], counters, self._delayed, self._carrier)
             return EmulatedLinear.sharing(layer, books)
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mptrain.backends._booking import BLOCK, Booking, bypassing, replaying, require_rows
+from mptrain.backends._booking import Booking, bypassing, replaying, require_rows
 from mptrain.backends.autocast import set_tf32
 from mptrain.convert import ConversionReport, select, swap
 from mptrain.distributed import Agree
@@ -72,7 +72,7 @@ class Backend:
     def convert(self, model: nn.Module, counters: Counters) -> ConversionReport:
         self._counters = counters
         config = self._policy.quantization
-        chosen, kept = select(model, self._policy.keep, multiple=BLOCK if config.scaling is Scaling.block else 16)
+        chosen, kept = select(model, self._policy.keep, multiple=config.multiple)
         slots = {name: counters.add(name) for name in chosen}
         counters.allocate(self._device)
         if config.scaling is Scaling.delayed:

@@ -9,7 +9,7 @@ The input and the weight are kept for backward as real 8-bit tensors with their 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,25 @@ from mptrain.kernels.counters import Counters
 from mptrain.policy import Quantization
 
 
-class Quantizers:
-    """Quantizes the three operands of one layer and keeps their books (amax, scale, on sampled steps the sums)."""
+class Operands:
+    """The operands of one layer: how they are cast, into what dtype (``carrier``), and the rows of their books."""
+
+    def __init__(self, config: Quantization, slots: dict[str, int], counters: Counters, carrier: torch.dtype) -> None:
+        self.config, self.carrier = config, carrier
+        self._slots, self._counters = slots, counters
+
+    @property
+    def bypassed(self) -> bool:
+        return self._counters.bypassed
+
+    def _booked(self, role: str) -> bool:
+        """In a recomputed forward the operands were booked before; grad_output is seen once and only in backward."""
+        books = self._counters
+        return not books.quiet and not (books.replaying and role != "grad_output")
+
+
+class Quantizers(Operands):
+    """Quantizes the operands at one scale each and keeps their books (amax, scale, on sampled steps the sums)."""
 
     def __init__(
         self,
@@ -32,12 +49,8 @@ class Quantizers:
         delayed: DelayedScaling | None,
         carrier: torch.dtype,
     ) -> None:
-        self._config, self._slots, self._counters, self._delayed = config, slots, counters, delayed
-        self.carrier = carrier
-
-    @property
-    def bypassed(self) -> bool:
-        return self._counters.bypassed
+        super().__init__(config, slots, counters, carrier)
+        self._delayed = delayed
 
     def __call__(self, x: Tensor, role: str) -> tuple[Tensor, Tensor, Tensor]:
         """(8-bit tensor, its values in the carrier's dtype, FP32 scale); grad_output: (values, their transpose, scale).
@@ -45,13 +58,12 @@ class Quantizers:
         Nobody keeps grad_output's codes; both of its GEMMs follow at once and one of them wants it transposed.
         """
         books = self._counters
-        slot, fmt = self._slots[role], self._config.format_of(role)
-        # In a recomputed forward the operands were booked before; grad_output is seen once and only in backward.
-        booked = not books.quiet and not (books.replaying and role != "grad_output")
+        slot, fmt = self._slots[role], self.config.format_of(role)
+        booked = self._booked(role)
         sums = books.row(slot) if booked else {}
         if self._delayed is None:
             amax = kernels.amax(x)
-            scale = kernels.current_scale(amax, fmt, self._config.margin)
+            scale = kernels.current_scale(amax, fmt, self.config.margin)
             first, second = self._cast(x, role, scale, None, sums)
         else:
             first, second, scale, amax = self._quantize_delayed(x, role, sums, booked)
@@ -67,7 +79,7 @@ class Quantizers:
     def _cast(
         self, x: Tensor, role: str, scale: Tensor, amax: Tensor | None, sums: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        fmt = self._config.format_of(role)
+        fmt = self.config.format_of(role)
         if role == "grad_output":
             return kernels.operands(x, scale, fmt, carrier=self.carrier, amax=amax, **sums)
         quantized, carried = kernels.quantize(x, scale, fmt, carrier=self.carrier, amax=amax, **sums)
@@ -124,10 +136,10 @@ class _Linear(torch.autograd.Function):
 class EmulatedLinear(nn.Linear):
     """``nn.Linear`` with FP8 operands; parameters are those of the layer it replaces, FP32 masters."""
 
-    quantizers: Quantizers
+    quantizers: Operands
 
     @classmethod
-    def sharing(cls, layer: nn.Linear, quantizers: Quantizers) -> EmulatedLinear:
+    def sharing(cls, layer: nn.Linear, quantizers: Operands) -> Self:
         with torch.device("meta"):
             made = cls(layer.in_features, layer.out_features, bias=layer.bias is not None)
         made.weight, made.bias = layer.weight, layer.bias
@@ -150,5 +162,5 @@ class EmulatedLinear(nn.Linear):
         return out
 
     def extra_repr(self) -> str:
-        q = self.quantizers._config
+        q = self.quantizers.config
         return f"{super().extra_repr()}, forward={q.forward}, backward={q.backward}, scaling={q.scaling.value}"

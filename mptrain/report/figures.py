@@ -276,7 +276,8 @@ def _row(
 
 
 def _used(name: str, recorded: dict[str, Tensor], cast: Judged | None) -> Used:
-    found: dict[str, Any] = {"scale": float(recorded["scale"])} if "scale" in recorded else {}
+    scale = float(recorded.get("scale", math.nan))  # NaN: the tensor had many
+    found: dict[str, Any] = {"scale": scale} if math.isfinite(scale) else {}
     if cast:
         found |= {"subnormal": cast.subnormal, "headroom_bits": cast.headroom_bits}
     if "counts" in recorded:

@@ -29,7 +29,7 @@ from mptrain import kernels
 from mptrain.convert import ConversionReport
 from mptrain.formats import Format
 from mptrain.policy import PrecisionPolicy
-from mptrain.telemetry.coverage import Audit, Row
+from mptrain.telemetry.coverage import ROLES, Audit, Row
 from mptrain.telemetry.products import Seen, flops_of, is_attention, joined, look, look_inside, operands_of
 
 Key = tuple[str, str, str, tuple[str, ...], tuple[str, ...], tuple[str, ...], str]
@@ -215,11 +215,13 @@ class StepAudit:
         shown = operands if outer is None else list(outer)  # kernels may copy operands to lay them out anew
         gemm, turned = self._gemm(func, layer, stage, shown, wrapped=outer is not None)
         outers: list[Any] = list(outer) if outer is not None else [None] * len(operands)
-        pairs = list(zip(operands, outers, strict=True))
+        pairs = list(zip(operands, outers, (1, 0, 0, 0), strict=False))  # summed over: left's columns, right's rows
         if turned:
             pairs.reverse()
         asked = self._asked(layer, gemm, len(pairs))
-        seen = [self._look(x, around, fmt) for (x, around), fmt in zip(pairs, asked, strict=True)]
+        roles = ROLES.get((gemm, len(pairs)), ("",) * len(pairs))
+        tiles = [self._policy.quantization.tile_of(role, dim) for role, (_, _, dim) in zip(roles, pairs, strict=True)]
+        seen = [self._look(*pair[:2], fmt, tile) for pair, fmt, tile in zip(pairs, asked, tiles, strict=True)]
         self._seen[layer, stage] += 1
         self._seen[layer, "now"] += 1
         names = tuple(fmt.name for fmt in asked)
@@ -227,9 +229,9 @@ class StepAudit:
         key = (layer, gemm, stage, names, tuple(s.ran for s in seen), tuple(s.carrier for s in seen), evidence)
         self._add(key, flops_of(func, args, kwargs, out))
 
-    def _look(self, x: Tensor, outer: Any, asked: Format) -> Seen:
+    def _look(self, x: Tensor, outer: Any, asked: Format, tile: tuple[int, int]) -> Seen:
         if outer is None:
-            return look(x, asked, emulated=self._emulated)
+            return look(x, asked, emulated=self._emulated, tile=tile)
         return look_inside(x, outer, asked, emulated=self._emulated)
 
     def _gemm(self, func: Any, layer: str, stage: str, operands: list[Tensor], *, wrapped: bool) -> tuple[str, bool]:

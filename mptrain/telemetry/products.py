@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
+from mptrain import kernels
 from mptrain.formats import CHUNK, Format
+from mptrain.kernels import tiles
 
 # Operator -> positions of its operands.
 OPERANDS: dict[str, tuple[int, ...]] = {
@@ -71,28 +73,32 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     return int(2 * operands[0].numel() * right[-1])
 
 
-def look(x: Tensor, asked: Format, *, emulated: bool) -> Seen:
+def look(x: Tensor, asked: Format, *, emulated: bool, tile: tiles.Tile = tiles.WHOLE) -> Seen:
     """In what format ``x`` really is. ``emulated``: a wider type may carry it, and its values are the evidence.
 
     The asked format is tried first (an E4M3 number with two mantissa bits is an E5M2 number as well), then the others
-    from the narrowest; an operand on no grid has the format of its type.
+    from the narrowest; an operand on no grid has the format of its type. ``tile``: parts of ``x`` that have powers of
+    two of their own as scales, see :meth:`mptrain.policy.Quantization.tile_of`.
     """
     name = NAMES.get(x.dtype, str(x.dtype).removeprefix("torch."))
     if emulated and asked in BY_VALUE and name in ("fp32", "bf16") and name != asked.name:
         wider = [fmt for fmt in NARROWEST_FIRST if fmt.value.bits < torch.finfo(x.dtype).bits]
         for fmt in (asked, *wider):
-            if fmt in wider and on_grid(x, fmt):
+            if fmt in wider and on_grid(x, fmt, tile):
                 return Seen(fmt.name, name, "values")
     if name == "fp32" and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return Seen("tf32", name, "switch")
     return Seen(name, name)
 
 
-def on_grid(x: Tensor, fmt: Format) -> bool:
+def on_grid(x: Tensor, fmt: Format, tile: tiles.Tile = tiles.WHOLE) -> bool:
     """Is every value of ``x`` (FP32 or BF16) exactly a number of ``fmt``? NaN is one of any format. Reads the device.
 
-    In chunks, so that the check of a large operand does not show in the peak of memory.
+    With a ``tile``: of ``fmt`` times the power of two that fits the tile best. In chunks, so that the check of a large
+    operand does not show in the peak of memory (with tiles it does, as the emulation's own casts of them do).
     """
+    if tile != tiles.WHOLE and fmt in kernels.FP8:
+        x = tiles.scaled(x.detach(), tile, fmt)
     turned = x.ndim == 2 and x.stride(0) == 1
     for chunk in torch.split((x.t() if turned else x).detach().reshape(-1), CHUNK):
         if fmt is Format.tf32:

@@ -37,6 +37,11 @@ class Case:
         return self.policy.quantized
 
     @property
+    def unit(self) -> int:
+        """The narrowest layer: what its GEMMs take, twice of it where that is little."""
+        return max(32, self.policy.quantization.multiple)
+
+    @property
     def delayed(self) -> bool:
         return self.policy.quantization.scaling is Scaling.delayed
 
@@ -50,15 +55,15 @@ def policy_of(name: str, backend: str = "auto", **quantization: Any) -> Precisio
 class Net(nn.Module):
     """Linear layers of several kinds: with a bias and without, tied, frozen, of a width no FP8 GEMM takes, kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: int) -> None:
         super().__init__()
-        self.first = nn.Linear(32, 64)
-        self.second = nn.Linear(64, 32, bias=False)
-        self.tied = nn.Linear(32, 64, bias=False)
+        self.first = nn.Linear(unit, 2 * unit)
+        self.second = nn.Linear(2 * unit, unit, bias=False)
+        self.tied = nn.Linear(unit, 2 * unit, bias=False)
         self.tied.weight = self.first.weight
-        self.frozen = nn.Linear(64, 32)
+        self.frozen = nn.Linear(2 * unit, unit)
         self.frozen.weight.requires_grad_(False)
-        self.odd = nn.Linear(32, 20)
+        self.odd = nn.Linear(unit, 20)
         self.head = nn.Linear(20, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,13 +74,13 @@ class Net(nn.Module):
 
 def net(case: Case, seed: int = 0) -> Net:
     torch.manual_seed(seed)
-    return Net().to(case.device)
+    return Net(case.unit).to(case.device)
 
 
 def batch(case: Case, index: int, rows: int = 32) -> tuple[Tensor, Tensor]:
-    """Inputs [rows, 32] and random cotangents [rows, 8] for micro-batch ``index``."""
+    """Inputs [rows, unit] and random cotangents [rows, 8] for micro-batch ``index``."""
     generator = torch.Generator().manual_seed(1000 + index)
-    x, cotangent = torch.randn(rows, 32, generator=generator), torch.randn(rows, 8, generator=generator)
+    x, cotangent = torch.randn(rows, case.unit, generator=generator), torch.randn(rows, 8, generator=generator)
     return x.to(case.device), cotangent.to(case.device)
 
 
@@ -159,15 +164,15 @@ def check_what_is_converted(case: Case) -> None:
         assert report.converted == ()
         return
     assert set(report.converted) == {"first", "second", "tied", "frozen"}, str(report)
-    assert "20x32 is not divisible by 16" in report.kept["odd"]
+    assert f"20x{case.unit} is not divisible by {case.policy.quantization.multiple}" in report.kept["odd"]
     assert report.kept["head"] == "matches precision.keep"
     assert type(run.model.odd) is nn.Linear
     assert all(type(run.model.get_submodule(name)) is not nn.Linear for name in report.converted)
 
 
 def check_keep_is_a_full_match(case: Case) -> None:
-    model = nn.Module()
-    model.blocks = nn.ModuleList([nn.Linear(16, 16) for _ in range(22)]).to(case.device)
+    model, width = nn.Module(), case.policy.quantization.multiple
+    model.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(22)]).to(case.device)
     report = Precision(replace(case.policy, keep=r"blocks\.2")).prepare(model).report
     assert set(report.kept) == {"blocks.2"}
     assert {"blocks.20", "blocks.21"} <= set(report.converted)
@@ -190,7 +195,7 @@ def check_gemms_against_the_oracle(case: Case, rows: int = 64, width: int = 128,
 
 
 def check_gradients_depend_on_the_cotangent(case: Case) -> None:
-    model, x, cotangent = one_layer(case, 32, 64, 32)
+    model, x, cotangent = one_layer(case, 32, 2 * case.unit, case.unit)
     state = copy.deepcopy(model)
     first = three_gemms(case, copy.deepcopy(state), x, cotangent)
     other = three_gemms(case, copy.deepcopy(state), x, cotangent.flip(0))
@@ -272,7 +277,7 @@ def check_delayed_trace(case: Case) -> None:
     """A table of amaxes against the rule: scale = max / (amax of the last 3) / 2^margin, unless that is 0 or Inf."""
     config = replace(case.policy.quantization, history=3, margin=1)
     policy = replace(case.policy, quantization=config)
-    model, x, cotangent = one_layer(case, 32, 64, 32)
+    model, x, cotangent = one_layer(case, 32, 2 * case.unit, case.unit)
     precision = Precision(policy).prepare(model)
     x, cotangent = x / x.abs().max(), cotangent / cotangent.abs().max()
     seen: list[float] = []
@@ -296,7 +301,7 @@ def check_delayed_trace(case: Case) -> None:
 
 def check_counts(case: Case) -> None:
     """Counts of a sampled step against the definitions: elements, and underflow of values planted in grad_output."""
-    model, x, cotangent = one_layer(case, 32, 64, 32)
+    model, x, cotangent = one_layer(case, 32, 2 * case.unit, case.unit)
     tiny = 2.0**-40
     cotangent[:, :5] = tiny  # beside values near 1, far below the smallest subnormal of E5M2 at any scale
     cotangent[0, 0] = 0.0
@@ -307,7 +312,7 @@ def check_counts(case: Case) -> None:
     y.backward(cotangent.to(y.dtype))
     counts = dict(zip(precision.counters.slots, precision.counters.take()["counts"].tolist(), strict=True))
     assert counts["0", "input"][0] == x.numel()
-    assert counts["0", "weight"][0] == 32 * 64
+    assert counts["0", "weight"][0] == 2 * case.unit * case.unit
     assert counts["0", "grad_output"][0] == cotangent.numel()
     assert counts["0", "grad_output"][2] == 32 * 5 - 1, "zeros are not underflow, tiny values are"
     assert all(row[1] == row[3] == row[4] == 0 for row in counts.values())
@@ -335,7 +340,7 @@ class Matmuls(TorchDispatchMode):
 
 def matmul_dtypes(case: Case) -> list[tuple[torch.dtype, ...]]:
     """Operand dtypes of the matrix products of one layer's forward and backward, in order."""
-    model, x, cotangent = one_layer(case, 32, 64, 32)
+    model, x, cotangent = one_layer(case, 32, 2 * case.unit, case.unit)
     with Matmuls() as record:
         three_gemms(case, model, x, cotangent)
     return record.dtypes

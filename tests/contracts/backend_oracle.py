@@ -29,8 +29,7 @@ def oracle_cast(x: np.ndarray, policy: PrecisionPolicy, role: str) -> np.ndarray
     config = policy.quantization
     dtype, largest = FP8[str(config.backward if role == "grad_output" else config.forward)]
     if config.scaling is Scaling.rowwise:  # torchao: per row, rounded down to a power of two
-        amax = np.abs(x).max(axis=-1, keepdims=True).astype(np.float64)
-        scale = 2.0 ** np.floor(np.log2(largest / amax))
+        scale = _power(largest, np.abs(x).max(axis=-1, keepdims=True))
     elif config.scaling is Scaling.block:
         scale = _oracle_block_scale(x, largest, role)
     else:  # a fresh delayed table starts from the current amax
@@ -45,8 +44,14 @@ def _oracle_block_scale(x: np.ndarray, largest: float, role: str) -> np.ndarray:
     for i in range(0, x.shape[0], height):
         for j in range(0, x.shape[1], 128):
             amax = np.abs(x[i : i + height, j : j + 128]).max()
-            scale[i : i + height, j : j + 128] = 2.0 ** np.floor(np.log2(largest / np.float64(amax)))
+            scale[i : i + height, j : j + 128] = _power(largest, amax)
     return scale
+
+
+def _power(largest: float, amax: np.ndarray) -> np.ndarray:
+    """The largest power of two that takes ``amax`` to at most ``largest``; 1 for tiles of zeros."""
+    with np.errstate(divide="ignore"):
+        return np.where(amax > 0, 2.0 ** np.floor(np.log2(largest / np.float64(amax))), 1.0)
 
 
 def _oracle_compute(x: np.ndarray, compute: str) -> np.ndarray:

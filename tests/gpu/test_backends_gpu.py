@@ -57,6 +57,10 @@ PLAIN = [
     cuda_case("autocast-bf16", "bf16"),
     cuda_case("autocast-fp16", "fp16", floor=60.0),
 ]
+FINE = [
+    cuda_case("emulated-fp8-rowwise", "fp8-rowwise", "emulated"),
+    cuda_case("emulated-fp8-block", "fp8-block", "emulated"),
+]
 KERNELS = QUANTIZED[2:]
 CHECKS = [
     contract.check_parameters_are_shared,
@@ -78,13 +82,13 @@ def switches() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("case", PLAIN + QUANTIZED)
+@pytest.mark.parametrize("case", PLAIN + QUANTIZED + FINE)
 def test_contract(case: Case, check: Callable[[Case], object]) -> None:
     check(case)
 
 
 @pytest.mark.parametrize("check", [contract.check_keep_is_a_full_match, contract.check_counts])
-@pytest.mark.parametrize("case", QUANTIZED)
+@pytest.mark.parametrize("case", QUANTIZED + FINE)
 def test_contract_of_quantized_backends(case: Case, check: Callable[[Case], object]) -> None:
     check(case)
 
@@ -99,11 +103,9 @@ def test_block_scaling_against_the_oracle(case: Case) -> None:
     contract.check_gemms_against_the_oracle(case, rows=256, width=256, out=384)
 
 
-@pytest.mark.parametrize("case", KERNELS)
+@pytest.mark.parametrize("case", [*KERNELS, BLOCK])
 def test_kernels_against_the_emulation(case: Case) -> None:
     """Same inputs, random cotangents: how far real kernels are from their twin. Shown with ``-s``, bounded here."""
-    if case.policy.quantization.scaling is Scaling.rowwise:
-        pytest.skip("the emulation has no rowwise scaling: the oracle is the twin")
     twin = replace(case, policy=replace(case.policy, backend=policy_of("fp8", "emulated").backend))
     got = contract.three_gemms(case, *contract.one_layer(case, 512, 768, 2304))
     wanted = contract.three_gemms(twin, *contract.one_layer(twin, 512, 768, 2304))
@@ -180,7 +182,7 @@ def fp32_losses() -> list[float]:
     return training_losses(Case("fp32", policy_of("fp32"), device="cuda"))
 
 
-@pytest.mark.parametrize("case", PLAIN[1:] + QUANTIZED + [BLOCK])
+@pytest.mark.parametrize("case", PLAIN[1:] + QUANTIZED + FINE + [BLOCK])
 def test_200_steps_beside_fp32(case: Case, fp32_losses: list[float]) -> None:
     losses = training_losses(case)
     mine, reference = (sum(tail[-20:]) / 20 for tail in (losses, fp32_losses))
