@@ -73,6 +73,7 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "safetensors": ("checkpoint", "quantization"),
     "yaml": ("policy", "config", "build", "cli", "report"),
     "numpy": ("data", "kernels.exhaustive", "report", "quantization"),
+    "sklearn": ("data.digits",),
     "rich": ("loggers", "build", "cli", "report"),
     "ml_dtypes": ("kernels.exhaustive",),
     "transformers": ("quantization",),
