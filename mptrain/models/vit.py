@@ -68,6 +68,16 @@ class ViT(Transformer):
         self.position = nn.Embedding(config.patches, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
+    def reset_parameters(self) -> None:
+        """As in every transformer here, but patches and positions start at the size of pixels: 1 / sqrt(patch_values).
+
+        With 0.02 for both, training starts with a plateau, on some seeds a long one: after 100 steps of vit-nano on
+        data=digits two seeds had 91 and 75 % top-1, and 91 and 92 % with this.
+        """
+        super().reset_parameters()
+        for layer in (self.embed, self.position):
+            nn.init.normal_(layer.weight, std=self.config.patch_values**-0.5)
+
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """``images`` [B, channels, image_size, image_size], ``labels`` [B] int64 -> mean cross-entropy in nats, or
         logits [B, classes] without labels."""
