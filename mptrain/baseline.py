@@ -32,13 +32,15 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"
 
 @dataclass(frozen=True)
 class Figures:
-    """What one side of the comparison measured. ``losses``: training loss (nats) by step."""
+    """What one side of the comparison measured. ``losses``: training loss (nats) by step; ``tokens_per_s``: or images,
+    where samples are images."""
 
     source: str = "none"
     losses: dict[int, float] = field(default_factory=dict)
     tokens_per_s: float = math.nan
     peak_memory_gib: float = math.nan
     val_loss: float = math.nan
+    val_top1_frac: float = math.nan
     note: str = ""
 
     @property
@@ -79,8 +81,8 @@ def read_run(folder: Path) -> Figures:
         value = summary.get(key)
         return math.nan if value is None else float(value)
 
-    speed, memory, val_loss = number("tokens_per_s"), number("peak_memory_gib"), number("val_loss")
-    return Figures(f"run {folder}", read_losses(folder), speed, memory, val_loss)
+    speed, memory = number("tokens_per_s"), number("peak_memory_gib")
+    return Figures(f"run {folder}", read_losses(folder), speed, memory, number("val_loss"), number("val_top1_frac"))
 
 
 def read_losses(folder: Path) -> dict[int, float]:
@@ -136,7 +138,8 @@ def figures_json(figures: Figures) -> str:
 
 
 def compare(run: Figures, fp32: Figures, *, emulated: bool = False) -> dict[str, Any]:
-    """Ratios to FP32 (speed above 1: faster; memory below 1: smaller) and loss differences (nats), NaN where unknown.
+    """Ratios to FP32 (speed above 1: faster; memory below 1: smaller) and differences (nats, accuracy), NaN where
+    unknown.
 
     Losses are those of the last step that both sides have, on the same batch. ``emulated``: the run's speed is that of
     an emulation, of which no ratio is a speed-up.
@@ -151,10 +154,12 @@ def compare(run: Figures, fp32: Figures, *, emulated: bool = False) -> dict[str,
         "memory_ratio": run.peak_memory_gib / fp32.peak_memory_gib,
         "loss_delta": loss - loss_fp32,
         "val_loss_delta": run.val_loss - fp32.val_loss if same_length else math.nan,
+        "val_top1_delta": run.val_top1_frac - fp32.val_top1_frac if same_length else math.nan,
         "step": step,
         "loss": loss,
         "fp32_loss": loss_fp32,
         "fp32_val_loss": fp32.val_loss if same_length else math.nan,
+        "fp32_val_top1_frac": fp32.val_top1_frac if same_length else math.nan,
         "tokens_per_s": run.tokens_per_s,
         "fp32_tokens_per_s": fp32.tokens_per_s,
         "fp32_peak_memory_gib": fp32.peak_memory_gib,

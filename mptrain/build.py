@@ -18,11 +18,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mptrain import baseline, identity, machine
+from mptrain import baseline, identity, machine, registry
 from mptrain.backends.base import resolve
 from mptrain.baseline import Figures
 from mptrain.checkpoint import Checkpoints, load, read_header, require_fit
 from mptrain.config import RunConfig, parse_open
+from mptrain.data import Dataset
 from mptrain.distributed import world_size
 from mptrain.folder import describe, discard, folder_of
 from mptrain.formats import Format
@@ -48,7 +49,7 @@ class Prepared:
 
     config: RunConfig
     device: torch.device
-    data: Any
+    data: Dataset
     model_module: Any
     model_config: Any
     shell: nn.Module
@@ -112,8 +113,8 @@ class Run:
             "steps": trainer.step_number,
             "skipped_steps": trainer.ledger.skipped,
             "train_loss": trainer.losses.get(trainer.step_number, math.nan),
-            "val_loss": trainer.final.get("val/loss", math.nan),
-            "val_loss_masters": trainer.final.get("val/loss_masters", math.nan),
+            **self._validation(),
+            "unit": self.prepared.data.unit,
             "tokens_per_s": trainer.throughput.tokens_per_s(),
             "mfu_frac": self._mfu_frac(),
             "peak_memory_gib": trainer.memory.peak_gib,
@@ -139,12 +140,18 @@ class Run:
         achieved = self.trainer.throughput.tokens_per_s() * self.trainer.flops_per_token
         return achieved / (rate * 1e12) if rate else math.nan
 
+    def _validation(self) -> dict[str, float]:
+        """``val_top1_frac``: of models that classify, else NaN."""
+        names = ("loss", "loss_masters", "top1_frac", "top1_frac_masters")
+        return {f"val_{name}": self.trainer.final.get(f"val/{name}", math.nan) for name in names}
+
     def _figures(self) -> Figures:
         """This run's side, its speed over the steps that the other side ran."""
         losses = baseline.read_losses(self.folder)
         speed = self.trainer.throughput.tokens_per_s(first=self.fp32.steps)
-        val_loss = self.trainer.final.get("val/loss", math.nan)
-        return Figures("this run", losses, speed, self.trainer.memory.peak_gib, val_loss)
+        found = self._validation()
+        memory = self.trainer.memory.peak_gib
+        return Figures("this run", losses, speed, memory, found["val_loss"], found["val_top1_frac"])
 
 
 def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -> Prepared:
@@ -159,10 +166,13 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
             "does not multiply by: use precision=bf16 or fp8, or optim=adamw (FP32 masters)"
         )
     model_module, model_config = parse_open("mptrain.models", "model", config.model)
-    data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=model_config.block_size)
-    say(f"corpus: reading data={config.data['kind']} (read once, then memory-mapped from a cache)")
+    block_size = getattr(model_config, "block_size", 0)
+    data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=block_size)
+    _require_same_input(config, model_module.INPUT, data_module.INPUT)
+    say(f"data: reading {config.data['kind']}")
     data = data_module.build(data_config)
-    _, model_config = parse_open("mptrain.models", "model", config.model, vocab_size=data.vocab_size)
+    _, model_config = parse_open("mptrain.models", "model", config.model, **data.sizes)
+    _require_room(model_config, data)
     with torch.device("meta"):
         shell = model_module.build(model_config)
     if config.debug.inject:
@@ -170,6 +180,31 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     fp32_gemm = machine.choose_fp32_gemm(shell, device)
     mark = identity.fingerprint(config, data.fingerprint, machine.describe(device), torch.__version__, fp32_gemm)
     return Prepared(config, device, data, model_module, model_config, shell, fp32_gemm, mark)
+
+
+def _require_same_input(config: RunConfig, taken: str, given: str) -> None:
+    """ValueError when the model takes something else than the data holds, with the kinds that would fit."""
+    if taken == given:
+        return
+
+    def fitting(package: str, wanted: str) -> str:
+        inputs = {kind: registry.load(package, kind).INPUT for kind in registry.kinds(package)}
+        return " or ".join(kind for kind, held in inputs.items() if held == wanted)
+
+    raise ValueError(
+        f"model.kind={config.model['kind']} takes {taken} and data={config.data['kind']} holds {given}: use "
+        f"data={fitting('mptrain.data', taken)}, or a model of kind {fitting('mptrain.models', given)}"
+    )
+
+
+def _require_room(model_config: Any, data: Dataset) -> None:
+    """ValueError when the model was set to be smaller than the data needs (fewer classes, a smaller vocabulary)."""
+    for name, size in data.sizes.items():
+        if getattr(model_config, name) < size:
+            raise ValueError(
+                f"model.{name}={getattr(model_config, name)} is less than the {size} of data={data.name}: "
+                f"leave it out, or set model.{name}={size}"
+            )
 
 
 def build(config: RunConfig, console: Console | None = None) -> Run:
@@ -208,7 +243,7 @@ def _build(
     sinks.sinks.append(JsonLines(folder))
     if config.logger.wandb:
         sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console, config.logger.group))
-    sinks.sinks.append(ConsoleSink(console, config.trainer.max_steps, first))
+    sinks.sinks.append(ConsoleSink(console, config.trainer.max_steps, first, prepared.data.unit))
     describe(folder, _about(prepared, trainer))
     return Run(prepared, trainer, sinks, console, folder, held, fp32)
 
@@ -226,7 +261,8 @@ def _about(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
         "corpus_name": prepared.data.name,
         "initial_weights": trainer.about["initial_weights"],
         "parameters": sum(p.numel() for p in prepared.shell.parameters()),
-        "tokens_per_step": _tokens_per_step(prepared),
+        "unit": prepared.data.unit,
+        "tokens_per_step": _units_per_step(prepared),
         "flops_per_token": trainer.flops_per_token,
         "gemm_tflops": prepared.gemm_tflops,
         "backend": backend.name,
@@ -258,7 +294,7 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
         data=data,
         sink=sink,
         monitor=Monitor(model, precision, config.telemetry, config.trainer.max_steps) if recorded else None,
-        throughput=Throughput(_tokens_per_step(prepared)),
+        throughput=Throughput(_units_per_step(prepared)),
         average=Average(model, config.optim.ema_decay) if config.optim.ema_decay else None,
         drill=drill,
         seed=config.seed,
@@ -288,9 +324,10 @@ def probe(config: RunConfig) -> Figures:
     return Figures("probe", trainer.losses, trainer.throughput.tokens_per_s(), trainer.memory.peak_gib)
 
 
-def _tokens_per_step(prepared: Prepared) -> int:
+def _units_per_step(prepared: Prepared) -> int:
+    """Tokens, or images, of an optimizer step."""
     sizes = prepared.config.trainer
-    return int(sizes.batch_size * sizes.accumulate * prepared.data.block_size)
+    return int(sizes.batch_size * sizes.accumulate * prepared.data.units_per_sample)
 
 
 def _known_baseline(prepared: Prepared) -> Figures | None:
@@ -322,10 +359,9 @@ def _announce(console: Console, prepared: Prepared, folder: Path, fp32: Figures 
     config, device = prepared.config, prepared.device
     backend = resolve(config.precision, device)
     parameters = sum(p.numel() for p in prepared.shell.parameters()) / 1e6
-    tokens_m = (len(prepared.data.train_tokens) + len(prepared.data.validation_tokens)) / 1e6
     rows = [
         ("model", f"{config.model.get('kind')}, {parameters:.1f} M parameters, on {machine.describe(device)}"),
-        ("corpus", f"{prepared.data.name}, {tokens_m:.1f} M tokens"),
+        ("data", prepared.data.describe()),
         ("precision", f"{config.precision.name} by backend {backend.name}"),
         *(("", line) for line in config.precision.flow.splitlines()),
     ]
@@ -334,10 +370,8 @@ def _announce(console: Console, prepared: Prepared, folder: Path, fp32: Figures 
     if backend.emulated and config.precision.quantized:
         rows.append(("kernel", "the quantizer is compiled on first use (3 s) and cached"))
     rows.append(("FP32 baseline", fp32.source if fp32 else f"a probe of {baseline.PROBE_STEPS} steps comes first"))
-    tokens = _tokens_per_step(prepared)
-    rows.append(
-        ("training", f"{config.trainer.max_steps} steps of {tokens:,} tokens{_minutes(prepared, fp32 is None)}")
-    )
+    units = f"{_units_per_step(prepared):,} {prepared.data.unit}"
+    rows.append(("training", f"{config.trainer.max_steps} steps of {units}{_minutes(prepared, fp32 is None)}"))
     rows.append(("run folder", str(folder)))
     print_lines(console, rows)
 
@@ -347,7 +381,7 @@ def _minutes(prepared: Prepared, probed: bool) -> str:
     if prepared.device.type != "cpu":
         return ""
     config = prepared.config
-    flops = prepared.shell.flops_per_token() * _tokens_per_step(prepared)  # type: ignore[operator]
+    flops = prepared.shell.flops_per_token() * _units_per_step(prepared)  # type: ignore[operator]
     low = config.precision.quantized or str(config.precision.compute) == "bf16"
     rates = prepared.gemm_tflops
     step_s = flops / (rates.get("bf16", rates["fp32"]) * 1e12)

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import Any
 
@@ -138,12 +138,16 @@ def _refuse_added(values: Any, known: Any, where: str = "") -> None:
 
 
 def parse_open(package: str, group: str, values: dict[str, Any], **filled: Any) -> tuple[ModuleType, Any]:
-    """The module and the Config of an open group. ``filled`` replaces settings left at 0 (sizes from the data)."""
+    """The module and the Config of an open group.
+
+    ``filled`` replaces those of the Config's settings that are left at 0 (sizes from the data); others are ignored.
+    """
     settings = dict(values)
     kind = str(settings.pop("kind", ""))
     module = registry.load(package, kind)
+    known = {field.name for field in fields(module.Config)}
     for key, value in filled.items():
-        if not settings.get(key):
+        if key in known and not settings.get(key):
             settings[key] = value
     return module, from_plain(module.Config, settings, group)
 

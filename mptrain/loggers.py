@@ -21,6 +21,7 @@ Metrics = dict[str, float]
 Event = dict[str, Any]
 
 
+SHORT_UNITS = {"tokens": "tok", "images": "img"}
 SCALE_EVENTS = {"scale_grew": "loss scale grew to {scale:g}", "scale_backed_off": "loss scale fell to {scale:g}"}
 
 
@@ -117,13 +118,14 @@ class JsonLines(NullSink):
 
 
 class ConsoleSink(NullSink):
-    """A live progress line in a terminal, plain lines elsewhere; events in a line each.
+    """A live progress line in a terminal, plain lines elsewhere; events in a line each. ``unit``: of throughput.
 
     An event that comes again (same kind, layer and role) is told at its 2nd, 4th, 8th ... time with its number.
     """
 
-    def __init__(self, console: Console, max_steps: int, start: int) -> None:
+    def __init__(self, console: Console, max_steps: int, start: int, unit: str = "tokens") -> None:
         self._console = console
+        self._unit = unit
         self._max_steps = max_steps
         self._told: Counter[tuple[str, str, str]] = Counter()
         self._progress: Progress | None = None
@@ -145,7 +147,7 @@ class ConsoleSink(NullSink):
             self._progress.update(self._task, completed=step)
 
     def metrics(self, step: int, values: Metrics) -> None:
-        line = progress_line(values)
+        line = progress_line(values, self._unit)
         if not line:
             return
         if self._progress is not None:
@@ -170,12 +172,13 @@ class ConsoleSink(NullSink):
             self._progress.stop()
 
 
-def progress_line(values: Metrics) -> str:
+def progress_line(values: Metrics, unit: str = "tokens") -> str:
     """The parts of a metric dict that a person watching wants, in order."""
     wanted = (
         ("train/loss", "loss {:.4f}"),
         ("val/loss", "val {:.4f}"),
-        ("speed/tokens_per_s", "{:,.0f} tok/s"),
+        ("val/top1_frac", "top-1 {:.1%}"),
+        ("speed/tokens_per_s", f"{{:,.0f}} {SHORT_UNITS[unit]}/s"),
         ("speed/mfu_frac", "MFU {:.1%}"),
         ("scale/value", "scale {:g}"),
         ("scale/skipped_total", "skipped {:.0f}"),

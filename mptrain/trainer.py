@@ -40,7 +40,7 @@ NOTHING = nullcontext()
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """``batch_size``: sequences a micro-batch; ``clip``: largest gradient norm, 0 for none; ``eval_every``: 0 = at the
+    """``batch_size``: samples a micro-batch; ``clip``: largest gradient norm, 0 for none; ``eval_every``: 0 = at the
     end only; ``checkpointing``: recompute activations in backward; ``compile``: torch.compile the model."""
 
     max_steps: int = 60
@@ -293,24 +293,28 @@ class Trainer:
         return row
 
     def evaluate(self, *, masters: bool = False) -> dict[str, float]:
-        """Mean validation loss (nats) with the policy on; ``masters``: also of the FP32 weights with it off."""
+        """What the model is judged by (loss in nats, accuracy) with the policy on; ``masters``: also of the FP32
+        weights with it off."""
         self._settle()
         self.model.eval()
-        row = {"val/loss": self._validation_loss(policy_on=True)}
+        row = self._validate("")
         if masters:
-            row["val/loss_masters"] = self._validation_loss(policy_on=False)
+            row |= self._validate("_masters", policy_on=False)
         if self.average is not None:
             with self.average.in_place():
-                row["val/loss_average"] = self._validation_loss(policy_on=True)
+                row |= self._validate("_average")
         self.model.train()
         return row
 
-    def _validation_loss(self, *, policy_on: bool) -> float:
-        losses = []
+    def _validate(self, suffix: str, *, policy_on: bool = True) -> dict[str, float]:
+        """Means over the validation batches, as ``val/NAME`` + ``suffix``: the loss, or what the model measures."""
+        measure = getattr(self.model, "measure", lambda **batch: {"loss": self.run_model(**batch)})
+        found: list[dict[str, Tensor]] = []
         for batch in self.data.validation(self.config.batch_size, self.config.eval_batches):
             with self.precision.evaluating(policy_on=policy_on):
-                losses.append(self.run_model(**self._to_device(batch)).float())
-        return float(torch.stack(losses).mean())
+                found.append(measure(**self._to_device(batch)))
+        means = {name: torch.stack([values[name].float() for values in found]).mean() for name in found[0]}
+        return {f"val/{name}{suffix}": float(mean) for name, mean in means.items()}
 
     def parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds. The data's position is the step: its order is a function of (seed, step)."""

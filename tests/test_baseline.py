@@ -129,6 +129,30 @@ def test_the_table_is_undecided_after_few_steps_and_a_ratio_after_many():
     assert many[2][0] == "tokens/s"
 
 
+def test_accuracy_is_beside_the_loss_where_there_is_one():
+    def side(source, top1):
+        return Figures(source, dict(RUN.losses), 300.0, 1.0, 2.25, top1)
+
+    compared = baseline.compare(side("this run", 0.96), side("run x", 0.98))
+    assert compared["fp32_val_top1_frac"] == 0.98
+    assert compared["val_top1_delta"] == pytest.approx(-0.02)
+    summary = summary_with(RUN) | {"baseline": compared, "val_top1_frac": 0.96, "unit": "images"}
+    rows = comparison_rows(summary)
+    assert rows[2] == ("validation top-1 (%)", "96.00", "98.00", "0.9796")
+    assert rows[3][0] == "images/s"
+    shorter = baseline.compare(side("this run", 0.96), Figures("run x", {8: 2.0}, val_top1_frac=0.98))
+    assert math.isnan(shorter["fp32_val_top1_frac"])
+    assert math.isnan(shorter["val_top1_delta"])
+    tokens = comparison_rows(summary_with(RUN) | {"val_top1_frac": math.nan, "unit": "tokens"})
+    assert not [row for row in tokens if "top-1" in row[0]]
+
+
+def test_an_fp32_run_supplies_its_accuracy(tmp_path):
+    folder = write_run(tmp_path / "a", val_top1_frac=0.98)
+    assert baseline.read_run(folder).val_top1_frac == 0.98
+    assert math.isnan(baseline.read_run(write_run(tmp_path / "b", val_top1_frac=None)).val_top1_frac)
+
+
 def test_the_notes_explain_what_could_be_misread():
     fp32 = Figures("run x", {200: 2.0}, 100.0, 4.0, 2.0)
     notes = dict(footnotes(summary_with(fp32, emulated=True)))

@@ -79,6 +79,7 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "yaml": ("policy", "config", "build", "cli", "report"),
     "numpy": ("data", "kernels.exhaustive", "report", "quantization"),
     "scipy": ("report",),
+    "sklearn": ("data.digits",),
     "rich": ("loggers", "wandb_logger", "build", "cli", "report", "sweep"),
     "ml_dtypes": ("kernels.exhaustive",),
     "transformers": ("quantization",),

@@ -1,4 +1,7 @@
-"""Token data in numpy, one source a file. A new file here is a new ``kind`` for the YAMLs of conf/data.
+"""Training data in numpy, one source a file. A new file here is a new ``kind`` for the YAMLs of conf/data.
+
+Such a file holds ``INPUT`` (what its samples are: ``tokens`` or ``images``, to be matched by the model's), a dataclass
+``Config`` and ``build(config)``, which returns a :class:`Dataset`.
 
 The order of training samples is a function of (seed, step) alone: nothing about it is saved, and a run may resume at
 any step on any number of processes.
@@ -6,11 +9,12 @@ any step on any number of processes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +23,7 @@ from torch import Tensor
 
 from mptrain import registry
 
+Batch = dict[str, Tensor]
 ENTROPY_CHUNK = 1 << 22
 """Tokens counted at a time: 8 MB of 2-byte tokens, so that the entropy of a corpus of any size needs little memory."""
 
@@ -31,13 +36,97 @@ class Tokens(Protocol):
     def __getitem__(self, index: slice, /) -> npt.NDArray[Any]: ...
 
 
+class Dataset(ABC):
+    """The order of samples, written once; a subclass says what a sample is.
+
+    ``unit``: what throughput counts; ``fingerprint``: SHA-256 (hex) of the content and its split, losses compare only
+    within one.
+    """
+
+    unit: ClassVar[str]
+    name: str
+    fingerprint: str
+
+    @property
+    @abstractmethod
+    def units_per_sample(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Settings of a model that the data decides, by their names in the model's Config."""
+
+    @property
+    @abstractmethod
+    def train_positions(self) -> int:
+        """How many different training samples there are."""
+
+    @property
+    @abstractmethod
+    def validation_samples(self) -> int:
+        """How many validation samples without overlap there are."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What and how much, in a few words for the terminal."""
+
+    @abstractmethod
+    def train_at(self, positions: list[int]) -> Batch:
+        """The training samples at these positions, as the model's forward takes them."""
+
+    @abstractmethod
+    def validation_at(self, samples: list[int]) -> Batch:
+        """The validation samples with these numbers, likewise."""
+
+    def batch(
+        self,
+        step: int,
+        *,
+        micro: int = 0,
+        microbatches: int = 1,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Batch:
+        """Samples of one micro-batch on one process.
+
+        A step draws microbatches * world_size * batch_size positions from Philox keyed on (seed, step), and
+        (micro, rank) takes its slice: the step's samples are the same however they are split.
+        """
+        if not (0 <= micro < microbatches and 0 <= rank < world_size and batch_size > 0):
+            raise ValueError(f"no micro-batch {micro} of {microbatches} on rank {rank} of {world_size} x {batch_size}")
+        if seed < 0 or step < 0:
+            raise ValueError(f"seed={seed} and step={step} must not be negative; try seed=0")
+        first = (micro * world_size + rank) * batch_size
+        # Raw words: numpy keeps their stream for ever, unlike that of integers(). Modulo's bias: 2^-30 at 2^34 tokens.
+        words = np.random.Philox(key=[seed, step]).random_raw(microbatches * world_size * batch_size)
+        positions = words[first : first + batch_size] % np.uint64(self.train_positions)
+        return self.train_at(positions.tolist())
+
+    def validation(self, batch_size: int, batches: int) -> Iterator[Batch]:
+        """Up to ``batches`` batches of evenly spaced samples without overlap: the same in every run, whatever the seed.
+
+        A split with fewer samples than asked for gives the whole batches it has, or one smaller batch of all.
+        """
+        available = self.validation_samples
+        batch_size = min(batch_size, available)
+        batches = min(batches, available // batch_size)
+        count = batches * batch_size
+        samples = [i * available // count for i in range(count)]
+        for first in range(0, count, batch_size):
+            yield self.validation_at(samples[first : first + batch_size])
+
+
 @dataclass(frozen=True, eq=False)
-class TokenDataset:
+class TokenDataset(Dataset):
     """Training and validation tokens, cut into samples of ``block_size`` tokens and as many targets.
 
-    ``fingerprint`` is the SHA-256 (hex) of the content: losses compare only within one. ValueError when a split is too
-    short for a single sample.
+    A batch is ``tokens`` and ``targets``, both int64 [batch_size, block_size]. ValueError when a split is too short for
+    a single sample.
     """
+
+    unit: ClassVar[str] = "tokens"
 
     name: str
     train_tokens: Tokens
@@ -56,44 +145,30 @@ class TokenDataset:
                     f"set model.block_size={max(len(tokens) - 1, 1)} or less, or choose larger data"
                 )
 
-    def batch(
-        self,
-        step: int,
-        *,
-        micro: int = 0,
-        microbatches: int = 1,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> dict[str, Tensor]:
-        """Samples of one micro-batch on one process: ``tokens`` and ``targets``, both int64 [batch_size, block_size].
+    @property
+    def units_per_sample(self) -> int:
+        return self.block_size
 
-        A step draws microbatches * world_size * batch_size start positions from Philox keyed on (seed, step), and
-        (micro, rank) takes its slice: the step's samples are the same however they are split.
-        """
-        if not (0 <= micro < microbatches and 0 <= rank < world_size and batch_size > 0):
-            raise ValueError(f"no micro-batch {micro} of {microbatches} on rank {rank} of {world_size} x {batch_size}")
-        if seed < 0 or step < 0:
-            raise ValueError(f"seed={seed} and step={step} must not be negative; try seed=0")
-        first = (micro * world_size + rank) * batch_size
-        # Raw words: numpy keeps their stream for ever, unlike that of integers(). Modulo's bias: 2^-30 at 2^34 tokens.
-        words = np.random.Philox(key=[seed, step]).random_raw(microbatches * world_size * batch_size)
-        starts = words[first : first + batch_size] % np.uint64(len(self.train_tokens) - self.block_size)
-        return self._samples(self.train_tokens, starts.tolist())
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"vocab_size": self.vocab_size}
 
-    def validation(self, batch_size: int, batches: int) -> Iterator[dict[str, Tensor]]:
-        """Up to ``batches`` batches of evenly spaced blocks without overlap: the same in every run, whatever the seed.
+    @property
+    def train_positions(self) -> int:
+        return len(self.train_tokens) - self.block_size
 
-        A validation split with fewer blocks than asked for gives the whole batches it has, or one smaller batch of all.
-        """
-        available = (len(self.validation_tokens) - 1) // self.block_size
-        batch_size = min(batch_size, available)
-        batches = min(batches, available // batch_size)
-        count = batches * batch_size
-        starts = [i * available // count * self.block_size for i in range(count)]
-        for first in range(0, count, batch_size):
-            yield self._samples(self.validation_tokens, starts[first : first + batch_size])
+    @property
+    def validation_samples(self) -> int:
+        return (len(self.validation_tokens) - 1) // self.block_size
+
+    def describe(self) -> str:
+        return f"{self.name}, {(len(self.train_tokens) + len(self.validation_tokens)) / 1e6:.1f} M tokens"
+
+    def train_at(self, positions: list[int]) -> Batch:
+        return self._samples(self.train_tokens, positions)
+
+    def validation_at(self, samples: list[int]) -> Batch:
+        return self._samples(self.validation_tokens, [sample * self.block_size for sample in samples])
 
     @cached_property
     def unigram_entropy_nats(self) -> float:
@@ -107,7 +182,7 @@ class TokenDataset:
         frequency = counts[counts > 0] / len(self.train_tokens)
         return float(-(frequency * np.log(frequency)).sum())
 
-    def _samples(self, tokens: Tokens, starts: list[int]) -> dict[str, Tensor]:
+    def _samples(self, tokens: Tokens, starts: list[int]) -> Batch:
         """Copy the samples at ``starts`` out of ``tokens``: targets are the tokens one position later."""
         batch = np.empty((2, len(starts), self.block_size), dtype=np.int64)
         for row, start in enumerate(starts):
@@ -115,6 +190,70 @@ class TokenDataset:
             batch[0, row], batch[1, row] = sample[:-1], sample[1:]
         both = torch.from_numpy(batch)
         return {"tokens": both[0], "targets": both[1]}
+
+
+class Images(NamedTuple):
+    """``images`` float32 [N, channels, size, size] with ``labels`` int64 [N], classes from 0."""
+
+    images: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+
+    def at(self, indices: list[int]) -> Batch:
+        return {"images": torch.from_numpy(self.images[indices]), "labels": torch.from_numpy(self.labels[indices])}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset(Dataset):
+    """Training and validation images with their classes.
+
+    A batch is ``images``, float32 [batch_size, channels, size, size], and ``labels``, int64 [batch_size]. ValueError
+    when a split has no image of some class.
+    """
+
+    unit: ClassVar[str] = "images"
+
+    name: str
+    train: Images
+    held_out: Images
+    classes: int
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        for split, part in (("training", self.train), ("validation", self.held_out)):
+            missing = sorted({*range(self.classes)} - {*part.labels.tolist()})
+            if missing:
+                raise ValueError(
+                    f"{self.name}: no {split} image of class {missing[0]} among {len(part.labels)}; "
+                    "try data.validation_frac=0.2, or choose larger data"
+                )
+
+    @property
+    def units_per_sample(self) -> int:
+        return 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        _, channels, _, size = self.train.images.shape
+        return {"image_size": size, "channels": channels, "classes": self.classes}
+
+    @property
+    def train_positions(self) -> int:
+        return len(self.train.labels)
+
+    @property
+    def validation_samples(self) -> int:
+        return len(self.held_out.labels)
+
+    def describe(self) -> str:
+        shape = " x ".join(str(size) for size in self.train.images.shape[1:])
+        counts = f"{self.train_positions:,} + {self.validation_samples:,}"
+        return f"{self.name}, {counts} images of {shape} in {self.classes} classes"
+
+    def train_at(self, positions: list[int]) -> Batch:
+        return self.train.at(positions)
+
+    def validation_at(self, samples: list[int]) -> Batch:
+        return self.held_out.at(samples)
 
 
 def kinds() -> list[str]:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from mptrain.data import TokenDataset
 
+INPUT = "tokens"
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 """Folders left out at any depth: installed packages, which differ by machine, and tests, 19 of the 31 MB on 3.11."""
 SALT = "mptrain/"

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from mptrain.data import TokenDataset
 
+INPUT = "tokens"
 HEADER_BYTES = 256 * 4
 NARROW, WIDE = "<u2", "<u4"
 KINDS = {20240520: (1, NARROW), 20240801: (7, WIDE)}

@@ -1,4 +1,10 @@
-"""Models in plain torch, one architecture a file. A new file here is a new ``kind`` for the YAMLs of conf/model."""
+"""Models in plain torch, one architecture a file. A new file here is a new ``kind`` for the YAMLs of conf/model.
+
+Such a file holds ``INPUT`` (what the model takes: ``tokens`` or ``images``, to be matched by the data's), a dataclass
+``Config`` and ``build(config)``. The model's ``forward(**batch)`` is the mean loss in nats. It has ``recompute``,
+``reset_parameters()``, ``flops_per_token()`` (or per image: what the data's throughput counts) and ``example(rows)``.
+It may have ``measure(**batch)``: what validation reports beside the loss, by name, ``loss`` first.
+"""
 
 from __future__ import annotations
 

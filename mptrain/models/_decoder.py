@@ -1,16 +1,17 @@
-"""What the decoder-only language models share: the walk over the blocks, the loss, the first weights, the FLOPs."""
+"""What the decoder-only language models share: the vocabulary at both ends, the loss, the FLOPs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INIT_STD = 0.02
-"""Standard deviation of the initial weights (GPT-2, Radford et al. 2019; the OpenAI code's w_init_stdev)."""
+from mptrain.models._transformer import Transformer
+
+EXAMPLE_LENGTH = 64
+"""Tokens of a sequence of ``example``: enough for attention to weigh something, quick in a model of any size."""
 
 
 class Sizes(Protocol):
@@ -28,56 +29,32 @@ class Sizes(Protocol):
     def tied(self) -> bool: ...
 
 
-def require_positive(kind: str, config: object, *names: str) -> None:
-    """ValueError for the first setting of ``config`` that is not above zero; its default is offered instead."""
-    for name in names:
-        if getattr(config, name) <= 0:
-            works = getattr(type(config), name)
-            raise ValueError(f"{kind}: {name}={getattr(config, name)} must be positive; try model.{name}={works}")
-
-
 def require_vocabulary(kind: str, vocab_size: int) -> None:
     """ValueError when nobody filled in the vocabulary (0 in a Config means: take it from the data)."""
     if vocab_size <= 0:
         raise ValueError(f"{kind}: vocab_size={vocab_size}: without data to set it, try model.vocab_size=256 (bytes)")
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks, norm and head. A subclass makes the blocks and writes ``forward`` around ``decode``.
+class Decoder(Transformer):
+    """Token embedding, blocks, norm and a head over the vocabulary, which may share the embedding's weight.
 
-    The head, like every other matrix product's weight, sits in an ``nn.Linear``, so that what converts layers by type
-    and name finds all of them: ``embed``, ``blocks.N....``, ``norm``, ``head``.
+    A subclass makes the blocks and writes ``forward`` around ``decode``.
     """
 
-    recompute: Callable[..., Tensor] | None = None
-    """Activation checkpointing, given by the caller: in training, blocks run as ``recompute(block, x, *shared)``."""
+    config: Sizes
 
     def __init__(self, config: Sizes, blocks: list[nn.Module], norm: nn.Module) -> None:
-        super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied:
+        embed = nn.Embedding(config.vocab_size, config.n_embd)
+        super().__init__(config, embed, blocks, norm, nn.Linear(config.n_embd, config.vocab_size, bias=False))
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tied:
             self.head.weight = self.embed.weight
 
     def reset_parameters(self) -> None:
-        """Normal(0, 0.02) weights, zero biases, unit norms; also what fills a meta model after ``to_empty``.
-
-        The two projections of a block that write to the residual stream (``out``, ``down``) get 0.02 / sqrt(2 n_layer):
-        2 n_layer of them add up, and the stream's variance should not grow with depth (GPT-2, section 2.3).
-        """
-        if self.config.tied:
-            self.head.weight = self.embed.weight  # to_empty makes one parameter of each: tie them again
-        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=residual_std if name.endswith((".out", ".down")) else INIT_STD)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                module.reset_parameters()
+        self._tie()  # to_empty makes one parameter of each: tie them again
+        super().reset_parameters()
 
     def check_length(self, length: int) -> None:
         """ValueError when a sequence is longer than the model was built for."""
@@ -86,15 +63,12 @@ class Decoder(nn.Module):
             raise ValueError(f"{length} tokens are more than block_size={limit}; set model.block_size={length}")
 
     def decode(self, x: Tensor, targets: Tensor | None, *shared: Tensor) -> Tensor:
-        """Run ``x`` [B, T, n_embd] through blocks, norm and head.
+        """Run ``x`` [B, T, n_embd] through blocks, norm and head; ``shared`` goes to every block.
 
-        ``shared`` goes to every block as it is (rotation tables, for instance). Returns the mean cross-entropy in nats
-        (a scalar) when ``targets`` [B, T] is given, else the logits [B, T, vocab_size].
+        Returns the mean cross-entropy in nats (a scalar) when ``targets`` [B, T] is given, else the logits
+        [B, T, vocab_size].
         """
-        recompute = self.recompute if self.training else None
-        for block in self.blocks:
-            x = block(x, *shared) if recompute is None else recompute(block, x, *shared)
-        logits: Tensor = self.head(self.norm(x))
+        logits: Tensor = self.head(self.encode(x, *shared))
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -102,10 +76,14 @@ class Decoder(nn.Module):
     def flops_per_token(self) -> float:
         """Floating-point operations of forward and backward for one token at full ``block_size``.
 
-        6 per weight of a matrix product (2 forward, 4 backward; the head counts, tied or not, look-ups do not), plus
-        12 n_layer n_embd block_size for attention's two products, counted in full as if attention were not causal: the
-        convention of PaLM (Chowdhery et al. 2022, appendix B). Recomputation is not counted.
+        Those of the blocks (:meth:`block_flops`) and of the head, which counts, tied or not; look-ups do not.
         """
         config = self.config
-        weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) + config.vocab_size * config.n_embd
-        return 6.0 * weights + 12.0 * config.n_layer * config.n_embd * config.block_size
+        return self.block_flops(config.block_size) + 6.0 * config.vocab_size * config.n_embd
+
+    def example(self, rows: int) -> dict[str, Tensor]:
+        """A random batch of about ``rows`` tokens, as ``forward`` takes it."""
+        length = min(EXAMPLE_LENGTH, self.config.block_size)
+        shape = (max(1, rows // length), length)
+        tokens = torch.randint(self.config.vocab_size, shape, device=self.head.weight.device)
+        return {"tokens": tokens, "targets": tokens}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mptrain.models._decoder import Decoder, require_positive, require_vocabulary
+from mptrain.models._decoder import Decoder, require_vocabulary
+from mptrain.models._transformer import require_heads, require_positive
+
+INPUT = "tokens"
 
 
 @dataclass(frozen=True)
@@ -26,20 +30,30 @@ class Config:
 
     def __post_init__(self) -> None:
         require_positive("gpt", self, "block_size", "n_layer", "n_head", "n_embd")
-        if self.n_embd % self.n_head:
-            works = self.n_head * max(1, round(self.n_embd / self.n_head))
-            raise ValueError(
-                f"gpt: n_embd={self.n_embd} is no multiple of n_head={self.n_head}; try model.n_embd={works}"
-            )
+        require_heads("gpt", self.n_embd, self.n_head)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"gpt: dropout={self.dropout} must be in [0, 1); try model.dropout=0.1")
 
 
-class Attention(nn.Module):
-    """Causal multi-head self-attention; one product makes query, key and value."""
+class BlockSizes(Protocol):
+    """The part of a model's Config that a block reads."""
 
-    def __init__(self, config: Config) -> None:
+    @property
+    def n_head(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def bias(self) -> bool: ...
+    @property
+    def dropout(self) -> float: ...
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; one product makes query, key and value. ``causal``: nobody sees what comes later."""
+
+    def __init__(self, config: BlockSizes, causal: bool) -> None:
         super().__init__()
+        self.causal = causal
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -49,7 +63,7 @@ class Attention(nn.Module):
         """[B, T, n_embd] -> the same."""
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out
 
@@ -57,7 +71,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two products, four times as wide in the middle."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: BlockSizes) -> None:
         super().__init__()
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
@@ -71,10 +85,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x))."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: BlockSizes, causal: bool = True) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attention = Attention(config)
+        self.attention = Attention(config, causal)
         self.norm2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mptrain.models._decoder import Decoder, require_positive, require_vocabulary
+from mptrain.models._decoder import Decoder, require_vocabulary
+from mptrain.models._transformer import require_positive
+
+INPUT = "tokens"
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,10 @@ def comparison_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     rows.append((f"training loss at step {summary['steps']} (nats)", *cells, _decided(cells, step)))
     cells = (_loss(summary["val_loss"]), _loss(base["fp32_val_loss"]))
     rows.append(("validation loss (nats)", *cells, _decided(cells, step)))
-    speed = "tokens/s (emulation)" if summary["emulated"] else "tokens/s"
+    cells = (_percent(summary.get("val_top1_frac")), _percent(base["fp32_val_top1_frac"]))
+    if cells[0] != "-":
+        rows.append(("validation top-1 (%)", *cells, _decided(cells, step)))
+    speed = f"{summary.get('unit', 'tokens')}/s{' (emulation)' if summary['emulated'] else ''}"
     rows.append((speed, *_pair("{:,.0f}", base["tokens_per_s"], base["fp32_tokens_per_s"])))
     rows.append(("peak memory (GiB)", *_pair("{:.3f}", summary["peak_memory_gib"], base["fp32_peak_memory_gib"])))
     return rows
@@ -90,6 +93,10 @@ def emulation_note(precision: str) -> str:
 
 def _loss(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None or math.isnan(share) else f"{100 * share:.2f}"
 
 
 def _decided(cells: tuple[str, str], steps: int) -> str:

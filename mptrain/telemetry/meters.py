@@ -62,7 +62,7 @@ def weighted_rate(rates: Mapping[str, float], coverage: Mapping[str, float]) -> 
 
 
 class Throughput:
-    """Tokens per second from the median step after warm-up; evaluation and checkpoints are not in it."""
+    """Tokens (or images) per second from the median step after warm-up; evaluation and checkpoints are not in it."""
 
     def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step = tokens_per_step

@@ -1,4 +1,4 @@
-"""Every source in mptrain/data keeps the same promises: stateless order, shifted targets, errors naming a setting."""
+"""Every source in mptrain/data keeps the same promises: stateless order, whole samples, errors naming a setting."""
 
 import hashlib
 import math
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptrain import data
-from mptrain.data import TokenDataset
+from mptrain.data import ImageDataset, Images, TokenDataset
 
 YAMLS = sorted((Path(__file__).parents[2] / "conf" / "data").glob("*.yaml"))
 BLOCK = 8
@@ -35,13 +35,17 @@ def shards(folder):
     return {"train": str(folder / "train_*.bin"), "validation": str(folder / "validation.bin")}
 
 
-SMALL = {"stdlib": library, "tokens": shards}
+SMALL = {"stdlib": library, "tokens": shards, "digits": lambda folder: {}}
 """For each kind, settings of its Config that need no download: a new kind adds its own here."""
+OF_INPUT = {kind: data.load(kind).INPUT for kind in data.kinds()}
+TOKENS = [kind for kind, held in OF_INPUT.items() if held == "tokens"]
+IMAGES = [kind for kind, held in OF_INPUT.items() if held == "images"]
 
 
 def make(kind, folder, block_size=BLOCK):
     module = data.load(kind)
-    return module.build(module.Config(**SMALL[kind](folder), block_size=block_size))
+    sizes = {"block_size": block_size} if kind in TOKENS else {}
+    return module.build(module.Config(**SMALL[kind](folder), **sizes))
 
 
 @pytest.fixture(scope="module", params=data.kinds())
@@ -58,6 +62,17 @@ def test_every_kind_has_a_small_example():
     assert sorted(SMALL) == data.kinds()
 
 
+def test_a_dataset_says_what_it_holds(dataset, kind, tmp_path):
+    assert dataset.unit == OF_INPUT[kind]
+    assert dataset.units_per_sample == (BLOCK if kind in TOKENS else 1)
+    assert dataset.describe().startswith(f"{dataset.name}, ")
+    assert dataset.unit in dataset.describe()
+    assert all(size > 0 for size in dataset.sizes.values())
+    assert len(dataset.fingerprint) == len(hashlib.sha256().hexdigest())
+    assert make(kind, tmp_path).fingerprint == dataset.fingerprint
+
+
+@pytest.mark.parametrize("kind", TOKENS, scope="module")
 def test_batches_are_tokens_and_the_tokens_after_them(dataset):
     batch = dataset.batch(0, batch_size=5, seed=1)
     tokens, targets = batch["tokens"], batch["targets"]
@@ -74,7 +89,7 @@ def test_batches_are_tokens_and_the_tokens_after_them(dataset):
 
 def test_order_is_a_function_of_seed_and_step(dataset):
     def draw(step, seed):
-        return dataset.batch(step, batch_size=16, seed=seed)["tokens"]
+        return inputs(dataset.batch(step, batch_size=16, seed=seed))
 
     assert torch.equal(draw(7, 3), draw(7, 3))
     assert not torch.equal(draw(7, 3), draw(8, 3))
@@ -95,9 +110,9 @@ def test_the_global_batch_is_the_same_however_it_is_split(dataset, microbatches,
         assert torch.equal(torch.cat([part[key] for part in parts]), value)
 
 
-def test_starts_cover_the_whole_split(dataset):
+def test_positions_cover_the_whole_split(dataset):
     """A chi-square of 10 bins: below 33.7 with probability 0.9999 when starts are uniform (9 degrees of freedom)."""
-    length = len(dataset.train_tokens) - BLOCK
+    length = dataset.train_positions
     counting = TokenDataset("count", Position(length + BLOCK), Position(length + BLOCK), 2**31, BLOCK, "")
     starts = counting.batch(0, batch_size=5000, seed=0)["tokens"][:, 0].numpy()
     counts = np.histogram(starts, bins=10, range=(0, length))[0]
@@ -116,6 +131,38 @@ class Position:
 
     def __getitem__(self, index):
         return np.arange(*index.indices(self.length))
+
+
+@pytest.mark.parametrize("kind", IMAGES, scope="module")
+def test_batches_are_images_with_their_labels(dataset):
+    batch = dataset.batch(0, batch_size=50, seed=1)
+    images, labels = batch["images"], batch["labels"]
+    sizes = dataset.sizes
+    assert images.shape == (50, sizes["channels"], sizes["image_size"], sizes["image_size"])
+    assert (images.dtype, labels.dtype, labels.shape) == (torch.float32, torch.int64, (50,))
+    known = {image.tobytes(): label for image, label in zip(*dataset.train, strict=True)}
+    assert [known[image.numpy().tobytes()] for image in images] == labels.tolist()
+    assert 0 <= labels.min() <= labels.max() < sizes["classes"]
+    images.zero_()
+    assert dataset.batch(0, batch_size=50, seed=1)["images"].any(), "a batch is a copy"
+
+
+@pytest.mark.parametrize("kind", IMAGES, scope="module")
+def test_the_split_of_images_is_disjoint_and_of_all_classes_alike(dataset):
+    train, held_out = dataset.train, dataset.held_out
+    assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in held_out.images}
+    counts = [np.bincount(part.labels, minlength=dataset.classes) for part in (train, held_out)]
+    share = counts[1] / (counts[0] + counts[1])
+    assert share.max() - share.min() < 0.02
+    (few,) = dataset.validation(2 * dataset.classes, 1)
+    assert torch.bincount(few["labels"], minlength=dataset.classes).min() >= 1
+
+
+def test_a_class_without_images_names_the_setting():
+    images = np.zeros((4, 1, 2, 2), np.float32)
+    train, held_out = Images(images, np.array([0, 1, 2, 2])), Images(images, np.array([0, 0, 2, 2]))
+    with pytest.raises(ValueError, match=r"few: no validation image of class 1 among 4; try data.validation_frac=0.2"):
+        ImageDataset("few", train, held_out, 3, "")
 
 
 @given(
@@ -138,25 +185,38 @@ def test_validation_blocks_never_overlap_and_are_whole(length, batch_size, batch
     assert last.max() < length
 
 
+def inputs(batch):
+    """What goes into the model: the first entry of a batch, the second being what should come out."""
+    return next(iter(batch.values()))
+
+
 def test_validation_is_the_same_each_time_and_reads_validation_data(dataset):
     first, again = list(dataset.validation(4, 3)), list(dataset.validation(4, 3))
     assert len(first) == 3
     for one, two in zip(first, again, strict=True):
-        assert torch.equal(one["tokens"], two["tokens"])
-        assert torch.equal(one["tokens"][:, 1:], one["targets"][:, :-1])
-    assert np.array_equal(first[0]["tokens"][0].numpy(), dataset.validation_tokens[:BLOCK])
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    shown = torch.cat([inputs(batch) for batch in first])
+    every = inputs(dataset.validation_at(list(range(dataset.validation_samples))))
+    assert torch.equal(shown, every[[i * len(every) // 12 for i in range(12)]])
 
 
-def test_vocabulary_fingerprint_and_entropy(dataset, kind, tmp_path):
+@pytest.mark.parametrize("kind", TOKENS, scope="module")
+def test_validation_samples_are_blocks_one_after_the_other(dataset):
+    batch = dataset.validation_at([0, 1])
+    assert np.array_equal(batch["tokens"].flatten().numpy(), dataset.validation_tokens[: 2 * BLOCK])
+    assert np.array_equal(batch["targets"].flatten().numpy(), dataset.validation_tokens[1 : 2 * BLOCK + 1])
+
+
+@pytest.mark.parametrize("kind", TOKENS, scope="module")
+def test_vocabulary_and_entropy(dataset):
     tokens = dataset.train_tokens[: len(dataset.train_tokens)]
     assert tokens.max() < dataset.vocab_size
-    assert len(dataset.fingerprint) == len(hashlib.sha256().hexdigest())
-    assert make(kind, tmp_path).fingerprint == dataset.fingerprint
     frequency = np.unique(tokens, return_counts=True)[1] / len(tokens)
     assert dataset.unigram_entropy_nats == pytest.approx(-(frequency * np.log(frequency)).sum(), rel=1e-12)
     assert 0 < dataset.unigram_entropy_nats < math.log(dataset.vocab_size)
 
 
+@pytest.mark.parametrize("kind", TOKENS)
 def test_data_shorter_than_a_sample_names_the_setting(kind, tmp_path):
     with pytest.raises(ValueError, match=r"too few for block_size=100000; set model.block_size=\d+ or less"):
         make(kind, tmp_path, block_size=100_000)

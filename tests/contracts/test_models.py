@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from mptrain import models
 
 YAMLS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
 VOCAB, BLOCK, BATCH = 61, 16, 3
+SIZE, CHANNELS, CLASSES = 8, 3, 7
 PARAMETERS = {  # published sizes, at the published vocabulary and block size
     "gpt-small": (50257, 1024, 124_439_808),
     "gpt-medium": (50257, 1024, 354_823_168),
@@ -30,21 +33,46 @@ BAD_SETTINGS = [
     ("llama", {"n_kv_head": 3}, "model.n_kv_head=2"),
     ("llama", {"n_kv_head": 16}, "model.n_kv_head=8"),
     ("llama", {"rope_theta": 0.0}, "rope_theta=0.0"),
+    ("vit", {"n_embd": 126}, "model.n_embd=128"),
+    ("vit", {"patch_size": 0}, "patch_size=0 must be positive; try model.patch_size=2"),
+    ("vit", {"image_size": 9, "patch_size": 4}, "model.patch_size=3"),
+    ("vit", {"dropout": -0.1}, "dropout=-0.1"),
 ]
+INPUTS = {kind: models.load(kind).INPUT for kind in models.kinds()}
+TOKENS = [kind for kind, taken in INPUTS.items() if taken == "tokens"]
+SIZES = {  # what the data decides, as small as can be
+    "tokens": {"vocab_size": VOCAB, "block_size": BLOCK},
+    "images": {"image_size": SIZE, "channels": CHANNELS, "classes": CLASSES},
+}
+CHOICES = {"tokens": VOCAB, "images": CLASSES}  # of the label
 
 
 def tiny(kind, **settings):
-    """A model of two layers (where a kind has layers to choose) and the Config's other defaults."""
+    """A model of two layers (where a kind has layers to choose) and the Config's other defaults.
+
+    ``settings`` that a kind does not have are left out.
+    """
     module = models.load(kind)
     fields = {field.name for field in dataclasses.fields(module.Config)}
-    sizes = {"vocab_size": VOCAB, "block_size": BLOCK, **({"n_layer": 2} if "n_layer" in fields else {}), **settings}
+    sizes = {**SIZES[module.INPUT], "n_layer": 2, **settings}
     torch.manual_seed(0)
-    return module.build(module.Config(**sizes))
+    return module.build(module.Config(**{name: size for name, size in sizes.items() if name in fields}))
 
 
 def sample(length=BLOCK):
     generator = torch.Generator().manual_seed(1)
     return torch.randint(VOCAB, (2, BATCH, length), generator=generator).unbind()
+
+
+def pictures():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(BATCH, CHANNELS, SIZE, SIZE, generator=generator)
+    return images, torch.randint(CLASSES, (BATCH,), generator=generator)
+
+
+def batch_of(kind):
+    """Inputs and labels for a tiny model of this kind."""
+    return sample() if INPUTS[kind] == "tokens" else pictures()
 
 
 @pytest.fixture(autouse=True)
@@ -63,14 +91,44 @@ def kind(request):
 
 def test_logits_loss_and_targets_agree(kind):
     model = tiny(kind)
-    tokens, targets = sample()
-    logits, loss = model(tokens), model(tokens=tokens, targets=targets)
-    assert logits.shape == (BATCH, BLOCK, VOCAB)
+    inputs, labels = batch_of(kind)
+    logits, loss = model(inputs), model(inputs, labels)
+    choices = CHOICES[INPUTS[kind]]
+    assert logits.shape == (*labels.shape, choices)
     assert loss.shape == ()
-    torch.testing.assert_close(loss, F.cross_entropy(logits.reshape(-1, VOCAB), targets.reshape(-1)))
-    assert abs(loss.item() - math.log(VOCAB)) < 0.2
+    torch.testing.assert_close(loss, F.cross_entropy(logits.reshape(-1, choices), labels.reshape(-1)))
+    assert abs(loss.item() - math.log(choices)) < 0.2
 
 
+def test_an_example_is_a_batch_of_about_the_rows_asked_for(kind):
+    model = tiny(kind)
+    batch = model.example(4 * BLOCK)
+    inputs, labels = batch.values()
+    assert labels.max() < CHOICES[INPUTS[kind]]
+    torch.testing.assert_close(model(**batch), model(inputs, labels))
+    rows = []
+    model.blocks[0].mlp.register_forward_pre_hook(lambda layer, given: rows.append(given[0].flatten(0, -2).shape[0]))
+    model(**batch)
+    assert rows == [4 * BLOCK]
+
+
+def test_what_a_model_measures_starts_with_the_loss(kind):
+    """Only some kinds measure more than the loss; those say the same loss as forward, and no accuracy by chance."""
+    model = tiny(kind).eval()
+    inputs, labels = batch_of(kind)
+    if not hasattr(model, "measure"):
+        assert kind in TOKENS
+        return
+    measured = model.measure(**dict(zip(model.example(BLOCK), (inputs, labels), strict=True)))
+    assert next(iter(measured)) == "loss"
+    torch.testing.assert_close(measured["loss"], model(inputs, labels))
+    best = model(inputs).argmax(-1)
+    for wrong in range(BATCH + 1):
+        given = torch.cat(((best[:wrong] + 1) % CLASSES, best[wrong:]))
+        assert model.measure(inputs, given)["top1_frac"].item() == pytest.approx(1 - wrong / BATCH)
+
+
+@pytest.mark.parametrize("kind", TOKENS)
 def test_no_logit_sees_a_later_token(kind):
     model = tiny(kind).eval()
     tokens, other = sample()
@@ -81,6 +139,7 @@ def test_no_logit_sees_a_later_token(kind):
         assert (before[:, position] != after[:, position]).any()
 
 
+@pytest.mark.parametrize("kind", TOKENS)
 def test_the_order_of_earlier_tokens_matters(kind):
     model = tiny(kind).eval()
     tokens, _ = sample()
@@ -90,8 +149,7 @@ def test_the_order_of_earlier_tokens_matters(kind):
 
 def test_random_cotangents_reach_every_parameter(kind):
     model = tiny(kind)
-    tokens, _ = sample()
-    logits = model(tokens)
+    logits = model(batch_of(kind)[0])
     logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)))
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert dead == []
@@ -99,15 +157,16 @@ def test_random_cotangents_reach_every_parameter(kind):
 
 def test_directional_derivative_matches_the_gradient(kind):
     model = tiny(kind).double()
-    tokens, targets = sample()
-    model(tokens, targets).backward()
+    inputs, labels = batch_of(kind)
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    model(inputs, labels).backward()
     generator = torch.Generator().manual_seed(3)
     direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()]
     slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction, strict=True)).item()
 
     def loss_at(step):
         moved = {n: p.detach() + step * d for (n, p), d in zip(model.named_parameters(), direction, strict=True)}
-        return torch.func.functional_call(model, moved, (tokens, targets)).item()
+        return torch.func.functional_call(model, moved, (inputs, labels)).item()
 
     # The rotation tables and the tanh stay in single precision at most: 1e-5 of the slope is far above both.
     assert (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5 == pytest.approx(slope, rel=1e-5)
@@ -115,7 +174,7 @@ def test_directional_derivative_matches_the_gradient(kind):
 
 def test_recompute_runs_each_block_in_training_only_and_changes_no_gradient(kind):
     plain, hooked = tiny(kind), tiny(kind)
-    tokens, targets = sample()
+    inputs, labels = batch_of(kind)
     seen = []
 
     def recompute(block, *inputs):
@@ -124,21 +183,22 @@ def test_recompute_runs_each_block_in_training_only_and_changes_no_gradient(kind
 
     hooked.recompute = recompute
     for model in (plain, hooked):
-        model(tokens, targets).backward()
+        model(inputs, labels).backward()
     assert seen == list(hooked.blocks)
     for (name, p), q in zip(plain.named_parameters(), hooked.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), name
-    hooked.eval()(tokens)
+    hooked.eval()(inputs)
     assert len(seen) == len(hooked.blocks)
 
 
-def test_flops_count_every_linear_weight_and_attention(kind):
-    model = tiny(kind)
-    config = model.config
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    attention = 12 * config.n_layer * config.n_embd * config.block_size
-    assert model.flops_per_token() == 6 * weights + attention
-    assert tiny(kind, tied=True).flops_per_token() == tiny(kind, tied=False).flops_per_token()
+@pytest.mark.parametrize("settings", [{"tied": True}, {"tied": False}, {"n_layer": 3, "n_embd": 128}], ids=str)
+def test_flops_are_those_that_torch_counts(kind, settings):
+    """Unfused attention is counted in full; pixels that require a gradient let the first product have all three."""
+    model = tiny(kind, **settings)
+    inputs, labels = batch_of(kind)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(inputs.requires_grad_(inputs.is_floating_point()), labels).backward()
+    assert model.flops_per_token() * labels.numel() == counter.get_total_flops()
 
 
 def test_every_matrix_weight_is_a_linear_or_an_embedding(kind):
@@ -147,13 +207,20 @@ def test_every_matrix_weight_is_a_linear_or_an_embedding(kind):
     assert [name for name, p in model.named_parameters() if p.ndim == 2 and id(p) not in owned] == []
 
 
-def test_tying_shares_one_parameter_and_a_meta_model_can_be_filled(kind):
+def test_a_meta_model_can_be_filled(kind):
+    with torch.device("meta"):
+        model = tiny(kind)
+    model.to_empty(device="cpu").reset_parameters()
+    assert abs(model(*batch_of(kind)).item() - math.log(CHOICES[INPUTS[kind]])) < 0.2
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_tying_shares_one_parameter_also_on_meta(kind):
     with torch.device("meta"):
         model = tiny(kind, tied=True)
     model.to_empty(device="cpu").reset_parameters()
     assert model.head.weight is model.embed.weight
-    loss = model(*sample()).item()
-    assert abs(loss - math.log(VOCAB)) < 0.2
+    assert abs(model(*sample()).item() - math.log(VOCAB)) < 0.2
     untied = tiny(kind, tied=False)
     assert untied.head.weight is not untied.embed.weight
 
@@ -161,7 +228,7 @@ def test_tying_shares_one_parameter_and_a_meta_model_can_be_filled(kind):
 def test_training_on_one_batch_learns_it(kind):
     model = tiny(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    batch = sample()
+    batch = batch_of(kind)
     for _ in range(30):
         optimizer.zero_grad()
         model(*batch).backward()
@@ -169,6 +236,7 @@ def test_training_on_one_batch_learns_it(kind):
     assert model(*batch).item() < 0.5
 
 
+@pytest.mark.parametrize("kind", TOKENS)
 def test_a_missing_vocabulary_and_a_long_sequence_are_errors_with_the_setting(kind):
     with pytest.raises(ValueError, match=r"vocab_size=0.*model.vocab_size="):
         tiny(kind, vocab_size=0)
@@ -185,7 +253,7 @@ def test_impossible_settings_name_one_that_works(kind, settings, says):
 def test_an_unknown_kind_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'llama'"):
         models.load("lama")
-    with pytest.raises(ValueError, match="known: gpt, llama"):
+    with pytest.raises(ValueError, match="known: gpt, llama, vit"):
         models.load("_decoder")
 
 
@@ -194,13 +262,15 @@ def test_yaml_builds_and_has_the_published_size(path):
     lines = path.read_text().splitlines()
     settings = yaml.safe_load(path.read_text())
     assert len(lines) <= 20
-    assert lines[0] == f"# python train.py model={path.stem}"
     assert next(iter(settings)) == "kind"
-    assert settings["block_size"] == 256
     module = models.load(settings.pop("kind"))
+    of_data = " data=digits" if module.INPUT == "images" else ""
+    assert lines[0] == f"# python train.py{of_data} model={path.stem}"
+    assert settings.get("block_size", 256) == 256
     vocab_size, block_size, parameters = PARAMETERS.get(path.stem, (256, 256, None))
+    sizes = {"tokens": {"vocab_size": vocab_size, "block_size": block_size}, "images": SIZES["images"]}
     with torch.device("meta"):
-        model = module.build(module.Config(**{**settings, "vocab_size": vocab_size, "block_size": block_size}))
+        model = module.build(module.Config(**{**settings, **sizes[module.INPUT]}))
     count = sum(p.numel() for p in model.parameters())
     assert count == (parameters or count)
     assert all(p.device.type == "meta" for p in model.parameters())
