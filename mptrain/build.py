@@ -6,205 +6,33 @@ then FP32 is probed in a process of its own, and only then does this process put
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from mptrain import baseline, identity, machine, registry
+from mptrain import baseline, identity, machine
 from mptrain.backends.base import resolve
 from mptrain.baseline import Figures
 from mptrain.checkpoint import Checkpoints, load, read_header, require_fit
-from mptrain.config import RunConfig, parse_open
-from mptrain.data import Dataset
-from mptrain.distributed import world_size
+from mptrain.config import RunConfig
 from mptrain.folder import describe, discard, folder_of
-from mptrain.formats import Format
-from mptrain.kernels.counters import N_COUNTS
 from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sinks
 from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.policy import PrecisionPolicy
 from mptrain.precision import Precision
-from mptrain.report.terminal import emulation_note, print_comparison, print_end, print_lines
+from mptrain.prepare import Prepared, prepare
+from mptrain.report.terminal import emulation_note, print_lines
+from mptrain.run import Run, about
 from mptrain.settings import to_plain
 from mptrain.telemetry.audit import StepAudit
-from mptrain.telemetry.coverage import summary_of
 from mptrain.telemetry.drill import DebugConfig, Drill
-from mptrain.telemetry.meters import Throughput, peak_tflops, peaks, weighted_rate
-from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED, Monitor
+from mptrain.telemetry.meters import Throughput, peak_tflops
+from mptrain.telemetry.monitor import Monitor
 from mptrain.trainer import Trainer
 from mptrain.wandb_logger import WandbSink
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known before anything is on the device. ``shell``: the model on meta, for its sizes."""
-
-    config: RunConfig
-    device: torch.device
-    data: Dataset
-    model_module: Any
-    model_config: Any
-    shell: nn.Module
-    fp32_gemm: str
-    fingerprint: str
-
-    @cached_property
-    def gemm_tflops(self) -> dict[str, float]:
-        """TFLOP/s by GEMM format: of a GPU the vendor's peaks, of a CPU what one large product reached just now."""
-        if self.device.type != "cpu":
-            return peaks(self.device)
-        used = {Format.fp32: torch.float32}
-        if self.config.precision.compute is Format.bf16:
-            used[Format.bf16] = torch.bfloat16
-        return {str(fmt): machine.gemm_flops_per_s(dtype) / 1e12 for fmt, dtype in used.items()}
-
-
-@dataclass
-class Run:
-    """A trainer with its folder, sinks and baseline."""
-
-    prepared: Prepared
-    trainer: Trainer
-    sinks: Sinks
-    console: Console
-    folder: Path
-    held: TextIO  # the lock on the folder
-    fp32: Figures
-
-    def train(self) -> dict[str, Any]:
-        """Fit, summarize, compare with FP32, close the sinks; returns the summary (also in ``summary.json``)."""
-        try:
-            self.trainer.fit()
-            summary = self.summary()
-            self.sinks.summary(summary)
-        finally:
-            self.sinks.close()
-            self.held.close()
-        print_comparison(self.console, summary)
-        print_end(self._say, self.folder, self.trainer.stopped_early)
-        return summary
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
-
-    def summary(self) -> dict[str, Any]:
-        """The figures of the run; NaN (null in the file) where there is none."""
-        trainer, config = self.trainer, self.prepared.config
-        backend = trainer.precision.backend
-        monitor = trainer.monitor
-        totals = [0] * N_COUNTS if monitor is None else monitor.totals.sum(0).tolist()
-        counted = totals[ELEMENTS] > 0
-        overflow = totals[SATURATED] + totals[INF] + totals[NAN]
-        return {
-            "precision": config.precision.name,
-            "backend": backend.name,
-            "emulated": backend.emulated,
-            "carrier": backend.carrier,
-            "scaling": config.precision.quantization.scaling.value,
-            "fp32_gemm": self.prepared.fp32_gemm,
-            "steps": trainer.step_number,
-            "skipped_steps": trainer.ledger.skipped,
-            "train_loss": trainer.losses.get(trainer.step_number, math.nan),
-            **self._validation(),
-            "unit": self.prepared.data.unit,
-            "tokens_per_s": trainer.throughput.tokens_per_s(),
-            "mfu_frac": self._mfu_frac(),
-            "peak_memory_gib": trainer.memory.peak_gib,
-            "overflow_events": overflow if counted else None,
-            "underflow_frac": totals[FLUSHED] / totals[ELEMENTS] if counted else None,
-            "memory_gib": trainer.memory.roles_gib,
-            "worst_layers": [] if monitor is None else monitor.worst(),
-            "layers": [] if monitor is None else monitor.worst(most=None),
-            "baseline": baseline.compare(self._figures(), self.fp32, emulated=backend.emulated),
-            **summary_of(None if trainer.audit is None else trainer.audit.result, compiled=config.trainer.compile),
-            "fingerprint": self.prepared.fingerprint,
-            "machine": machine.describe(self.prepared.device),
-            "torch": torch.__version__,
-            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-
-    def _mfu_frac(self) -> float:
-        """Model FLOPs a second over the rate of the formats that the audited step ran in; NaN if not known."""
-        audit = self.trainer.audit
-        if audit is None or audit.result is None or self.trainer.precision.backend.emulated:
-            return math.nan
-        rate = weighted_rate(self.prepared.gemm_tflops, audit.result.coverage)
-        achieved = self.trainer.throughput.tokens_per_s() * self.trainer.flops_per_token
-        return achieved / (rate * 1e12) if rate else math.nan
-
-    def _validation(self) -> dict[str, float]:
-        """``val_top1_frac``: of models that classify, else NaN."""
-        names = ("loss", "loss_masters", "top1_frac", "top1_frac_masters")
-        return {f"val_{name}": self.trainer.final.get(f"val/{name}", math.nan) for name in names}
-
-    def _figures(self) -> Figures:
-        """This run's side, its speed over the steps that the other side ran."""
-        losses = baseline.read_losses(self.folder)
-        speed = self.trainer.throughput.tokens_per_s(first=self.fp32.steps)
-        found = self._validation()
-        memory = self.trainer.memory.peak_gib
-        return Figures("this run", losses, speed, memory, found["val_loss"], found["val_top1_frac"])
-
-
-def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -> Prepared:
-    """Check the settings, read the data, fingerprint. Nothing is on the device yet. ValueError names what to change."""
-    if world_size() > 1:
-        raise ValueError("this version trains in one process: start it without torchrun")
-    device = machine.pick_device(config.device)
-    resolve(config.precision, device)
-    if config.optim.weights != "fp32" and config.precision.compute is not Format.bf16:
-        raise ValueError(
-            f"optim.weights={config.optim.weights} stores BF16 weights, which precision={config.precision.name} "
-            "does not multiply by: use precision=bf16 or fp8, or optim=adamw (FP32 masters)"
-        )
-    model_module, model_config = parse_open("mptrain.models", "model", config.model)
-    block_size = getattr(model_config, "block_size", 0)
-    data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=block_size)
-    _require_same_input(config, model_module.INPUT, data_module.INPUT)
-    say(f"data: reading {config.data['kind']}")
-    data = data_module.build(data_config)
-    _, model_config = parse_open("mptrain.models", "model", config.model, **data.sizes)
-    _require_room(model_config, data)
-    with torch.device("meta"):
-        shell = model_module.build(model_config)
-    if config.debug.inject:
-        Drill.parse(config.debug.inject).check(shell)
-    fp32_gemm = machine.choose_fp32_gemm(shell, device)
-    mark = identity.fingerprint(config, data.fingerprint, machine.describe(device), torch.__version__, fp32_gemm)
-    return Prepared(config, device, data, model_module, model_config, shell, fp32_gemm, mark)
-
-
-def _require_same_input(config: RunConfig, taken: str, given: str) -> None:
-    """ValueError when the model takes something else than the data holds, with the kinds that would fit."""
-    if taken == given:
-        return
-
-    def fitting(package: str, wanted: str) -> str:
-        inputs = {kind: registry.load(package, kind).INPUT for kind in registry.kinds(package)}
-        return " or ".join(kind for kind, held in inputs.items() if held == wanted)
-
-    raise ValueError(
-        f"model.kind={config.model['kind']} takes {taken} and data={config.data['kind']} holds {given}: use "
-        f"data={fitting('mptrain.data', taken)}, or a model of kind {fitting('mptrain.models', given)}"
-    )
-
-
-def _require_room(model_config: Any, data: Dataset) -> None:
-    """ValueError when the model was set to be smaller than the data needs (fewer classes, a smaller vocabulary)."""
-    for name, size in data.sizes.items():
-        if getattr(model_config, name) < size:
-            raise ValueError(
-                f"model.{name}={getattr(model_config, name)} is less than the {size} of data={data.name}: "
-                f"leave it out, or set model.{name}={size}"
-            )
 
 
 def build(config: RunConfig, console: Console | None = None) -> Run:
@@ -244,31 +72,8 @@ def _build(
     if config.logger.wandb:
         sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console, config.logger.group))
     sinks.sinks.append(ConsoleSink(console, config.trainer.max_steps, first, prepared.data.unit))
-    describe(folder, _about(prepared, trainer))
+    describe(folder, about(prepared, trainer))
     return Run(prepared, trainer, sinks, console, folder, held, fp32)
-
-
-def _about(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
-    """``run.json``: what the settings do not say of a run, known before its first step."""
-    backend = trainer.precision.backend
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        **identity.environment(),
-        "torch": torch.__version__,
-        "machine": machine.describe(prepared.device),
-        "fp32_gemm": prepared.fp32_gemm,
-        "corpus": prepared.data.fingerprint,
-        "corpus_name": prepared.data.name,
-        "initial_weights": trainer.about["initial_weights"],
-        "parameters": sum(p.numel() for p in prepared.shell.parameters()),
-        "unit": prepared.data.unit,
-        "tokens_per_step": _units_per_step(prepared),
-        "flops_per_token": trainer.flops_per_token,
-        "gemm_tflops": prepared.gemm_tflops,
-        "backend": backend.name,
-        "emulated": backend.emulated,
-        "fingerprint": prepared.fingerprint,
-    }
 
 
 def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoints | None = None) -> Trainer:
@@ -294,7 +99,7 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
         data=data,
         sink=sink,
         monitor=Monitor(model, precision, config.telemetry, config.trainer.max_steps) if recorded else None,
-        throughput=Throughput(_units_per_step(prepared)),
+        throughput=Throughput(prepared.units_per_step),
         average=Average(model, config.optim.ema_decay) if config.optim.ema_decay else None,
         drill=drill,
         seed=config.seed,
@@ -322,12 +127,6 @@ def probe(config: RunConfig) -> Figures:
     trainer = assemble(prepared, NullSink())
     trainer.fit(until=baseline.PROBE_STEPS)
     return Figures("probe", trainer.losses, trainer.throughput.tokens_per_s(), trainer.memory.peak_gib)
-
-
-def _units_per_step(prepared: Prepared) -> int:
-    """Tokens, or images, of an optimizer step."""
-    sizes = prepared.config.trainer
-    return int(sizes.batch_size * sizes.accumulate * prepared.data.units_per_sample)
 
 
 def _known_baseline(prepared: Prepared) -> Figures | None:
@@ -370,7 +169,7 @@ def _announce(console: Console, prepared: Prepared, folder: Path, fp32: Figures 
     if backend.emulated and config.precision.quantized:
         rows.append(("kernel", "the quantizer is compiled on first use (3 s) and cached"))
     rows.append(("FP32 baseline", fp32.source if fp32 else f"a probe of {baseline.PROBE_STEPS} steps comes first"))
-    units = f"{_units_per_step(prepared):,} {prepared.data.unit}"
+    units = f"{prepared.units_per_step:,} {prepared.data.unit}"
     rows.append(("training", f"{config.trainer.max_steps} steps of {units}{_minutes(prepared, fp32 is None)}"))
     rows.append(("run folder", str(folder)))
     print_lines(console, rows)
@@ -381,7 +180,7 @@ def _minutes(prepared: Prepared, probed: bool) -> str:
     if prepared.device.type != "cpu":
         return ""
     config = prepared.config
-    flops = prepared.shell.flops_per_token() * _units_per_step(prepared)  # type: ignore[operator]
+    flops = prepared.shell.flops_per_token() * prepared.units_per_step  # type: ignore[operator]
     low = config.precision.quantized or str(config.precision.compute) == "bf16"
     rates = prepared.gemm_tflops
     step_s = flops / (rates.get("bf16", rates["fp32"]) * 1e12)

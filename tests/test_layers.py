@@ -60,6 +60,8 @@ INTERNAL: dict[str, tuple[str, ...]] = {
         "registry", "settings", "policy", "optim", "trainer", "data", "models", "telemetry", "distributed",
     ),
     "doctor": ("backends.base", "config", "machine", "precision", "telemetry"),  # one step, no run
+    "prepare": ANY,  # with build and run the composition root
+    "run": ANY,
     "build": ANY,
     "cli": ANY,
     "bench": ANY,
@@ -80,7 +82,7 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "numpy": ("data", "kernels.exhaustive", "report", "quantization"),
     "scipy": ("report",),
     "sklearn": ("data.digits",),
-    "rich": ("loggers", "wandb_logger", "build", "cli", "report", "sweep"),
+    "rich": ("loggers", "wandb_logger", "build", "run", "cli", "report", "sweep"),
     "ml_dtypes": ("kernels.exhaustive",),
     "transformers": ("quantization",),
 }

@@ -1,0 +1,133 @@
+"""A run: a trainer with folder and sinks, and what is written of it: ``run.json`` before, ``summary.json`` after."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+
+from mptrain import baseline, identity, machine
+from mptrain.baseline import Figures
+from mptrain.kernels.counters import N_COUNTS
+from mptrain.loggers import Sinks
+from mptrain.prepare import Prepared
+from mptrain.report.terminal import print_comparison, print_end
+from mptrain.telemetry.coverage import summary_of
+from mptrain.telemetry.meters import weighted_rate
+from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED
+from mptrain.trainer import Trainer
+
+
+@dataclass
+class Run:
+    """A trainer with its folder, sinks and baseline."""
+
+    prepared: Prepared
+    trainer: Trainer
+    sinks: Sinks
+    console: Console
+    folder: Path
+    held: TextIO  # the lock on the folder
+    fp32: Figures
+
+    def train(self) -> dict[str, Any]:
+        """Fit, summarize, compare with FP32, close the sinks; returns the summary (also in ``summary.json``)."""
+        try:
+            self.trainer.fit()
+            summary = self.summary()
+            self.sinks.summary(summary)
+        finally:
+            self.sinks.close()
+            self.held.close()
+        print_comparison(self.console, summary)
+        print_end(self._say, self.folder, self.trainer.stopped_early)
+        return summary
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the run; NaN (null in the file) where there is none."""
+        trainer, config = self.trainer, self.prepared.config
+        backend = trainer.precision.backend
+        monitor = trainer.monitor
+        totals = [0] * N_COUNTS if monitor is None else monitor.totals.sum(0).tolist()
+        counted = totals[ELEMENTS] > 0
+        overflow = totals[SATURATED] + totals[INF] + totals[NAN]
+        return {
+            "precision": config.precision.name,
+            "backend": backend.name,
+            "emulated": backend.emulated,
+            "carrier": backend.carrier,
+            "scaling": config.precision.quantization.scaling.value,
+            "fp32_gemm": self.prepared.fp32_gemm,
+            "steps": trainer.step_number,
+            "skipped_steps": trainer.ledger.skipped,
+            "train_loss": trainer.losses.get(trainer.step_number, math.nan),
+            **self._validation(),
+            "unit": self.prepared.data.unit,
+            "tokens_per_s": trainer.throughput.tokens_per_s(),
+            "mfu_frac": self._mfu_frac(),
+            "peak_memory_gib": trainer.memory.peak_gib,
+            "overflow_events": overflow if counted else None,
+            "underflow_frac": totals[FLUSHED] / totals[ELEMENTS] if counted else None,
+            "memory_gib": trainer.memory.roles_gib,
+            "worst_layers": [] if monitor is None else monitor.worst(),
+            "layers": [] if monitor is None else monitor.worst(most=None),
+            "baseline": baseline.compare(self._figures(), self.fp32, emulated=backend.emulated),
+            **summary_of(None if trainer.audit is None else trainer.audit.result, compiled=config.trainer.compile),
+            "fingerprint": self.prepared.fingerprint,
+            "machine": machine.describe(self.prepared.device),
+            "torch": torch.__version__,
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def _mfu_frac(self) -> float:
+        """Model FLOPs a second over the rate of the formats that the audited step ran in; NaN if not known."""
+        audit = self.trainer.audit
+        if audit is None or audit.result is None or self.trainer.precision.backend.emulated:
+            return math.nan
+        rate = weighted_rate(self.prepared.gemm_tflops, audit.result.coverage)
+        achieved = self.trainer.throughput.tokens_per_s() * self.trainer.flops_per_token
+        return achieved / (rate * 1e12) if rate else math.nan
+
+    def _validation(self) -> dict[str, float]:
+        """``val_top1_frac``: of models that classify, else NaN."""
+        names = ("loss", "loss_masters", "top1_frac", "top1_frac_masters")
+        return {f"val_{name}": self.trainer.final.get(f"val/{name}", math.nan) for name in names}
+
+    def _figures(self) -> Figures:
+        """This run's side, its speed over the steps that the other side ran."""
+        losses = baseline.read_losses(self.folder)
+        speed = self.trainer.throughput.tokens_per_s(first=self.fp32.steps)
+        found = self._validation()
+        memory = self.trainer.memory.peak_gib
+        return Figures("this run", losses, speed, memory, found["val_loss"], found["val_top1_frac"])
+
+
+def about(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
+    """``run.json``: what the settings do not say of a run, known before its first step."""
+    backend = trainer.precision.backend
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        **identity.environment(),
+        "torch": torch.__version__,
+        "machine": machine.describe(prepared.device),
+        "fp32_gemm": prepared.fp32_gemm,
+        "corpus": prepared.data.fingerprint,
+        "corpus_name": prepared.data.name,
+        "initial_weights": trainer.about["initial_weights"],
+        "parameters": sum(p.numel() for p in prepared.shell.parameters()),
+        "unit": prepared.data.unit,
+        "tokens_per_step": prepared.units_per_step,
+        "flops_per_token": trainer.flops_per_token,
+        "gemm_tflops": prepared.gemm_tflops,
+        "backend": backend.name,
+        "emulated": backend.emulated,
+        "fingerprint": prepared.fingerprint,
+    }
