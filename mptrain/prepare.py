@@ -71,6 +71,8 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     _require_room(model_config, data)
     with torch.device("meta"):
         shell = model_module.build(model_config)
+    with torch.no_grad():  # shapes that do not fit are refused here, before anything is made
+        shell(**{name: tensor.to("meta") for name, tensor in data.train_at([0]).items()})
     if config.debug.inject:
         Drill.parse(config.debug.inject).check(shell)
     fp32_gemm = machine.choose_fp32_gemm(shell, device)

@@ -199,6 +199,10 @@ def test_a_run_on_images_resumes_bit_for_bit_also_recomputing(on_images, tmp_pat
         (["model=gpt-nano"], "model.kind=gpt takes tokens and data=digits holds images: use data=stdlib or tokens"),
         (["data=stdlib"], "model.kind=vit takes images and data=stdlib holds tokens: use data=digits, or a model of"),
         (["model.classes=9"], "model.classes=9 is less than the 10 of data=digits: leave it out, or set"),
+        (
+            ["model.image_size=16"],
+            "images of (1, 8, 8) do not fit a model for (1, 16, 16); set model.channels=1 model.im",
+        ),
         (["model.patch_size=3"], "image_size=8 is no multiple of patch_size=3; try model.patch_size=2"),
     ],
 )
