@@ -313,8 +313,10 @@ def test_updates_below_a_bf16_ulp_are_kept(name):
     pure = copy.deepcopy(model).bfloat16()
     precision = Precision(name).prepare(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-12, fused=True)
-    applied = 0
+    applied = attempts = 0
     while applied < 512:
+        attempts += 1
+        assert attempts < 600, "the loss scale never fits"
         with precision.forward():
             loss = model(torch.ones(16, 16)).float().mean(0).sum()
         precision.backward(loss)
