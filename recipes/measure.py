@@ -1,6 +1,6 @@
-"""Run a recipe's model in every precision and keep the results; make README's tables from what is kept.
+"""Run the sweep of the README and keep what it found; make README's tables from what is kept.
 
-python recipes/measure.py runs       # six runs of 300 steps, then the tables
+python recipes/measure.py runs       # 12 runs of 200 steps, then the tables
 python recipes/measure.py tables     # the tables alone
 """
 
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +20,60 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "recipes" / "results"
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8", "fp8-delayed")
-COMMAND = "python train.py precision=P model=gpt-nano trainer.max_steps=300"
+COMMAND = "python train.py -m ablation=precisions"
 
 
 def run() -> None:
-    """The six runs, FP32 first, as ``gpt-nano-cpu.json``."""
+    """The sweep, as ``gpt-nano-cpu.json``: its report without curves and events."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = [one(name, Path(folder)) for name in PRECISIONS]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        sweep = Path(folder) / "sweep"
+        begin = time.monotonic()
+        given = [*COMMAND.split()[1:], f"sweep_dir={sweep}", "logger=jsonl"]
+        subprocess.run([sys.executable, *given], cwd=ROOT, check=True)
+        minutes = (time.monotonic() - begin) / 60
+        report = json.loads((sweep / "report.json").read_text())
+        about = json.loads(next(sweep.glob("*/run.json")).read_text())
+    (group,) = report["groups"]
     kept = {
         "command": COMMAND,
-        "machine": rows[0]["machine"],
+        "minutes": round(minutes, 1),
+        "machine": about["machine"],
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": about["commit"],
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "rows": rows,
+        "task": group["task"],
+        "rules": report["rules"],
+        "rows": [kept_of(variant) for variant in group["variants"]],
     }
     (RESULTS / "gpt-nano-cpu.json").write_text(json.dumps(kept, indent=2) + "\n")
 
 
-def one(name: str, folder: Path) -> dict[str, Any]:
-    """Train one precision beside the FP32 run in ``folder``; its summary without paths."""
-    words = COMMAND.replace("=P", f"={name}").split()[1:]
-    given = [*words, f"run_dir={folder / name}", f"runs_dir={folder}", "logger=jsonl"]
-    subprocess.run([sys.executable, *given], cwd=ROOT, check=True)
-    summary: dict[str, Any] = json.loads((folder / name / "summary.json").read_text())
-    summary["baseline"]["source"] = summary["baseline"]["source"].replace(f"{folder}/", "")
-    return summary
+def kept_of(variant: dict[str, Any]) -> dict[str, Any]:
+    """One variant's figures; of its runs the losses by seed."""
+    health = {key: variant["health"][key] for key in ("overflow_events", "underflow_frac", "skipped_steps", "coverage")}
+    runs = [{key: row[key] for key in ("seed", "steps", "val_loss", "tokens_per_s")} for row in variant["runs"]]
+    same = {key: variant[key] for key in ("label", "backend", "emulated", "verdict", "loss", "speed", "memory")}
+    return {**same, "health": health, "runs": runs}
 
 
 def precisions_table(kept: dict[str, Any]) -> str:
-    """Markdown: loss against FP32, speed and memory ratios, overflow, underflow and skipped steps."""
-    fp32 = kept["rows"][0]
+    """Markdown: the verdict, loss against FP32, speed and memory ratios, overflow, underflow and skipped steps."""
     lines = [
-        "| precision | backend | validation loss | vs FP32 | speed | memory | overflow | underflow | skipped |",
+        "| precision | verdict | validation loss | vs FP32 (95 %) | speed | memory | overflow | underflow | skipped |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in kept["rows"]:
-        base, change = row["baseline"], row["val_loss"] / fp32["val_loss"] - 1
-        speed = "emulated" if row["emulated"] else "1" if row is fp32 else f"{base['speedup']:.2f}x"
-        memory = "1" if row is fp32 else f"{base['memory_ratio']:.2f}x"
-        counted = row["overflow_events"] is not None
-        events = (str(row["overflow_events"]), f"{row['underflow_frac']:.3%}") if counted else ("-", "-")
-        cells = (row["precision"], row["backend"], f"{row['val_loss']:.4f}", f"{change:+.2%}", speed, memory, *events)
-        lines.append("| " + " | ".join((*cells, str(row["skipped_steps"]))) + " |")
-    where = f"`{kept['command']}` on {kept['machine']}, torch {kept['versions']['torch']}, {kept['date']}"
-    return "\n".join(lines) + f"\n\n{where}. Speed and memory are ratios to FP32."
+        delta, speed, health = row["loss"]["val_delta"], row["speed"], row["health"]
+        change = "-" if delta is None else f"{delta['mean']:+.2%} [{delta['low']:+.2%}, {delta['high']:+.2%}]"
+        ratio = "emulated" if row["emulated"] else f"{speed['ratio']:.2f}x"
+        counted = health["overflow_events"] is not None
+        events = (f"{health['overflow_events']:,}", f"{health['underflow_frac']:.3%}") if counted else ("-", "-")
+        cells = (row["label"], row["verdict"]["text"], f"{row['loss']['val']:.4f}", change, ratio)
+        memory = f"{row['memory']['ratio']:.2f}x"
+        lines.append("| " + " | ".join((*cells, memory, *events, str(health["skipped_steps"]))) + " |")
+    where = f"`{kept['command']}` ({kept['task']}; 3 seeds; {kept['minutes']:g} minutes) on {kept['machine']}"
+    ending = f"torch {kept['versions']['torch']}, {kept['date']}. Speed and memory are ratios to FP32."
+    return "\n".join(lines) + f"\n\n{where}, {ending}"
 
 
 def bench_table(kept: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import threading
 import time
 
 import numpy as np
@@ -11,8 +13,9 @@ from fake_runs import falling, settings, write
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mptrain import cli
 from mptrain.folder import claim
-from mptrain.report import inference
+from mptrain.report import inference, watch
 from mptrain.report.compare import NothingToCompare, compare
 from mptrain.report.comparison import Interval, Kind, Status
 from mptrain.report.judge import judge
@@ -364,3 +367,53 @@ def test_two_hundred_runs_compare_in_seconds(tmp_path):
     comparison = compare([tmp_path])
     assert time.perf_counter() - start < 20
     assert [len(variant.runs) for variant in comparison.groups[0].variants] == [50] * 4
+
+
+# --- the command
+
+
+def test_the_command_prints_and_writes_what_it_is_asked(tmp_path, capsys, command_line):
+    root = sweep(tmp_path / "s", {"fp32": 0, "fp8": 0.06})
+    files = {name: tmp_path / f"out.{name}" for name in ("html", "markdown", "json")}
+    assert cli.main(["compare", str(root), *(w for name, path in files.items() for w in (f"--{name}", str(path)))]) == 0
+    said = capsys.readouterr().out
+    assert "worse by 2." in said
+    assert "over 3 seeds, paired t" in said
+    report = json.loads(files["json"].read_text())
+    assert report["groups"][0]["variants"][1]["verdict"]["kind"] == "worse"
+    assert "| fp8 |" in files["markdown"].read_text()
+    assert "href='s/fp8%2C0/'" in files["html"].read_text()  # relative to the page
+    assert cli.main(["compare", str(root), "--margin", "0.05"]) == 0
+    assert "equivalent" in capsys.readouterr().out
+
+
+def test_the_command_refuses_clearly(tmp_path, capsys, command_line):
+    for words, says in (
+        (["--margin", "0", "."], "--margin=0.0 cannot work"),
+        (["nowhere"], "is no run and holds none"),
+    ):
+        with pytest.raises(SystemExit) as leaving:
+            cli.main(["compare", *words])
+        assert leaving.value.code == 2
+        assert says in capsys.readouterr().err
+
+
+def test_watching_ends_when_nobody_is_at_work_any_more(tmp_path, capsys, command_line, monkeypatch):
+    monkeypatch.setattr(watch, "FOLLOW_S", 0.05)
+    root = sweep(tmp_path, {"fp32": 0, "fp8": 0.06})
+    last = write(root / "fp8,9", settings("fp8", 9), falling()[:50], finished=False)
+    held = claim(last)
+
+    def finish():
+        write(tmp_path / "copy", settings("fp8", 9))
+        (tmp_path / "copy" / "summary.json").rename(last / "summary.json")
+        shutil.rmtree(tmp_path / "copy")
+        held.close()
+
+    timer = threading.Timer(1.0, finish)
+    timer.start()
+    assert cli.main(["compare", str(root), "--watch"]) == 0
+    timer.join()
+    said = capsys.readouterr().out
+    assert "running" in said
+    assert said.count("worse by") >= 2  # before and after the last run ended

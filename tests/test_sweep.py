@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,12 @@ def test_one_command_ends_with_table_verdicts_and_report(monkeypatch, tmp_path):
     assert "6 steps are too few" in variants["bf16"]["verdict"]["text"]
     values = [summary_of(folder / f"precision=bf16,seed={s}")["val_loss"] for s in (0, 1)]
     assert variants["bf16"]["loss"]["val"] == pytest.approx(sum(values) / 2)
-    assert "<svg" in (folder / "report.html").read_text()
+    drawn = (folder / "report.html").read_text()
+    assert drawn.count("<figure") >= 5
+    for name in runs_in(folder):
+        for key in ("train_loss", "val_loss", "tokens_per_s", "peak_memory_gib", "skipped_steps"):
+            shown = re.search(rf"data-key='{re.escape(name)}/{key}' data-value='([^']+)'", drawn)
+            assert float(shown[1]) == summary_of(folder / name)[key], f"{name}/{key}"
     assert "| bf16 |" in (folder / "report.md").read_text()
     assert said.rstrip().splitlines()[-1].startswith(f"report: {folder / 'report.html'}")
     assert "precision=bf16,seed=1: finished, loss" in said

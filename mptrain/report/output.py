@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mptrain.report.compare_page import page
 from mptrain.report.comparison import Comparison
@@ -43,10 +44,11 @@ def write(path: Path, text: str) -> Path:
 
 
 def links(comparison: Comparison, page_path: Path) -> dict[str, str]:
-    """Folder of each run -> the link to it from a page at ``page_path``."""
-    rows = [row for group in comparison.groups for variant in group.variants for row in variant.runs]
+    """Folder of each run -> the link to it from a page at ``page_path``, relative and quoted."""
+    folders = {row.folder for group in comparison.groups for variant in group.variants for row in variant.runs}
     start = page_path.parent.resolve()
-    return {row.folder: Path(os.path.relpath(Path(row.folder).resolve(), start)).as_posix() + "/" for row in rows}
+    relative = {folder: Path(os.path.relpath(Path(folder).resolve(), start)).as_posix() for folder in folders}
+    return {folder: quote(path) + "/" for folder, path in relative.items()}
 
 
 def as_json(comparison: Comparison) -> str:

@@ -77,8 +77,10 @@ def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if "gemm_flops" in summary:
         rows.append(("GEMM FLOPs", summary["gemm_flops"]))
         rows += [("not as asked", problem) for problem in summary["audit"][:SHOWN]]
-    if overflow == 0 and summary["scaling"] == "current":
-        rows.append(("no overflow?", "current scaling fits each tensor's largest value to the format, so none can"))
+    fitted = {"current": "tensor", "rowwise": "row", "block": "block"}.get(summary["scaling"])
+    if overflow == 0 and fitted:
+        why = f"{summary['scaling']} scaling fits the largest value of each {fitted} to the format, so none can"
+        rows.append(("no overflow?", why))
     if summary["emulated"]:
         rows.append(("speed", emulation_note(summary["precision"])))
     if summary["baseline"]["note"]:
