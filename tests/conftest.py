@@ -29,3 +29,11 @@ def command_line(one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     torch.backends.mkldnn.matmul.fp32_precision = before
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """The slow tests start processes and stand together: without stealing, one worker is left with all of them."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
