@@ -16,6 +16,7 @@ import gc
 import json
 import math
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from mptrain.identity import job_mark, short_hash
 from mptrain.report import runs, watch
 from mptrain.report.compare import compare
 from mptrain.report.comparison import Status
-from mptrain.report.output import write_all
+from mptrain.report.output import write, write_all
 from mptrain.report.table import print_comparison_table
 from mptrain.settings import to_plain
 from mptrain.wandb_logger import log_comparison
@@ -60,12 +61,9 @@ class Sweep(Callback):
         try:
             folder = _plan(config)
             _held = claim(folder)
-        except OSError as error:  # Hydra would turn an Exception into a warning and go on
-            raise SystemExit(f"error: sweep_dir cannot be written ({error.strerror}: {error.filename})") from error
-        except ValueError:
-            raise SystemExit(
-                f"error: a sweep is at work in {folder}: wait for it, or choose another sweep_dir"
-            ) from None
+        except (OSError, ValueError) as error:  # Hydra would make a warning of it and go on
+            print(f"error: sweep_dir={config.sweep_dir} cannot be used: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
         console = Console()
         if config.trainer.max_steps < FEW_STEPS:
             few = f"{config.trainer.max_steps} steps a run are too few for a verdict"
@@ -84,7 +82,7 @@ def _plan(composed: DictConfig) -> Path:
         name = f"sweep-{what}-{short_hash(sorted([*params, *given]))[:6]}"
         with read_write(composed), open_dict(composed), read_write(composed.hydra):
             composed.sweep_dir = str(Path(composed.runs_dir) / name)
-            composed.hydra.overrides.task.append(f"sweep_dir={composed.sweep_dir}")
+            composed.hydra.overrides.task.append(f"sweep_dir='{composed.sweep_dir}'")  # quoted: it may hold a comma
     folder = Path(composed.sweep_dir)
     folder.mkdir(parents=True, exist_ok=True)
     counts = [len(values) for values in varied.values()]
@@ -95,7 +93,7 @@ def _plan(composed: DictConfig) -> Path:
         "holds_fp32": "fp32" in varied.get("precision", []),
         "wandb_project": composed.logger.project if composed.logger.wandb else None,
     }
-    (folder / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
+    write(folder / PLAN, json.dumps(plan, indent=2) + "\n")
     return folder
 
 
@@ -200,17 +198,16 @@ def _folder(sweep: Path, name: str, mark: str) -> Path:
     """The folder of the job with these settings: the one that holds it already, or a new one."""
     with _locked(sweep / ".jobs.lock"):
         for path in sweep.glob(f"*/{JOB}"):
-            known = json.loads(path.read_text())
-            if known["mark"] == mark:
-                if name not in known["names"]:
-                    known["names"].append(name)
-                    path.write_text(json.dumps(known) + "\n")
+            known = runs.object_in(path)
+            if known.get("mark") == mark:
+                names = dict.fromkeys([*known["names"], name])
+                write(path, json.dumps({"mark": mark, "names": [*names]}) + "\n")
                 return path.parent
         folder, number = sweep / name, 2
         while folder.exists():  # of other settings: an edited YAML, or another model in the same folder
             folder, number = sweep / f"{name}-{number}", number + 1
         folder.mkdir()
-        (folder / JOB).write_text(json.dumps({"mark": mark, "names": [name]}) + "\n")
+        write(folder / JOB, json.dumps({"mark": mark, "names": [name]}) + "\n")
         return folder
 
 
@@ -228,9 +225,7 @@ def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
         baseline="none" if known else settings.baseline,
         logger=replace(settings.logger, group=settings.logger.group or folder.parent.name),
     )
-    (folder / "config.json").write_text(
-        json.dumps(to_plain(settings), indent=2) + "\n"
-    )  # known even if it cannot begin
+    write(folder / "config.json", json.dumps(to_plain(settings), indent=2) + "\n")  # known even if it cannot begin
     with (folder / "console.log").open("a") as log:
         try:
             run = build.build(settings, Console(file=log, width=120))
@@ -260,7 +255,7 @@ def _set_aside(folder: Path) -> None:
 def _fail(folder: Path, error: Exception) -> None:
     """Leave the error where the report finds it."""
     text = "".join(traceback.format_exception(error))
-    (folder / ERROR).write_text(json.dumps({"error": config.explain(error), "traceback": text}, indent=2) + "\n")
+    write(folder / ERROR, json.dumps({"error": config.explain(error), "traceback": text}, indent=2) + "\n")
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def intervals_svg(variants: Sequence[Variant], styles: Sequence[Style], key: str
     for index, (variant, drawn, found) in enumerate(rows):
         parts.append(_interval(variant, drawn, found, x, TOP + PITCH * (index + 0.5), unit))
     if margin:
-        parts += _key(left, bottom + 46, f"fill='{SHADE}' fill-opacity='.45'", f"margin: {100 * margin:g} %")
+        parts += _key(left, bottom + 46, f"fill='{SHADE}' fill-opacity='.45'", f"margin: {100 * margin:g} {unit}")
     return svg(WHOLE, bottom + (56 if margin else 30), parts)
 
 

@@ -85,7 +85,7 @@ def _intervals(group: Group, styles: Sequence[Style], margin: float) -> str:
     if not any(math.isfinite(interval.mean) for interval in usable):
         return _none("interval", title, "no variant has one.")
     top1 = key == "top1_delta"
-    drawn = intervals_svg([v for v, _ in shown], [s for _, s in shown], key, None if top1 else margin)
+    drawn = intervals_svg([v for v, _ in shown], [s for _, s in shown], key, margin)
     side = "left" if top1 else "right"
     unit = "points of accuracy" if top1 else "percent of the baseline's"
     return _figure("interval", title, drawn, f"In {unit}, with 95 % intervals over seeds; {side} of 0 is worse.")

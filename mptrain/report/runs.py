@@ -123,6 +123,8 @@ def glance(folder: Path) -> Run:
     config, summary = settings_in(folder), object_in(folder / "summary.json")
     rows = [row for row in _last_rows(folder / "metrics.jsonl") if isinstance(row.get("step"), int)]
     losses = {row["step"]: number(row["train/loss_step"]) for row in rows if "train/loss_step" in row}
+    if isinstance(summary.get("steps"), int):  # the last row may be longer than what was read
+        losses[summary["steps"]] = number(summary.get("train_loss"))
     status, why = _status(folder, config, summary, max(losses, default=0))
     speeds = [row["speed/tokens_per_s"] for row in rows if "speed/tokens_per_s" in row]
     skipped = [row["scale/skipped_total"] for row in rows if "scale/skipped_total" in row]
