@@ -203,6 +203,7 @@ def test_accuracy_is_what_counts_where_there_is_one(tmp_path):
     found = by_label(comparison)
     assert found["bf16"].verdict.kind is Kind.equivalent
     assert found["fp8"].verdict.text == "worse by 6.8 points"
+    assert found["fp8"].verdict.why.startswith("-6.85 points [-7.0")
     assert found["fp8"].loss.top1_delta.mean == pytest.approx(-0.0685)
 
 

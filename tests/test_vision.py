@@ -236,3 +236,8 @@ def test_the_progress_line_counts_images():
     values = {"train/loss": 1.0, "val/top1_frac": 0.9719, "speed/tokens_per_s": 1234.5}
     assert progress_line(values, "images") == "loss 1.0000  top-1 97.2%  1,234 img/s"
     assert progress_line({"train/loss": 1.0, "speed/tokens_per_s": 1e4}) == "loss 1.0000  10,000 tok/s"
+
+
+def test_weights_stored_in_bf16_are_trained_and_evaluated(on_images, tmp_path):
+    on_images("precision=bf16", "optim=adamw-bf16", "baseline=none", f"run_dir={tmp_path / 'run'}")
+    assert summary_of(tmp_path / "run")["val_loss_masters"] > 0

@@ -90,7 +90,8 @@ class ViT(Transformer):
                 f"set model.channels={channels} model.image_size={size}"
             )
         positions = torch.arange(config.patches, device=images.device)
-        x = self.dropout(self.embed(self.cut(images)) + self.position(positions))
+        patches = self.cut(images).to(self.embed.weight.dtype)  # weights may be stored in BF16 (optim.weights)
+        x = self.dropout(self.embed(patches) + self.position(positions))
         logits: Tensor = self.head(self.encode(x).mean(dim=1))
         return logits if labels is None else F.cross_entropy(logits, labels)
 

@@ -232,9 +232,7 @@ def _verdict(side: Side, base: Side, loss: Loss, metric: str, margin: float, has
         return diverged(alone, len(side.runs))
     steps = next(iter(side.runs.values())).max_steps or 0
     if metric == "top-1":
-        delta = loss.top1_delta
-        turned = delta and replace(delta, mean=-delta.mean, low=-delta.high, high=-delta.low)
-        return judge(turned, margin, steps=steps, seeds=len(side.runs), points=True)
+        return judge(loss.top1_delta, margin, steps=steps, seeds=len(side.runs), points=True)
     delta = loss.val_delta if metric == "validation loss" else loss.train_delta
     return judge(delta, margin, steps=steps, seeds=len(side.runs))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,27 +47,29 @@ def rules(margin: float, metric: str) -> list[str]:
 
 
 def judge(delta: Interval | None, margin: float, *, steps: int, seeds: int, points: bool = False) -> Verdict:
-    """By ``delta``, the difference from the baseline (above 0: worse) with its interval; None where one seed is all.
+    """By ``delta``, the difference from the baseline with its interval; None where one seed is all.
 
-    ``points``: the difference is one of accuracy, said in points and not in percent.
+    ``points``: the difference is one of accuracy (below 0: worse), said in points; else of a loss (above 0: worse).
     """
     unit = "points" if points else "%"
+    said = _why(delta, unit)
+    if delta is not None and points:
+        delta = replace(delta, mean=-delta.mean, low=-delta.high, high=-delta.low)
     if steps < FEW_STEPS:
         more = f"undecided: {steps} steps are too few, use trainer.max_steps={FEW_STEPS} or more"
-        return Verdict(Kind.undecided, more, _why(delta, unit))
+        return Verdict(Kind.undecided, more, said)
     if delta is None:
         more = "needs 2 more seeds" if seeds == 1 else "needs the baseline's seeds"
         why = "one seed shows no spread; three are the fewest whose interval is of use"
         return Verdict(Kind.undecided, f"undecided: {more}", why)
-    why = _why(delta, unit)
     if delta.high < margin:
         better = " (better)" if delta.high < 0 else ""
-        return Verdict(Kind.equivalent, f"equivalent{better}", why)
+        return Verdict(Kind.equivalent, f"equivalent{better}", said)
     if delta.low > 0:
-        return Verdict(Kind.worse, f"worse by {100 * delta.mean:.2g} {unit}", why)
+        return Verdict(Kind.worse, f"worse by {100 * delta.mean:.2g} {unit}", said)
     wanted = seeds_needed(delta, margin)
     more = f"more than {1000 - delta.n}" if wanted is None else str(max(1, wanted - delta.n))
-    return Verdict(Kind.undecided, f"undecided: needs {more} more seed{'' if more == '1' else 's'}", why)
+    return Verdict(Kind.undecided, f"undecided: needs {more} more seed{'' if more == '1' else 's'}", said)
 
 
 def _why(delta: Interval | None, unit: str) -> str:

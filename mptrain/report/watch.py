@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -128,15 +129,17 @@ def _jobs_of(run: Run) -> int:
 def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
     """What each run is at; ``whole``: the number of jobs to come to."""
     over = sum(_jobs_of(run) for run in runs if run.status in DONE)
-    made = Table(title=f"{folder}: {over}{f' of {whole}' if whole else ''} done", title_justify="left")
+    title = f"{folder}: {over}{f' of {whole}' if whole else ''} done"
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     made.add_column("run", overflow="fold")
-    for head in ("", "step", "loss", "val loss", "tokens/s", "skipped"):
+    made.add_column("", no_wrap=True)
+    for head in ("step", "loss", "val loss", "per s", "skipped"):
         made.add_column(head, justify="right", no_wrap=True)
     for run in runs:
         mark, style = MARKS[run.status]
         status = Text(f"{mark} {run.status.value}", style)
         if run.status is Status.failed:
-            made.add_row(run.name, status, Text(run.why.splitlines()[0] if run.why else "", "red", overflow="fold"))
+            made.add_row(Text.assemble(run.name, "\n", (run.why, "red")), status)
             continue
         made.add_row(run.name, status, f"{run.steps}/{run.max_steps or '?'}", *cells(run))
     left = (whole or 0) - sum(map(_jobs_of, runs))
