@@ -52,7 +52,7 @@ def find(folders: list[Path], wanted: str) -> Figures | None:
     """The longest, then newest, FP32 run of the fingerprint ``wanted`` in the folders of runs, or None."""
     found: list[tuple[int, float, Path]] = []
     for path in {path for folder in folders for path in folder.glob("*/summary.json")}:
-        summary = _read_json(path)
+        summary = object_in(path)
         if summary.get("precision") == "fp32" and summary.get("fingerprint") == wanted:
             found.append((int(summary["steps"]), path.stat().st_mtime, path.parent))
     return read_run(max(found)[2]) if found else None
@@ -60,13 +60,13 @@ def find(folders: list[Path], wanted: str) -> Figures | None:
 
 def named(folder: Path, config: Any, wanted: str) -> Figures:
     """The FP32 run in ``folder``. ValueError, naming the settings that differ, if it cannot be compared."""
-    summary = _read_json(folder / "summary.json")
+    summary = object_in(folder / "summary.json")
     if not summary:
         raise ValueError(f"baseline={folder} holds no finished run (no summary.json): give the folder of an FP32 run")
     if summary.get("precision") != "fp32":
         raise ValueError(f"baseline={folder} is a {summary.get('precision')} run: give one with precision=fp32")
     if summary.get("fingerprint") != wanted:
-        theirs, ours = _read_json(folder / "config.json"), to_plain(config)
+        theirs, ours = object_in(folder / "config.json"), to_plain(config)
         pairs = [d for key in COMPARED for d in _differences(theirs.get(key), ours[key], key)]
         what = "; ".join(pairs) or "another machine, corpus or version of torch"
         raise ValueError(f"baseline={folder} is not comparable ({what}): use baseline=auto or make these equal")
@@ -75,7 +75,7 @@ def named(folder: Path, config: Any, wanted: str) -> Figures:
 
 def read_run(folder: Path) -> Figures:
     """The figures of a finished run, from its folder."""
-    summary = _read_json(folder / "summary.json")
+    summary = object_in(folder / "summary.json")
 
     def number(key: str) -> float:
         value = summary.get(key)
@@ -104,7 +104,7 @@ def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> F
     kept = runs / PROBES / f"{wanted}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with _lock(kept.parent / "lock", lambda: say("waiting for the FP32 probe of another run")):
-        result = _read_json(kept)
+        result = object_in(kept)
         if not result:
             say(f"FP32 probe: {PROBE_STEPS} steps in a process of its own")
             result = _run_probe(config)
@@ -129,7 +129,7 @@ def _run_probe(config: Any) -> dict[str, Any]:
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             return {"error": lines[-1]}
-        return _read_json(answer)
+        return object_in(answer)
 
 
 def figures_json(figures: Figures) -> str:
@@ -174,7 +174,7 @@ def _differences(theirs: Any, ours: Any, where: str) -> Iterator[str]:
         yield f"{where} is {theirs} there and {ours} here"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def object_in(path: Path) -> dict[str, Any]:
     """The object in a file; empty if there is none, or it is torn."""
     try:
         value = json.loads(path.read_text())

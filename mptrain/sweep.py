@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
 from mptrain import build, config
-from mptrain.baseline import FEW_STEPS
+from mptrain.baseline import FEW_STEPS, object_in
 from mptrain.checkpoint import Checkpoints
 from mptrain.config import RunConfig
 from mptrain.folder import claim
@@ -198,7 +198,7 @@ def _folder(sweep: Path, name: str, mark: str) -> Path:
     """The folder of the job with these settings: the one that holds it already, or a new one."""
     with _locked(sweep / ".jobs.lock"):
         for path in sweep.glob(f"*/{JOB}"):
-            known = runs.object_in(path)
+            known = object_in(path)
             if known.get("mark") == mark:
                 names = dict.fromkeys([*known["names"], name])
                 write(path, json.dumps({"mark": mark, "names": [*names]}) + "\n")

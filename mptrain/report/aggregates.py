@@ -50,7 +50,7 @@ def speed(runs: Mapping[int, Run], base: Mapping[int, Run], *, emulated: bool) -
         return Speed(middle)
     ratio = statistics.median(ratios)
     limit = _limit(runs[alike[0]], base[alike[0]])
-    reached = (1 - 1 / ratio) / (1 - 1 / limit) if limit is not None and limit > 1 else None
+    reached = max(0.0, (1 - 1 / ratio) / (1 - 1 / limit)) if limit is not None and limit > 1 else None
     mfus = [frac for run in runs.values() if math.isfinite(frac := run.figure("mfu_frac"))]
     mfu = statistics.median(mfus) if mfus else None
     note = "measured while other runs were at work" if _beside([*runs.values(), *base.values()]) else ""

@@ -17,6 +17,7 @@ from mptrain.report.drawing import GREY, INK, line, svg, text
 
 LEFT, TOP, HEIGHT, WHOLE = 62.0, 26.0, 290.0, 960.0  # the plot and its labels are WHOLE pixels wide
 PITCH = 15.0  # of the labels
+BAND_REACH = 0.5  # times the span of the curves: what a band may add to a plot on either side
 MOST_SHADED = 6  # curves whose own extremes are shaded: more of them would be mud
 BAND = "#b9b9b9"
 Point = tuple[float, float]
@@ -242,18 +243,33 @@ def _finite(values: Sequence[float]) -> list[float]:
 def _range_of(series: Sequence[Series], band: Curve | None) -> list[float]:
     steady = [one for one in series if one.steady] or series
     values = [value for one in steady for value in _finite([*one.curve.values, *one.curve.low, *one.curve.high])]
-    return values + (_finite([*band.low, *band.high]) if band else [])
+    if not band:
+        return values
+    floor = 0.0 if min(values) >= 0 else -math.inf  # no seed's loss would be below 0
+    return values + [max(floor, value) for value in _near(values, [*band.low, *band.high])]
+
+
+def _near(values: Sequence[float], band: Sequence[float]) -> list[float]:
+    """Ends of a band, held within ``BAND_REACH`` times the span of the curves: of two seeds it is 30 times as wide."""
+    least, most = min(values), max(values)
+    reach = BAND_REACH * (most - least)
+    return [min(max(value, least - reach), most + reach) for value in _finite(band)]
 
 
 def _middle(series: Sequence[Series], band: Curve | None) -> list[float]:
     """0, where the curves end, and all but the 5 % furthest out on either side: the first steps would hide the rest."""
     steady = [one for one in series if one.steady] or series
     found = [0.0, *(_finite(one.curve.values)[-1] for one in steady)]
-    for values in [*(one.curve.values for one in steady), *((band.low, band.high) if band else ())]:
-        ordered = sorted(_finite(values))
-        cut = len(ordered) // 20
-        found += ordered[cut : len(ordered) - cut]
-    return found
+    for one in steady:
+        found += _most(one.curve.values)
+    return found + (_near(found, [*_most(band.low), *_most(band.high)]) if band else [])
+
+
+def _most(values: Sequence[float]) -> list[float]:
+    """All but the 5 % furthest out on either side."""
+    ordered = sorted(_finite(values))
+    cut = len(ordered) // 20
+    return ordered[cut : len(ordered) - cut]
 
 
 def _scaled(curve: Curve, factor: float) -> Curve:

@@ -127,6 +127,8 @@ def _layers(group: Group, styles: Sequence[Style]) -> str:
     counted = [v for v in group.variants if v.health.layers]
     if not counted:
         return _none("layers", title, "no variant has counted casts.")
+    if not any(row["overflow_events"] or row["underflow_frac"] for v in counted for row in v.health.layers):
+        return _none("layers", title, "no counted cast turned anything into zero or overflowed.")
     caption = "Share of a tensor's elements that a cast turned into zero, on sampled steps; worst first."
     left_out = worst(counted).left_out
     if left_out:

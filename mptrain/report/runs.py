@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mptrain.baseline import object_in
 from mptrain.identity import FILE, LOCK
 from mptrain.report.comparison import Status
 
@@ -191,15 +192,6 @@ def number(value: Any) -> float:
         return float(value)
     except ValueError:
         return math.nan
-
-
-def object_in(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is none, or it is torn."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def rows_in(path: Path) -> Iterator[dict[str, Any]]:
