@@ -286,7 +286,8 @@ def test_without_fp32_the_runs_with_fp32_masters_are_the_baseline(tmp_path):
 
 def test_a_named_baseline_takes_the_place_of_fp32(tmp_path):
     root = sweep(tmp_path, {"fp32": 0.0, "bf16": 0.0, "fp8": 0.06})
-    comparison = compare([root], baseline=root / "bf16,1")
+    comparison = compare([root], baseline=root / "fp8,0" / ".." / "bf16,1")
+    assert len(by_label(comparison)["bf16"].runs) == 3
     assert comparison.groups[0].baseline == "bf16"
     assert by_label(comparison)["fp32"].verdict.kind is Kind.equivalent
 

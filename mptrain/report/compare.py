@@ -65,7 +65,7 @@ def _chosen(groups: list[MatchedGroup], baseline: Path | None) -> str | None:
         alone = stored.pop() if len(stored) == 1 else None  # an ablation of how weights are stored, in BF16 throughout
         return next((variant.key for variant in variants if variant.is_fp32), alone)
     for variant in variants:
-        if any(run.folder == baseline for run in variant.runs):
+        if any(run.folder.resolve() == baseline.resolve() for run in variant.runs):
             return variant.key
     raise NothingToCompare(f"baseline {baseline} has no settings that can be read: give the folder of a run")
 

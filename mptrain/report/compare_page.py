@@ -17,6 +17,12 @@ from mptrain.report.cells import Cell, Column
 from mptrain.report.compare_figures import figures, styles_of
 from mptrain.report.comparison import Comparison, Group, Kind, RunRow, Status, Variant
 
+EXPLAINED = (
+    "MFU: the model's FLOPs a second over the rate of the formats that its GEMMs really ran in: of a GPU the vendor's "
+    "dense peak, of a CPU what one large product reached when the run began. Limit of the speed: the baseline's step "
+    "with its GEMMs, and nothing else, as fast as these formats allow (Amdahl); reached of it: of the time that this "
+    "would save, the share that was saved. Both GEMM times come from those rates."
+)
 STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -154,7 +160,8 @@ def _details(group: Group) -> str:
         return "<p class='none'>Nothing more is known of these variants.</p>"
     notes = [f"{v.label}: {v.speed.note}" for v in group.variants if v.speed.note]
     table = _table("details", "variant", columns, [(_breakable(v.label), v.label, v) for v in group.variants])
-    return table + (_listed(notes) if notes else "")
+    said = f"<p>{escape(EXPLAINED)}</p>" if any(column.key in ("mfu_frac", "limit") for column in columns) else ""
+    return table + said + (_listed(notes) if notes else "")
 
 
 def _runs(group: Group, links: Mapping[str, str]) -> str:

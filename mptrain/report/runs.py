@@ -75,16 +75,17 @@ class Run:
 
 def expand(paths: Iterable[Path]) -> list[Path]:
     """Run folders: those given, and those inside a given folder of runs (a sweep). ValueError for anything else."""
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # by where they really are: one run given in two ways is one
     for path in paths:
         if is_run(path):
-            found[path] = None
+            found.setdefault(path.resolve(), path)
             continue
         inside = sorted((p for p in path.iterdir() if is_run(p)), key=_natural) if path.is_dir() else []
         if not inside:
             raise ValueError(f"{path} is no run and holds none{_nearest(path)}")
-        found |= dict.fromkeys(inside)
-    return list(found)
+        for folder in inside:
+            found.setdefault(folder.resolve(), folder)
+    return list(found.values())
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
