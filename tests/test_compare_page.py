@@ -371,6 +371,7 @@ def browser(tmp_path_factory):
         yield opened
 
 
+DRAWN = "const done = arguments[0]; document.fonts.ready.then(() => requestAnimationFrame(() => setTimeout(done, 50)));"
 LOOK = """
 const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
 const figures = [...document.querySelectorAll('figure svg')].map(svg => ({
@@ -399,6 +400,7 @@ def test_a_browser_shows_it_without_errors(name, browser, tmp_path):
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == 400}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.get(file.as_uri())
+        browser.execute_async_script(DRAWN)
         seen = browser.execute_script(LOOK)
         assert seen["inner"] <= width
         assert seen["wide"] <= seen["inner"]  # nothing but the boxes that scroll is wider than the page
