@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mptrain import Precision, cli, kernels
+from mptrain.backends import emulated
 from mptrain.convert import HOOKS, ConversionReport
 from mptrain.emulation import fp8
 from mptrain.emulation.gemm import _scaled_mm
@@ -230,7 +231,13 @@ def test_a_layer_left_in_bf16_because_of_its_size():
     )
 
 
-def test_recomputation_that_did_not_quantize(monkeypatch):
+@pytest.fixture
+def bf16_carrier(monkeypatch):
+    """Whatever a busy machine measures."""
+    monkeypatch.setattr(emulated, "carrier_dtype", lambda device_type: torch.bfloat16)
+
+
+def test_recomputation_that_did_not_quantize(monkeypatch, bf16_carrier):
     step = Step(HEALTHY["fp8"], checkpointing=True)
     plain = fp8.Quantizers._cast
 
@@ -298,7 +305,7 @@ def test_grad_output_in_the_format_of_the_forward(monkeypatch):
     assert len(problems) == len(LINEAR)
 
 
-def test_operands_that_were_never_quantized(monkeypatch):
+def test_operands_that_were_never_quantized(monkeypatch, bf16_carrier):
     def cast(self, x, role, scale, counts, amax):
         values = x.to(self.carrier)
         return (values, values.t()) if role == "grad_output" else (x.to(torch.float8_e4m3fn), values)

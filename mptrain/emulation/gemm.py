@@ -28,12 +28,12 @@ def carrier_dtype(device_type: str) -> torch.dtype:
 
 @functools.cache
 def bf16_speedup() -> float:
-    """Time of an FP32 GEMM over that of a BF16 one on this CPU (256 x 256 x 256, best of three)."""
+    """Time of an FP32 GEMM over that of a BF16 one on this CPU (256 x 256 x 256; best of 12, it may be busy)."""
 
     def best_s(dtype: torch.dtype) -> float:
         a = torch.ones(256, 256, dtype=dtype)
         times = []
-        for _ in range(4):  # the first pays for the choice of a kernel
+        for _ in range(13):  # the first pays for the choice of a kernel
             start = time.perf_counter()
             torch.mm(a, a)
             times.append(time.perf_counter() - start)
