@@ -65,8 +65,9 @@ class Sweep(Callback):
             print(f"error: sweep_dir={config.sweep_dir} cannot be used: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         console = Console()
-        if config.trainer.max_steps < FEW_STEPS:
-            few = f"{config.trainer.max_steps} steps a run are too few for a verdict"
+        told = [word.partition("=")[2] for word in _given(config) if word.startswith("trainer.max_steps=")]
+        if told and told[-1].isdigit() and int(told[-1]) < FEW_STEPS:
+            few = f"{told[-1]} steps a run are too few for a verdict"
             console.print(f"{few}: trainer.max_steps={FEW_STEPS} or more gives one", highlight=False)
         _watch = watch.Watch(folder, console)
         _watch.start()
@@ -74,12 +75,11 @@ class Sweep(Callback):
 
 def _plan(composed: DictConfig) -> Path:
     """Write ``sweep.json``; hand the folder to every job as an override like any other."""
-    given = list(composed.hydra.overrides.task)
-    params = [f"{key}={value}" for key, value in (OmegaConf.select(composed, "hydra.sweeper.params") or {}).items()]
-    varied = _varied([*params, *given])
+    given = _given(composed)
+    varied = _varied(given)
     if not composed.sweep_dir:
         what = "-".join(key.rpartition(".")[2].rpartition("/")[2] for key in varied) or "jobs"
-        name = f"sweep-{what}-{short_hash(sorted([*params, *given]))[:6]}"
+        name = f"sweep-{what}-{short_hash(sorted(given))[:6]}"
         with read_write(composed), open_dict(composed), read_write(composed.hydra):
             composed.sweep_dir = str(Path(composed.runs_dir) / name)
             composed.hydra.overrides.task.append(f"sweep_dir='{composed.sweep_dir}'")  # quoted: it may hold a comma
@@ -87,7 +87,7 @@ def _plan(composed: DictConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     counts = [len(values) for values in varied.values()]
     plan = {
-        "overrides": [*params, *given],
+        "overrides": given,
         "varied": list(varied),
         "jobs": math.prod(counts) if all(counts) else None,  # None: a search, or a pattern that Hydra expands
         "holds_fp32": "fp32" in varied.get("precision", []),
@@ -95,6 +95,12 @@ def _plan(composed: DictConfig) -> Path:
     }
     write(folder / PLAN, json.dumps(plan, indent=2) + "\n")
     return folder
+
+
+def _given(composed: DictConfig) -> list[str]:
+    """The overrides of the sweep: those of the configuration, then those of the command line, which count."""
+    params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+    return [*(f"{key}={value}" for key, value in params.items()), *composed.hydra.overrides.task]
 
 
 def _varied(overrides: Sequence[str]) -> dict[str, list[str]]:
@@ -160,7 +166,8 @@ def is_job() -> bool:
 
 def require_single(composed: DictConfig) -> None:
     """ValueError for a single run that is given what only sweeps have."""
-    asked = "sweep_dir" if composed.sweep_dir else "ablation" if HydraConfig.get().sweeper.get("params") else ""
+    ablation = HydraConfig.get().runtime.choices.get("ablation")
+    asked = "sweep_dir" if composed.sweep_dir else "ablation" if ablation else ""
     if asked:
         raise ValueError(f"{asked} is for sweeps: add -m (python train.py -m ...)")
 
