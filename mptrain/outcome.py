@@ -31,7 +31,8 @@ class Blame:
 class StepRecord:
     """A resolved step. ``blame`` is None if it was applied; ``grad_norm`` is unscaled.
 
-    ``scale`` is the loss scale it ran with, ``next_scale`` that of the step after it.
+    ``scale`` is the loss scale it ran with, ``next_scale`` that of the step after it. ``stop``: was any rank asked to
+    end the run?
     """
 
     applied: bool
@@ -40,6 +41,7 @@ class StepRecord:
     event: ScaleEvent
     blame: Blame | None = None
     next_scale: float = 1.0
+    stop: bool = False
 
     @property
     def reason(self) -> str:
@@ -54,7 +56,8 @@ class StepOutcome:
     """
 
     def __init__(self, values: Tensor, blame: Callable[[], Blame]) -> None:
-        """``values``: FP32 [5] = found_inf, grad_norm, scale, event, next_scale. ``blame()``: of a skip."""
+        """``values``: FP32 [5] = found_inf, grad_norm, scale, event, next_scale; with several ranks a sixth, how many
+        were asked to stop. ``blame()``: of a skip; on several ranks a collective, so all of them read the outcome."""
         self._blame = blame
         self._record: StepRecord | None = None
         self._ready: torch.cuda.Event | None = None
@@ -68,9 +71,9 @@ class StepOutcome:
         if self._record is None:
             if self._ready is not None:
                 self._ready.synchronize()
-            found_inf, grad_norm, scale, event, after = self._values.tolist()
+            found_inf, grad_norm, scale, event, after, *stop = self._values.tolist()
             blame = self._blame() if found_inf else None
-            self._record = StepRecord(not found_inf, grad_norm, scale, ScaleEvent(int(event)), blame, after)
+            self._record = StepRecord(not found_inf, grad_norm, scale, ScaleEvent(int(event)), blame, after, any(stop))
         return self._record
 
     @property

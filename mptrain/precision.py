@@ -11,10 +11,14 @@ The order inside ``step`` is fixed: found_inf is read before clipping, because c
 {nan, 0} and hides it (measured); it is checked in every precision, because BF16 and FP8 runs overflow too.
 Found are Inf and NaN in any gradient (by its norm, so a finite gradient whose sum of squares leaves FP32 counts as
 well) and non-finite operands of quantized GEMMs, which an E4M3 cast would hide by saturating Inf to 448.
+
+On several ranks one sum decides for all: the squares of what each holds of the gradients (Inf and NaN survive addition,
+whatever mesh a gradient is sharded over), the ranks that found something, the ranks that were asked to stop.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -28,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mptrain.backends.base import Backend, resolve
 from mptrain.convert import ConversionReport, parameter_names
-from mptrain.distributed import Agree, alone, rank
+from mptrain.distributed import ALONE, Ranks, local
 from mptrain.kernels.counters import Counters
 from mptrain.outcome import Blame, StepOutcome
 from mptrain.policy import PrecisionPolicy
@@ -41,26 +45,31 @@ _PREPARED: WeakSet[nn.Module] = WeakSet()
 class Precision:
     """``policy``: a :class:`PrecisionPolicy`, a name from conf/precision, or the path of a recipe YAML.
 
-    ``agree``: elementwise MAX of a tensor over all ranks (the identity for one process).
+    ``ranks``: the processes that train this model together, :class:`mptrain.distributed.World`; one alone by default.
     ValueError if the policy is unknown or its backend is missing here.
     """
 
     backend: Backend
     report: ConversionReport
 
-    def __init__(self, policy: PrecisionPolicy | str | Path = "fp32", *, agree: Agree = alone) -> None:
+    def __init__(self, policy: PrecisionPolicy | str | Path = "fp32", *, ranks: Ranks = ALONE) -> None:
         self.policy = policy if isinstance(policy, PrecisionPolicy) else PrecisionPolicy.named(policy)
         self.counters = Counters()
-        self._agree = agree
+        self.ranks = ranks
+        self.unreduced: dict[str, Tensor] = {}  # name -> norm of this rank's part, noted before ranks were summed
         self._names: list[str] = []
         self._parameters: list[nn.Parameter] = []
         self._multiplied: set[str] = set()
+        self._counted: Tensor | None = None
         self._losses: list[Tensor] = []  # of this step's micro-batches: a bad one tells forward from backward
 
-    def prepare(self, model: nn.Module) -> Precision:
-        """Convert ``model`` in place and bind to it. Its parameters must be FP32: they are the master weights."""
-        trained = parameter_names(model)
-        if not trained:
+    def prepare(self, model: nn.Module, device: torch.device | None = None) -> Precision:
+        """Convert ``model`` in place and bind to it. Its parameters must be FP32: they are the master weights.
+
+        ``device``: where it will run, if it is on meta as yet. Wrap it for several processes (DDP, ``fully_shard``)
+        afterwards.
+        """
+        if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("the model has no parameter that requires a gradient")
         if model in _PREPARED:
             raise ValueError("the model is prepared already, and its layers are swapped: build it anew for this policy")
@@ -69,17 +78,26 @@ class Precision:
                 raise ValueError(
                     f"{name} is {parameter.dtype}: parameters are the FP32 master weights, call model.float() first"
                 )
-        self._names, self._parameters = list(trained.values()), list(trained)
-        linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        self._multiplied = {f"{name}.weight" for name in linear}  # these stand in the order of their products
-        self.device = self._parameters[0].device
-        self.backend = resolve(self.policy, self.device)(self.policy, self.device, self._agree)
+        self.device = device or next(p.device for p in model.parameters() if p.requires_grad)
+        self.backend = resolve(self.policy, self.device)(self.policy, self.device, self.ranks.max)
         self.report = self.backend.convert(model, self.counters)
+        self._model = model
+        self._bind()
         self.counters.decisive = len(self.counters.slots)
         self.counters.order = {name: place for place, (name, _) in enumerate(model.named_modules())}
         self.scaler = LossScaler(self.policy.loss_scale, self.device)
         _PREPARED.add(model)
         return self
+
+    def _bind(self) -> None:
+        """Know the parameters as they are now: sharding puts others in their place."""
+        trained = parameter_names(self._model)
+        self._names, self._parameters = list(trained.values()), list(trained)
+        linear = (name for name, module in self._model.named_modules() if isinstance(module, nn.Linear))
+        self._multiplied = {f"{name}.weight" for name in linear}  # these stand in the order of their products
+        sharded = any(local(p) is not p for p in self._parameters)
+        counted = [self.ranks.counts(p) for p in self._parameters]
+        self._counted = torch.tensor(counted, device=self.device) if sharded else None
 
     def forward(self) -> AbstractContextManager[object]:
         """The context of one micro-batch's forward. Call backward outside it."""
@@ -91,27 +109,23 @@ class Precision:
         self.scaler.scaled(loss).backward()  # type: ignore[no-untyped-call]
         self.counters.end_microbatch()
 
-    def step(self, optimizer: Optimizer, clip: float = 0.0) -> StepOutcome:
+    def step(self, optimizer: Optimizer, clip: float = 0.0, *, stop: bool = False) -> StepOutcome:
         """One optimizer step on the accumulated gradients, or none if any rank found Inf or NaN.
 
         ``clip``: the largest global gradient norm, 0 for no clipping. A fused optimizer (``fused=True``) gets scale
         and clip factor as one divisor and found_inf as tensors: no pass of its own, no read by the host. Any other
-        optimizer costs one read a step and one pass over the gradients.
+        optimizer costs one read a step and one pass over the gradients. ``stop``: this rank was asked to; all of them
+        read so in the outcome.
         """
-        named = [(name, p.grad) for name, p in zip(self._names, self._parameters, strict=True) if p.grad is not None]
-        if not named:
-            raise ValueError("no gradient to step on: call precision.backward(loss) first")
-        norms = torch.stack(torch._foreach_norm([grad for _, grad in named], dtype=torch.float32))
+        gradients = self._gradients()
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in gradients.values()], dtype=torch.float32))
         scale = self.scaler.scale
-        norm = torch.linalg.vector_norm(norms)
-        found_inf = (norm - norm).ne(0)  # NaN for Inf and NaN: two kernels where isfinite takes four
         fault = self.counters.end_step()
-        if self.counters.decisive:
-            found_inf = found_inf | fault[: self.counters.decisive].any()
-        found_inf = self._agree(found_inf)
+        own = fault[: self.counters.decisive].any() if self.counters.decisive else None
+        norm, found_inf, stops = self._agreed(norms, list(gradients), own, stop)
         # A CPU reads for nothing, and a found_inf tensor costs AdamW one subtraction per parameter.
         skips = bool(found_inf.item()) if found_inf.device.type == "cpu" else None
-        blame = self._witness(named, norms, fault, skips)
+        blame = self._witness(list(gradients.values()), norms, fault, skips)
         divisor = scale if self.scaler.active else None
         if self.scaler.active:
             norm = norm / scale
@@ -120,8 +134,36 @@ class Precision:
             divisor = factor if divisor is None else divisor * factor
         self._update(optimizer, divisor, found_inf, skips)
         event = self.scaler.update(found_inf)
-        values = torch.stack([found_inf.float(), norm, scale, event.float(), self.scaler.scale])
-        return StepOutcome(values, blame)
+        values = [found_inf.float(), norm, scale, event.float(), self.scaler.scale]
+        return StepOutcome(torch.stack(values if stops is None else [*values, stops]), blame)
+
+    def _gradients(self) -> dict[int, tuple[str, Tensor]]:
+        """Index of the parameter -> (name, what this rank holds of its gradient)."""
+        for _ in range(2):
+            numbered = enumerate(zip(self._names, self._parameters, strict=True))
+            found = {index: (name, local(p.grad)) for index, (name, p) in numbered if p.grad is not None}
+            if found:
+                return found
+            self._bind()
+        raise ValueError("no gradient to step on: call precision.backward(loss) first")
+
+    def _agreed(
+        self, norms: Tensor, indices: list[int], own: Tensor | None, stop: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The global gradient norm, found_inf, and how many ranks were asked to stop (None for one process)."""
+        if self.ranks.size == 1:
+            norm = torch.linalg.vector_norm(norms)
+            found_inf = (norm - norm).ne(0)  # NaN for Inf and NaN: two kernels where isfinite takes four
+            return norm, found_inf if own is None else found_inf | own, None
+        asked = torch.tensor(float(stop), dtype=torch.float64).to(norms.device, non_blocking=True)
+        squares = norms.double().square()  # in FP64 no square of a finite norm overflows
+        if self._counted is not None:  # each element once, however many ranks hold it
+            squares = squares.where(self._counted[indices], 0.0)
+        total = squares.sum()
+        found = ~total.isfinite() if own is None else ~total.isfinite() | own
+        told = self.ranks.sum(torch.stack([total, found.double(), asked]))
+        norm = torch.linalg.vector_norm(norms) if self._counted is None else told[0].sqrt().float()
+        return norm, (told[1] > 0) | (norm - norm).ne(0), told[2].float()
 
     def _update(self, optimizer: Optimizer, divisor: Tensor | None, found_inf: Tensor, skips: bool | None) -> None:
         """Step or skip. ``skips``: what ``found_inf`` says, None if nobody has read it yet."""
@@ -138,7 +180,7 @@ class Precision:
             optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
         else:
             if divisor is not None:
-                torch._foreach_div_([p.grad for p in self._parameters if p.grad is not None], divisor)
+                torch._foreach_div_([local(p.grad) for p in self._parameters if p.grad is not None], divisor)
             optimizer.step()
 
     def _witness(
@@ -146,34 +188,48 @@ class Precision:
     ) -> Callable[[], Blame]:
         """What a skip will be explained with when the outcome is read; the gradients may be gone by then."""
         losses, self._losses = self._losses, []
+        unreduced = dict(self.unreduced)
+        self.unreduced.clear()
         if skips is False:
             return lambda: Blame("")
+        if unreduced:
+            names, own = list(unreduced), torch.stack([*unreduced.values()])
+            return lambda: self._first(self._blame(names, own, fault, losses))
         if skips:  # a norm can overflow FP32 where every element is finite: those are no Inf in the gradient
             truly = torch.tensor([not bool(grad.isfinite().all()) for _, grad in named])
             norms = torch.where(truly, norms, norms.nan_to_num(posinf=torch.finfo(norms.dtype).max))
         names = [name for name, _ in named]
-        return lambda: self._blame(names, norms, fault, losses)
+        return lambda: self._first(self._blame(names, norms, fault, losses))
+
+    def _first(self, blame: Blame) -> Blame:
+        """Of what each rank found, the earliest: by micro-batch, then by rank. A collective."""
+        found = [one for one in self.ranks.gather(blame) if one.kind] or [blame]
+        return min(found, key=lambda one: (one.micro_batch if one.micro_batch >= 0 else math.inf, one.rank))
 
     def _blame(self, names: list[str], norms: Tensor, fault: Tensor, losses: list[Tensor]) -> Blame:
         """A row that was watched first, for it explains the loss; then the loss, for it explains the gradients."""
         first = self.counters.first_fault(fault)
         if first is not None:
             where = first.layer, first.role, first.kind, first.phase, first.micro_batch
-            return Blame(f"{first}", *where, rank())
+            return Blame(f"{first}", *where, self.ranks.rank)
         bad = (~norms.isfinite()).nonzero().flatten().tolist()
         for micro, loss in enumerate(losses):
             if not loss.isfinite():
                 kind = "NaN" if loss.isnan() else "Inf"
-                return Blame(f"{kind} loss of micro-batch {micro}", "", "loss", kind, "forward", micro, rank())
+                return Blame(f"{kind} loss of micro-batch {micro}", "", "loss", kind, "forward", micro, self.ranks.rank)
         if not bad and torch.linalg.vector_norm(norms).isfinite():
-            return Blame("another rank found Inf or NaN", rank=rank())
+            return Blame("another rank found Inf or NaN", rank=self.ranks.rank)
         if not bad:
-            return Blame("the norm of all gradients overflows FP32, though each element is finite", rank=rank())
+            return Blame(
+                "the norm of all gradients overflows FP32, though each element is finite", rank=self.ranks.rank
+            )
         place = ([index for index in bad if names[index] in self._multiplied] or bad)[-1]  # backward comes from the end
         layer, _, leaf = names[place].rpartition(".")
         kind = "NaN" if norms[place].isnan() else "Inf"
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        return Blame(f"{kind} in the gradient of {leaf}{more}", layer, "grad_weight", kind, "backward", -1, rank())
+        return Blame(
+            f"{kind} in the gradient of {leaf}{more}", layer, "grad_weight", kind, "backward", -1, self.ranks.rank
+        )
 
     @contextmanager
     def evaluating(self, *, policy_on: bool = True) -> Iterator[None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mptrain import LossScale, Precision, PrecisionPolicy, ScaleEvent, models
-from mptrain.distributed import Agree, alone
+from mptrain.distributed import ALONE, Ranks
 from mptrain.outcome import Blame
 from mptrain.policy import LossScaleKind, conf_dir
 
@@ -38,9 +38,9 @@ class Loop:
     """A toy model in a precision with an optimizer. ``policy``: a name or a policy."""
 
     def __init__(
-        self, policy: str | PrecisionPolicy, optimizer: str = "adamw", *, fused: bool = True, agree: Agree = alone
+        self, policy: str | PrecisionPolicy, optimizer: str = "adamw", *, fused: bool = True, ranks: Ranks = ALONE
     ) -> None:
-        self.precision = Precision(policy, agree=agree)
+        self.precision = Precision(policy, ranks=ranks)
         multiple = self.precision.policy.quantization.multiple
         self.width, self.out = max(32, multiple), multiple
         self.model = toy(width=self.width, out=self.out)
@@ -217,25 +217,6 @@ def test_a_bad_micro_batch_among_good_ones_skips_the_step(name, bad):
         x[0, 0] = math.inf if micro == bad else 1.0
         loop.gradients(micro, x=x)
     assert not loop.precision.step(loop.optimizer).applied
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_other_ranks_found_counts(name):
-    """``agree`` is the MAX over ranks: a step without a fault of its own is skipped with the others'."""
-    asked: list[Tensor] = []
-
-    def elsewhere(found: Tensor) -> Tensor:
-        asked.append(found.clone())
-        return torch.ones_like(found) if found.dtype == torch.bool else found  # amaxes are agreed on as well
-
-    loop = Loop(name, agree=elsewhere)
-    before = loop.everything()  # no optimizer state yet
-    loop.gradients(0)
-    record = loop.precision.step(loop.optimizer).read()
-    assert not asked[-1], "this rank itself found nothing"
-    assert not record.applied
-    assert "another rank" in record.reason
-    assert_equal({key: value for key, value in loop.everything().items() if key in before}, before)
 
 
 def test_overflows_lower_the_scale_and_training_goes_on():

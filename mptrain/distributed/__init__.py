@@ -1,0 +1,108 @@
+"""Ranks, and what all of them must agree on. One process is a world of one: the same calls, and nothing is sent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Agree = Callable[[Tensor], Tensor]  # elementwise MAX over the ranks that share a tensor
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Processes in this run, as torchrun announces them; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's place among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class Ranks:
+    """All ranks of a run; this class is the world of a single one. All ranks call its collectives, in one order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Is this the rank that writes?"""
+        return self.rank == 0
+
+    def max(self, value: Tensor) -> Tensor:
+        """Elementwise MAX; the same shape, dtype and device."""
+        return value
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Elementwise SUM; likewise."""
+        return value
+
+    def counts(self, tensor: Tensor) -> bool:
+        """Is what this rank holds of ``tensor`` to be counted, so that each element counts once?"""
+        return True
+
+    def gather(self, value: T) -> list[T]:
+        """The plain value (anything picklable) of every rank, by rank, on all of them."""
+        return [value]
+
+    def share(self, value: T) -> T:
+        """Rank 0's value."""
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all."""
+
+
+class World(Ranks):
+    """The ranks of the process group."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def max(self, value: Tensor) -> Tensor:
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    @staticmethod
+    def _reduced(value: Tensor, operation: Any) -> Tensor:
+        sent = value.int() if value.dtype is torch.bool else value.clone()
+        dist.all_reduce(sent, operation)
+        return sent.to(value.dtype)
+
+    def counts(self, tensor: Tensor) -> bool:
+        """Of the ranks that hold the same part it is the first; a plain tensor counts on rank 0."""
+        if not hasattr(tensor, "placements"):
+            return self.first
+        mesh = tensor.device_mesh  # type: ignore[attr-defined]
+        replicated = [dim for dim, place in enumerate(tensor.placements) if place.is_replicate()]  # type: ignore[attr-defined]
+        return bool((mesh.mesh == 0).any()) and all(mesh.get_local_rank(dim) == 0 for dim in replicated)
+
+    def gather(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def share(self, value: T) -> T:
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+ALONE = Ranks()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its shard of a DTensor, a plain one itself (DTensor takes 1 s to import)."""
+    held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return held

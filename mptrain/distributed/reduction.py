@@ -1,0 +1,39 @@
+"""What happens to gradients between the ranks: looked at first, for the sum hides whose Inf it was, then summed.
+
+Annotations are no strings in this file, for DDP checks those of a hook. The look costs one pass over each bucket before it is sent (0.3 ms a GiB at 3.35 TB/s), and no read by the host.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+Send = Callable[[dist.GradBucket], torch.futures.Future[Tensor]]  # the mean over the ranks of a bucket's gradients
+
+
+def plain(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The mean in the gradients' own dtype, FP32."""
+    return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
+
+
+def look_and_send(
+    wrapped: DistributedDataParallel, names: Mapping[nn.Parameter, str], unreduced: dict[str, Tensor], send: Send
+) -> None:
+    """Note in ``unreduced`` (name -> norm) what each bucket holds on this rank, then ``send`` it."""
+
+    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        norms = torch._foreach_norm(bucket.gradients(), dtype=torch.float32)
+        for parameter, norm in zip(bucket.parameters(), norms, strict=True):
+            note(unreduced, names[parameter], norm)
+        return send(bucket)
+
+    wrapped.register_comm_hook(None, hook)  # type: ignore[arg-type]
+
+
+def note(unreduced: dict[str, Tensor], name: str, norm: Tensor) -> None:
+    """The norm of one micro-batch's gradient; of several that is kept which was not finite first."""
+    before = unreduced.get(name)
+    unreduced[name] = norm if before is None else before.where(~before.isfinite(), norm)
