@@ -16,7 +16,7 @@ from rich.console import Console
 from mptrain import baseline, identity, machine
 from mptrain.backends.base import resolve
 from mptrain.baseline import Figures
-from mptrain.checkpoint import Checkpoints, load, read_header, require_fit
+from mptrain.checkpoint import Checkpoints, read_about, require_fit
 from mptrain.config import RunConfig
 from mptrain.folder import describe, discard, folder_of
 from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sinks
@@ -61,13 +61,13 @@ def _build(
         fp32 = baseline.probe(config, prepared.fingerprint, Path(config.runs_dir), lambda text: console.print(text))
     sinks = Sinks([])
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    first = 0 if start is None else int(read_header(start)["step"])
+    first = 0 if start is None else int(read_about(start)["step"])
     trainer = assemble(prepared, sinks, checkpoints)
     trainer.audit = StepAudit(trainer.model, trainer.precision, min_coverage=config.audit.min_coverage)
     if config.precision.quantized:
         console.print(f"{trainer.precision.report}; {trainer.precision.backend.carrier}", highlight=False)
     if start is not None:
-        trainer.load(load(start, prepared.device), first)
+        trainer.resume(start)
     sinks.sinks.append(JsonLines(folder))
     if config.logger.wandb:
         sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console, config.logger.group))
@@ -78,17 +78,17 @@ def _build(
 
 def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoints | None = None) -> Trainer:
     """The model on the device, in its precision, with optimizer and meters, inside a trainer."""
-    config, data, device = prepared.config, prepared.data, prepared.device
-    torch.manual_seed(config.seed)
-    model = prepared.model_module.build(prepared.model_config)
-    mark = identity.weights_mark(model)
-    model.to(device)
-    precision = Precision(config.precision).prepare(model)
+    config, data, device, ranks = prepared.config, prepared.data, prepared.device, prepared.ranks
+    with torch.device("meta"):
+        model = prepared.model_module.build(prepared.model_config)
+    precision = Precision(config.precision, ranks=ranks)
+    wrapped, mark = wrap(model, prepared, precision)
     if config.trainer.checkpointing:
         model.recompute = precision.recompute
     drill = Drill.parse(config.debug.inject) if config.debug.inject else None
     recorded = config.telemetry.record_every > 0
     peak = peak_tflops(device, "fp8" if config.precision.quantized else str(config.precision.compute))
+    share = prepared.layout.share(config.trainer.batch_size, config.trainer.accumulate, ranks.rank)
     optimizer = build_optimizer(config.optim, model)
     return Trainer(
         config.trainer,
@@ -104,7 +104,11 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
         drill=drill,
         seed=config.seed,
         every=config.telemetry.every,
-        run_model=torch.compile(model) if config.trainer.compile else model,  # type: ignore[arg-type]
+        wrapped=wrapped,
+        run_model=torch.compile(wrapped) if config.trainer.compile else wrapped,  # type: ignore[arg-type]
+        ranks=ranks,
+        share=share,
+        masters_whole=config.dist.kind not in ("fsdp", "hsdp") or config.dist.gather == "fp32",
         checkpoints=checkpoints,
         checkpoint_every=config.checkpoint.every,
         about={
@@ -113,7 +117,7 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
             "initial_weights": mark,
         },
         flops_per_token=model.flops_per_token(),
-        peak_flops_per_s=None if peak is None else peak * 1e12,
+        peak_flops_per_s=None if peak is None else peak * 1e12 * ranks.size,
     )
 
 
@@ -146,7 +150,7 @@ def _resume_path(config: RunConfig) -> Path | None:
     if config.resume == "none":
         return None
     if config.resume != "auto":
-        read_header(Path(config.resume))
+        read_about(Path(config.resume))
         return Path(config.resume)
     if not config.run_dir:
         raise ValueError("resume=auto needs run_dir=FOLDER, the run to continue")

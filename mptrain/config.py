@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mptrain import registry
+from mptrain.distributed.layout import DistConfig
 from mptrain.optim import OptimConfig
 from mptrain.policy import PrecisionPolicy, conf_dir
 from mptrain.settings import did_you_mean, from_plain, require, to_plain
@@ -57,10 +58,12 @@ class AuditConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """``every``: steps between checkpoints, 0 for only at the end; ``keep``: how many stay on disk."""
+    """``every``: steps between checkpoints, 0 for only at the end; ``keep``: how many stay on disk; ``background``:
+    training goes on while a copy of its state is written."""
 
     every: int = 0
     keep: int = 2
+    background: bool = True
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
@@ -81,6 +84,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    dist: DistConfig = field(default_factory=DistConfig)
     seed: int = 0
     device: str = "auto"
     run_dir: str = ""
@@ -92,6 +96,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+        if self.trainer.on_spike == "rollback" and not self.checkpoint.every:
+            raise ValueError("trainer.on_spike=rollback needs checkpoints to go back to: set checkpoint.every=50")
 
 
 def register() -> None:

@@ -70,7 +70,8 @@ def weights_mark(model: nn.Module) -> str:
     """
     mark = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:MARKED].float().cpu()
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # a collective
+        first = whole.detach().flatten()[:MARKED].float().cpu()
         mark.update(f"{name} {tuple(parameter.shape)}".encode())
         mark.update(first.numpy().tobytes())
     return mark.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from pathlib import Path
@@ -17,12 +18,20 @@ EQUAL = 1.5  # times the error of the default kernel that still counts as roundi
 
 
 def pick_device(asked: str) -> torch.device:
-    """``auto`` is the GPU if there is one. ValueError if a GPU is asked for and missing."""
+    """``auto`` is the GPU if there is one, of several processes on a node each its own. ValueError if a GPU is asked
+    for and missing."""
     if asked == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch sees no GPU here; use device=auto or device=cpu")
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(asked)
+    if asked == "cpu" or "LOCAL_RANK" not in os.environ:
+        return torch.device(asked)
+    number = int(os.environ["LOCAL_RANK"])
+    if number >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {number} of this node finds {torch.cuda.device_count()} GPUs: start as many processes, or device=cpu"
+        )
+    return torch.device("cuda", number)
 
 
 def describe(device: torch.device) -> str:

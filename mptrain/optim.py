@@ -12,13 +12,15 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from mptrain.distributed import like, local
+from mptrain.distributed.optimizer import ShardedOptimizer, is_sharded
 from mptrain.settings import require
 
 WEIGHTS = ("fp32", "bf16", "bf16_stochastic", "bf16_remainder")
@@ -70,10 +72,19 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     used = [group for group in groups if group["params"]]
-    betas = (config.beta1, config.beta2)
-    if config.weights == config.moments == "fp32":
-        return torch.optim.AdamW(used, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    return StoredAdamW(used, lr=config.lr, betas=betas, eps=config.eps, weights=config.weights, moments=config.moments)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    plain = config.weights == config.moments == "fp32"
+    if is_sharded(model):
+        if not plain:
+            raise ValueError(
+                f"optim.weights={config.weights}, optim.moments={config.moments}: sharded weights are kept in FP32, use "
+                "optim=adamw, or dist=ddp"
+            )
+        sharded = ShardedOptimizer(used, lambda parts: torch.optim.AdamW(parts, **settings, fused=True))
+        return cast(Optimizer, sharded)  # all that is asked of one here
+    if plain:
+        return torch.optim.AdamW(used, **settings, fused=True)
+    return StoredAdamW(used, **settings, weights=config.weights, moments=config.moments)
 
 
 class StoredAdamW(Optimizer):
@@ -225,32 +236,34 @@ class Average:
         self.decay = decay
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self.shadow = [p.detach().float().clone() for p in self._parameters]
+        self.shadow = [local(p.detach()).float().clone() for p in self._parameters]
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in self._parameters], 1.0 - self.decay)
+        torch._foreach_lerp_(self.shadow, [local(p.detach()).float() for p in self._parameters], 1.0 - self.decay)
 
     @contextmanager
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
         """The model computes with the average."""
-        kept = [p.detach().clone() for p in self._parameters]
-        for parameter, average in zip(self._parameters, self.shadow, strict=True):
+        held = [local(p.detach()) for p in self._parameters]
+        kept = [p.clone() for p in held]
+        for parameter, average in zip(held, self.shadow, strict=True):
             parameter.copy_(average)
         try:
             yield
         finally:
-            for parameter, weight in zip(self._parameters, kept, strict=True):
+            for parameter, weight in zip(held, kept, strict=True):
                 parameter.copy_(weight)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(zip(self._names, self.shadow, strict=True))
+        parts = zip(self._names, self.shadow, self._parameters, strict=True)
+        return {name: like(average, parameter) for name, average, parameter in parts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue the average of a run that kept one; a run without starts from the weights it continues."""
         for name, average, parameter in zip(self._names, self.shadow, self._parameters, strict=True):
-            average.copy_(state.get(name, parameter.detach()))
+            average.copy_(local(state.get(name, parameter.detach())))
 
 
 @dataclass(frozen=True)

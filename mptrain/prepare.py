@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from mptrain.backends.base import resolve
 from mptrain.config import RunConfig, parse_open
 from mptrain.data import Dataset
 from mptrain.distributed import world_size
+from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import peaks
@@ -32,6 +33,7 @@ class Prepared:
     shell: nn.Module
     fp32_gemm: str
     fingerprint: str
+    layout: Layout = field(default_factory=Layout)
 
     @cached_property
     def gemm_tflops(self) -> dict[str, float]:
@@ -52,8 +54,8 @@ class Prepared:
 
 def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -> Prepared:
     """Check the settings, read the data, fingerprint. Nothing is on the device yet. ValueError names what to change."""
-    if world_size() > 1:
-        raise ValueError("this version trains in one process: start it without torchrun")
+    layout = Layout.of(config.dist, world_size())
+    layout.share(config.trainer.batch_size, config.trainer.accumulate, 0)  # refused here if it does not go round
     device = machine.pick_device(config.device)
     resolve(config.precision, device)
     if config.optim.weights != "fp32" and config.precision.compute is not Format.bf16:
@@ -65,6 +67,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     block_size = getattr(model_config, "block_size", 0)
     data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=block_size)
     _require_same_input(config, model_module.INPUT, data_module.INPUT)
+    _require_whole_heads(model_config, config.dist.tp)
     say(f"data: reading {config.data['kind']}")
     data = data_module.build(data_config)
     _, model_config = parse_open("mptrain.models", "model", config.model, **data.sizes)
@@ -77,7 +80,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
         Drill.parse(config.debug.inject).check(shell)
     fp32_gemm = machine.choose_fp32_gemm(shell, device)
     mark = identity.fingerprint(config, data.fingerprint, machine.describe(device), torch.__version__, fp32_gemm)
-    return Prepared(config, device, data, model_module, model_config, shell, fp32_gemm, mark)
+    return Prepared(config, device, data, model_module, model_config, shell, fp32_gemm, mark, layout)
 
 
 def _require_same_input(config: RunConfig, taken: str, given: str) -> None:
@@ -93,6 +96,14 @@ def _require_same_input(config: RunConfig, taken: str, given: str) -> None:
         f"model.kind={config.model['kind']} takes {taken} and data={config.data['kind']} holds {given}: use "
         f"data={fitting('mptrain.data', taken)}, or a model of kind {fitting('mptrain.models', given)}"
     )
+
+
+def _require_whole_heads(model_config: Any, parts: int) -> None:
+    """ValueError when tensor parallelism would cut through a head."""
+    for name in ("n_head", "n_kv_head"):
+        heads = getattr(model_config, name, parts)
+        if heads % parts:
+            raise ValueError(f"dist.tp={parts} would cut through heads: choose a divisor of model.{name}={heads}")
 
 
 def _require_room(model_config: Any, data: Dataset) -> None:

@@ -14,34 +14,49 @@ whose tensors the monitor records is read back at once, and runs the model itsel
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Iterator
+import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mptrain.checkpoint import Checkpoints, Rng, Stateful
+from mptrain.checkpoint import Checkpoints, Stateful, load, read_about
+from mptrain.distributed import ALONE, Ranks
+from mptrain.distributed.layout import Share
+from mptrain.distributed.optimizer import sharded_as
 from mptrain.interrupts import Interrupts
 from mptrain.outcome import StepOutcome
 from mptrain.precision import Precision
+from mptrain.protocols import Audits, Averaged, Data, Rates, Sink, Watches
 from mptrain.settings import require
 from mptrain.telemetry.drill import Drill
-from mptrain.telemetry.ledger import Ledger
+from mptrain.telemetry.ledger import Ledger, alarm
 from mptrain.telemetry.meters import PeakMemory, Throughput, peaks, weighted_rate
 from mptrain.telemetry.monitor import Monitor, Sample
-from mptrain.telemetry.record import Record
+from mptrain.telemetry.spikes import Spikes
+from mptrain.validation import Validation, to_device
 
 NOTHING = nullcontext()
+OPTIONAL = ("monitor", "average", "spikes")  # of a checkpoint: begun anew where it holds none
+MOST_ROLLBACKS = 3  # to one checkpoint; skipping batches does not help where the model itself has diverged
+
+
+class Diverged(ValueError):
+    """Training cannot go on; what was saved is as it was."""
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """``batch_size``: samples a micro-batch; ``clip``: largest gradient norm, 0 for none; ``eval_every``: 0 = at the
-    end only; ``checkpointing``: recompute activations in backward; ``compile``: torch.compile the model."""
+    """``batch_size``: samples a micro-batch; ``accumulate``: micro-batches a step, of all ranks together; ``clip``:
+    largest gradient norm, 0 for none; ``eval_every``: 0 = at the end only; ``checkpointing``: recompute activations in
+    backward; ``compile``: torch.compile the model; ``max_skips_in_a_row`` ends a run that only skips; ``on_spike``: none,
+    or rollback to the newest checkpoint, to go on behind the batches of the spike."""
 
     max_steps: int = 60
     batch_size: int = 4
@@ -51,49 +66,21 @@ class TrainerConfig:
     eval_batches: int = 8
     checkpointing: bool = False
     compile: bool = False
+    max_skips_in_a_row: int = 100
+    on_spike: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "accumulate", "eval_batches"):
+        for name in ("max_steps", "batch_size", "accumulate", "eval_batches", "max_skips_in_a_row"):
             require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1")
         require(self.clip >= 0, "trainer.clip", self.clip, "a norm such as 1.0, or 0 for no clipping")
         require(self.eval_every >= 0, "trainer.eval_every", self.eval_every, "0 (at the end only) or more")
-
-
-class Data(Protocol):
-    def batch(self, step: int, *, micro: int, microbatches: int, batch_size: int, seed: int) -> dict[str, Tensor]: ...
-    def validation(self, batch_size: int, batches: int) -> Iterator[dict[str, Tensor]]: ...
-
-
-class Rates(Protocol):
-    def at(self, applied: int) -> float: ...
-
-
-class Averaged(Stateful, Protocol):
-    """A running average of the weights."""
-
-    def update(self) -> None: ...
-    def in_place(self) -> AbstractContextManager[None]: ...
-
-
-class Audits(Protocol):
-    """A context around the forward and backward of one step; ``result`` is None until then."""
-
-    @property
-    def result(self) -> Any: ...
-    def __enter__(self) -> Any: ...
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None: ...
-
-
-class Sink(Protocol):
-    def tick(self, step: int) -> None: ...
-    def metrics(self, step: int, values: dict[str, float]) -> None: ...
-    def event(self, event: dict[str, Any]) -> None: ...
-    def record(self, record: Record) -> None: ...
+        require(self.on_spike in ("none", "rollback"), "trainer.on_spike", self.on_spike, "none or rollback")
 
 
 class Trainer:
-    """Everything a run needs, handed in. ``run_model``: the model, or its compiled form. Without ``monitor`` nobody
-    watches the numerics."""
+    """Everything a run needs, handed in. ``wrapped``: what is called in the model's place (its DDP), ``run_model``: that
+    or its compiled form. Without ``monitor`` nobody watches the numerics. ``own``: parts of a checkpoint that differ by
+    rank."""
 
     def __init__(
         self,
@@ -109,7 +96,13 @@ class Trainer:
         throughput: Throughput,
         seed: int = 0,
         every: int = 10,
+        wrapped: nn.Module | None = None,
         run_model: nn.Module | None = None,
+        ranks: Ranks = ALONE,
+        share: Share | None = None,
+        own: dict[str, Stateful] | None = None,
+        watch: Watches | None = None,
+        masters_whole: bool = True,
         average: Averaged | None = None,
         drill: Drill | None = None,
         checkpoints: Checkpoints | None = None,
@@ -122,26 +115,32 @@ class Trainer:
         self.config, self.model, self.precision, self.optimizer = config, model, precision, optimizer
         self.schedule, self.data, self.sink, self.monitor, self.throughput = schedule, data, sink, monitor, throughput
         self.seed, self.every, self.about = seed, every, about or {}
-        self.run_model = model if run_model is None else run_model
+        self.wrapped = model if wrapped is None else wrapped
+        self.run_model = self.wrapped if run_model is None else run_model
+        self.ranks, self.share = ranks, share or Share(config.batch_size, config.accumulate)
+        self.own, self.watch, self.masters_whole = own or {}, watch, masters_whole
         self.average, self.drill = average, drill
         self.checkpoints, self.checkpoint_every = checkpoints, checkpoint_every
         self.flops_per_token, self.peak_flops_per_s = flops_per_token, peak_flops_per_s
         self.audit = audit
-        self.ledger = Ledger()
+        self.ledger, self.spikes = Ledger(), Spikes()
         self.device = precision.device
         self.step_number = 0
         self.interrupts = Interrupts()
+        self.stopping = False  # a rank was asked to, and all of them know
         self.losses: dict[int, float] = {}  # step -> mean training loss of its micro-batches, as read back
         self.final: dict[str, float] = {}
         self.memory = PeakMemory(self.device)
         self._pending: tuple[int, StepOutcome] | None = None
         self._unread: list[tuple[int, Tensor, float]] = []
         self._sampled: dict[str, float] = {}
+        self._spiked = False
+        self._rollbacks: list[int] = []  # the steps they went back to
 
     @property
     def stopped_early(self) -> bool:
-        """Did a signal end training?"""
-        return self.interrupts.stopped_by is not None
+        """Did a signal end training? With several ranks, one that all of them have heard of."""
+        return self.stopping if self.ranks.size > 1 else self.interrupts.stopped_by is not None
 
     def fit(self, until: int | None = None) -> None:
         """Train to ``max_steps`` (or ``until``), evaluate, save. SIGINT or SIGTERM: finish the step, save, return."""
@@ -152,16 +151,22 @@ class Trainer:
         with self.interrupts.handled():
             while self.step_number < last and not self.stopped_early:
                 self.step()
+                if self._spiked:
+                    self._roll_back()
                 done = self.step_number
                 if self.config.eval_every and done % self.config.eval_every == 0 and done < last:
+                    self._at("evaluating")
                     self.sink.metrics(done, self.evaluate())
                 if self.checkpoint_every and done % self.checkpoint_every == 0:
                     self.save()
                     saved = done
             self._flush()
-            if self.checkpoints is not None and saved != self.step_number:
-                self.save()
+            if self.checkpoints is not None:
+                if saved != self.step_number:
+                    self.save()
+                self.checkpoints.wait()
             if not self.stopped_early and until is None:
+                self._at("evaluating")
                 self.final = self.evaluate(masters=self.precision.policy.name != "fp32")
                 self.sink.metrics(self.step_number, self.final)
         self.memory.end(self.model, self.optimizer)
@@ -176,14 +181,16 @@ class Trainer:
         with self._around(step):
             audited = self.audit is not None and self.audit.result is None
             seen = watching is not None and watching.recording
-            loss = self._audited() if audited else self._gradients(self.model if seen else self.run_model)
+            loss = self._audited() if audited else self._gradients(self.wrapped if seen else self.run_model)
         self._settle()
         rate = self.schedule.at(self.ledger.applied)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if watching:
             watching.see_gradients()
-        outcome = self.precision.step(self.optimizer, self.config.clip)
+        self._draw(self.share.size * self.share.accumulate)
+        self._at("waiting for the others' gradients")
+        outcome = self.precision.step(self.optimizer, self.config.clip, stop=self.interrupts.stopped_by is not None)
         if watching:
             sample = watching.end_step(step, self.optimizer, outcome)
         self.optimizer.zero_grad(set_to_none=True)
@@ -216,35 +223,48 @@ class Trainer:
 
     def _gradients(self, model: nn.Module) -> Tensor:
         """Forward and backward of every micro-batch; the mean loss (0-dim, on the device)."""
-        n = self.config.accumulate
+        share = self.share
+        n = share.accumulate
+        alone = getattr(model, "no_sync", nullcontext)  # DDP's: gradients are summed once, with the last micro-batch
         total: Tensor | None = None
         for micro in range(n):
+            self._at(f"in micro-batch {micro}")
             batch = self.data.batch(
-                self.step_number, micro=micro, microbatches=n, batch_size=self.config.batch_size, seed=self.seed
-            )
-            with self.precision.forward():
-                loss = model(**self._to_device(batch))
-            if n > 1:
-                loss = loss / n
-            self.precision.backward(loss)
+                self.step_number + self.ledger.skipped_batches, micro=micro, microbatches=n,
+                batch_size=share.batch_size, seed=self.seed, rank=share.rank, world_size=share.size,
+            )  # fmt: skip
+            self._draw(micro * share.size + share.rank)
+            with alone() if micro < n - 1 else NOTHING:
+                with self.precision.forward():
+                    loss = model(**to_device(batch, self.device))
+                if n > 1:
+                    loss = loss / n
+                self.precision.backward(loss)
             detached = loss.detach()
             total = detached if total is None else total + detached
         assert total is not None
         return total
 
+    def _draw(self, turn: int) -> None:
+        """Random numbers are a function of (seed, step, turn), as the data is: of the micro-batch for dropout, wherever
+        it runs, of the step for the optimizer's rounding, on all ranks alike. A checkpoint need not hold them."""
+        number = zlib.crc32(f"{self.seed} {self.step_number + self.ledger.skipped_batches} {turn}".encode())
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)
+        torch.default_generator.manual_seed(number)
+
+    def _at(self, doing: str) -> None:
+        if self.watch is not None:
+            self.watch.at(self.step_number + 1, doing)
+
     def _audited(self) -> Tensor:
         """The first gradients of this process, watched product by product; MFU goes by the formats that ran."""
         assert self.audit is not None
         with self.audit:
-            loss = self._gradients(self.model)
+            loss = self._gradients(self.wrapped)
         peak = weighted_rate(peaks(self.device), self.audit.result.coverage)
-        self.peak_flops_per_s = peak * 1e12 if peak else self.peak_flops_per_s
+        self.peak_flops_per_s = peak * 1e12 * self.ranks.size if peak else self.peak_flops_per_s
         return loss
-
-    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.device.type == "cpu":
-            return batch
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _settle(self) -> None:
         """Resolve the step before: its ledger entry, its events. The scheduler goes by ``ledger.applied``."""
@@ -259,6 +279,14 @@ class Trainer:
             self.average.update()
         if self.monitor is not None:
             self.monitor.suspect(step, record)
+        if record.stop:
+            self.stopping = True
+            self.interrupts.stopped_by = self.interrupts.stopped_by or signal.SIGTERM  # another rank's
+        if self.ledger.skipped_in_a_row >= self.config.max_skips_in_a_row:
+            raise Diverged(
+                f"{self.ledger.skipped_in_a_row} steps skipped in a row ({record.reason}), which is "
+                "trainer.max_skips_in_a_row: lower optim.lr, or use precision=bf16; checkpoints are as they were"
+            )
 
     def _flush(self) -> None:
         """Read back what has gathered on the device and hand it to the sinks: one row a step, meters on the last."""
@@ -266,14 +294,15 @@ class Trainer:
         self._settle()
         if not self._unread:
             return
-        values = torch.stack([loss.float() for _, loss, _ in self._unread]).tolist()
-        *earlier, last = list(zip(self._unread, values, strict=True))
-        for (step, _, rate), value in earlier:
-            self.losses[step] = value
-            self.sink.metrics(step, {"train/loss_step": value, "train/lr": rate})
-        (step, _, rate), value = last
-        self.losses[step] = value
+        unread = torch.stack([loss.float() for _, loss, _ in self._unread])
+        values = (self.ranks.sum(unread) / self.ranks.size).tolist()
+        steps, rates = [step for step, _, _ in self._unread], [rate for *_, rate in self._unread]
         self._unread.clear()
+        self.losses |= dict(zip(steps, values, strict=True))
+        for step, value, rate in zip(steps[:-1], values, rates, strict=False):
+            self.sink.metrics(step, {"train/loss_step": value, "train/lr": rate})
+        step, value, rate = steps[-1], values[-1], rates[-1]
+        self._look_for_spikes(steps, values)
         row = {"train/loss": value, "train/loss_step": value, "train/lr": rate}
         if outcome is not None:
             row["train/grad_norm"] = outcome.grad_norm
@@ -293,31 +322,15 @@ class Trainer:
         return row
 
     def evaluate(self, *, masters: bool = False) -> dict[str, float]:
-        """What the model is judged by (loss in nats, accuracy) with the policy on; ``masters``: also of the FP32
-        weights with it off."""
+        """What the model is judged by with the policy on; ``masters``: also of the FP32 weights with it off."""
         self._settle()
-        self.model.eval()
-        row = self._validate("")
-        if masters:
-            row |= self._validate("_masters", policy_on=False)
-        if self.average is not None:
-            with self.average.in_place():
-                row |= self._validate("_average")
-        self.model.train()
-        return row
-
-    def _validate(self, suffix: str, *, policy_on: bool = True) -> dict[str, float]:
-        """Means over the validation batches, as ``val/NAME`` + ``suffix``: the loss, or what the model measures."""
-        measure = getattr(self.model, "measure", lambda **batch: {"loss": self.run_model(**batch)})
-        found: list[dict[str, Tensor]] = []
-        for batch in self.data.validation(self.config.batch_size, self.config.eval_batches):
-            with self.precision.evaluating(policy_on=policy_on):
-                found.append(measure(**self._to_device(batch)))
-        means = {name: torch.stack([values[name].float() for values in found]).mean() for name in found[0]}
-        return {f"val/{name}{suffix}": float(mean) for name, mean in means.items()}
+        judge = Validation(self.model, self.run_model, self.precision, self.data, self.ranks, self.share)
+        sizes = self.config.batch_size, self.config.eval_batches
+        return judge(*sizes, masters=masters and self.masters_whole, average=self.average)
 
     def parts(self) -> dict[str, Stateful]:
-        """What a checkpoint holds. The data's position is the step: its order is a function of (seed, step)."""
+        """What a checkpoint holds. The data's position is the step: its order, like that of random numbers, is a function
+        of (seed, step)."""
         parts: dict[str, Stateful | None] = {
             "model": self.model,
             "optimizer": self.optimizer,
@@ -325,25 +338,55 @@ class Trainer:
             "ledger": self.ledger,
             "monitor": self.monitor,
             "average": self.average,
-            "rng": Rng(),
+            "spikes": self.spikes,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
     def save(self) -> None:
         """Write a checkpoint of the state after the last step."""
         assert self.checkpoints is not None, "save() needs checkpoints"
-        self._settle()
+        self._flush()  # what is told of a step is on disk before the step is
+        if self._spiked:
+            return
+        self._at("saving")
         about = {**self.about, "step": self.step_number}
-        self.checkpoints.save(self.step_number, self.parts(), about)
+        self.checkpoints.save(self.step_number, self.parts(), about, self.own)
 
-    def load(self, state: dict[str, Any], step: int) -> None:
-        """Continue from the state of :func:`mptrain.checkpoint.load`. ValueError if it is of another model."""
-        for name, part in self.parts().items():
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint. ValueError if it is damaged or of another model."""
+        state = load(path, self.device, self.ranks, sharded_as(self.model, self.optimizer))
+        for name, part in {**self.parts(), **self.own}.items():
             try:
-                part.load_state_dict(state.get(name, {}) if name in ("monitor", "average") else state[name])
+                part.load_state_dict(state.get(name, {}) if name in OPTIONAL or name in self.own else state[name])
             except (RuntimeError, KeyError, ValueError) as error:
                 first = str(error).splitlines()[0]
                 raise ValueError(
                     f"the checkpoint's {name} does not fit this run ({first}): use the model and optim it was made with"
                 ) from error
-        self.step_number = step
+        self.step_number = int(read_about(path)["step"])
+
+    def _look_for_spikes(self, steps: list[int], values: list[float]) -> None:
+        first = self.spikes.first(values)
+        if first is not None:
+            text = f"the loss is {values[first]:.4g} where {self.spikes.usual:.4g} was usual"
+            self.sink.event(alarm(steps[first], text))
+            self._spiked = self.config.on_spike == "rollback"
+
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint and on behind the batches that were seen since."""
+        assert self.checkpoints is not None, "on_spike=rollback needs checkpoints"
+        self._spiked = False
+        self.checkpoints.wait()
+        path, here = self.checkpoints.newest(), self.step_number
+        if path is None:
+            raise Diverged("the loss spiked, and there is no checkpoint yet to go back to: lower checkpoint.every")
+        skipped, rollbacks = self.ledger.skipped_batches, self.ledger.rollbacks
+        self.resume(path)
+        self._pending = None
+        self._rollbacks.append(self.step_number)
+        if self._rollbacks[-MOST_ROLLBACKS - 1 :].count(self.step_number) > MOST_ROLLBACKS:
+            raise Diverged(
+                f"the loss spiked again after {MOST_ROLLBACKS} rollbacks to step {self.step_number}: lower optim.lr, or "
+                "use precision=bf16; checkpoints are as they were"
+            )
+        self.sink.event(self.ledger.roll_back(here, self.step_number, skipped, rollbacks))

@@ -106,3 +106,14 @@ def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: its shard of a DTensor, a plain one itself (DTensor takes 1 s to import)."""
     held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return held
+
+
+def like(held: Tensor, model: Tensor) -> Tensor:
+    """``held``, this rank's part, as a tensor sharded like ``model``; itself if that one is plain."""
+    if not hasattr(model, "placements"):
+        return held
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        held, model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
+    )

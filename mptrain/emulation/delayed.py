@@ -59,7 +59,7 @@ class DelayedScaling:
     def warm(self, slot: int, amax: Tensor) -> Tensor:
         """First use of an empty history: the scale of the current amax (FP32 0-dim), kept for this micro-batch."""
         fmt = self._config.format_of(self._slots[slot][1])
-        self.scale[slot] = current_scale(amax, fmt, self._config.margin)
+        self.scale[slot] = current_scale(self._agree(amax), fmt, self._config.margin)
         return self.scale[slot]
 
     def state_dict(self) -> dict[str, Tensor]:

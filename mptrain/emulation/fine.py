@@ -97,7 +97,7 @@ class FineLinear(EmulatedLinear):
     quantizers: FineQuantizers
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _quantized(self, input: Tensor) -> Tensor:
-        arguments = input, self.weight, self.bias, self.quantizers, torch.is_grad_enabled()
+    def _quantized(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        arguments = input, weight, bias, self.quantizers, torch.is_grad_enabled()
         out: Tensor = _FineLinear.apply(*arguments)  # type: ignore[no-untyped-call]
         return out

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mptrain import kernels
+from mptrain.distributed.tensor import on_shards
 from mptrain.emulation.delayed import DelayedScaling
 from mptrain.emulation.gemm import scaled_mm
 from mptrain.kernels.counters import Counters
@@ -62,7 +63,7 @@ class Quantizers(Operands):
         booked = self._booked(role)
         sums = books.row(slot) if booked else {}
         if self._delayed is None:
-            amax = kernels.amax(x)
+            amax = books.share(kernels.amax(x))
             scale = kernels.current_scale(amax, fmt, self.config.margin)
             first, second = self._cast(x, role, scale, None, sums)
         else:
@@ -152,13 +153,12 @@ class EmulatedLinear(nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         with torch.autocast(input.device.type, enabled=False):  # an FP32 carrier must stay FP32
-            out: Tensor = self._quantized(input)
-        return out
+            return on_shards(self, input, self._quantized)
 
     # A graph break: the books (counts, amaxes, scales) change in place, in backward too, behind a compiler's back.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _quantized(self, input: Tensor) -> Tensor:
-        out: Tensor = _Linear.apply(input, self.weight, self.bias, self.quantizers)  # type: ignore[no-untyped-call]
+    def _quantized(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = _Linear.apply(input, weight, bias, self.quantizers)  # type: ignore[no-untyped-call]
         return out
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ of these sums exist from the beginning of a sampled step to :meth:`Counters.take
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,14 @@ SUMS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {  # what one pass over a
     "errors": ((2,), torch.float64),
     "blocks": ((2, 256), torch.int64),
 }
+
+
+def _own(amax: Tensor) -> Tensor:
+    return amax
+
+
+def _nowhere(layer: str, role: str) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,9 @@ class Counters:
     operands that a saturating cast would hide: a fault there skips the step; the others, seen on sampled steps only,
     explain a skip and never cause one, or watching a run would change it. ``quiet`` is set in evaluation: then backends
     neither count, nor stage, nor report. ``bypassed``: converted layers run as plain FP32 layers. ``order``: the place
-    of each layer in the model.
+    of each layer in the model. ``held_elsewhere``: of (layer, role), does another rank
+    hold the same and count it? Such rows are ``muted`` here. ``share``: MAX over the
+    ranks that hold parts of one operand, so that tensor-parallel ones have the scale of the whole.
     """
 
     def __init__(self) -> None:
@@ -67,6 +77,9 @@ class Counters:
         self.samples = 0
         self.decisive = 0
         self.order: dict[str, int] = {}
+        self.held_elsewhere: Callable[[str, str], bool] = _nowhere
+        self.muted: set[int] = set()
+        self.share: Callable[[Tensor], Tensor] = _own
         self.sums: dict[str, Tensor] = {}
         self._noted: set[int] = set()
         self.allocate(torch.device("cpu"))
@@ -80,6 +93,7 @@ class Counters:
     def allocate(self, device: torch.device) -> None:
         """The small tables, anew, for the rows added so far."""
         n = len(self.slots)
+        self.muted = {index for index, slot in enumerate(self.slots) if self.held_elsewhere(*slot)}
         self.device = device
         self.amax = torch.zeros(n, dtype=torch.float32, device=device)
         self.last_amax = self.amax
@@ -104,7 +118,11 @@ class Counters:
 
         A backend casts a weight in every micro-batch of a step; it is counted in the first.
         """
-        if not self.counting or (self.micro and slot < self.decisive and self.slots[slot][1] == "weight"):
+        if (
+            not self.counting
+            or slot in self.muted
+            or (self.micro and slot < self.decisive and self.slots[slot][1] == "weight")
+        ):
             return {}
         return {name: self.sums[name][slot] for name in ("counts", "histogram") if name in self.sums}
 

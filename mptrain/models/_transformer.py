@@ -55,12 +55,13 @@ class Transformer(nn.Module):
         """
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=residual_std if name.endswith((".out", ".down")) else INIT_STD)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+            if isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 module.reset_parameters()
+            elif weight is not None and weight.ndim == 2:  # a product's, whoever's kernels compute it, or an embedding
+                nn.init.normal_(weight, std=residual_std if name.endswith((".out", ".down")) else INIT_STD)
+                if bias is not None:
+                    nn.init.zeros_(bias)
 
     def encode(self, x: Tensor, *shared: Tensor) -> Tensor:
         """Run ``x`` [B, T, n_embd] through blocks and norm.

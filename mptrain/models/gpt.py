@@ -13,6 +13,12 @@ from mptrain.models._decoder import Decoder, require_vocabulary
 from mptrain.models._transformer import require_heads, require_positive
 
 INPUT = "tokens"
+TENSOR_PARALLEL = {  # the two products that end a branch sum over what the ones before them made
+    "blocks.*.attention.qkv": "columns",
+    "blocks.*.attention.out": "rows",
+    "blocks.*.mlp.up": "columns",
+    "blocks.*.mlp.down": "rows",
+}
 
 
 @dataclass(frozen=True)

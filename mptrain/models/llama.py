@@ -12,6 +12,13 @@ from mptrain.models._decoder import Decoder, require_vocabulary
 from mptrain.models._transformer import require_positive
 
 INPUT = "tokens"
+TENSOR_PARALLEL = {
+    "blocks.*.attention.[qkv]": "columns",
+    "blocks.*.attention.out": "rows",
+    "blocks.*.mlp.gate": "columns",
+    "blocks.*.mlp.up": "columns",
+    "blocks.*.mlp.down": "rows",
+}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class Ledger:
 
     ``unchanged``: steps since a weight moved. Skipped steps move none; of applied ones only those that
     :meth:`observe` was told of are known, and between two of them nothing is assumed to have changed.
+    ``skipped_batches``: steps' worth of data left out by ``rollbacks`` so far; the data goes by step + skipped_batches.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class Ledger:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.unchanged = 0
+        self.skipped_batches = self.rollbacks = 0
         self._moving = True
 
     def record(self, step: int, outcome: StepRecord) -> list[Event]:
@@ -62,6 +64,12 @@ class Ledger:
         """What a sampled applied step saw, before it is recorded: did any weight change?"""
         self._moving = moved
 
+    def roll_back(self, step: int, to: int, skipped_batches: int, rollbacks: int) -> Event:
+        """Enter a return from ``step`` to ``to``; the last two are the counts before it, which outlive it."""
+        self.skipped_batches, self.rollbacks = skipped_batches + step - to, rollbacks + 1
+        text = f"went back to step {to} and left out the batches of {step - to} steps"
+        return {"event": "rollback", "step": step, "to": to, "skipped_batches": step - to, "reason": text}
+
     def state_dict(self) -> dict[str, int]:
         return {
             "applied": self.applied,
@@ -69,11 +77,14 @@ class Ledger:
             "skipped_in_a_row": self.skipped_in_a_row,
             "unchanged": self.unchanged,
             "moving": int(self._moving),
+            "skipped_batches": self.skipped_batches,
+            "rollbacks": self.rollbacks,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.applied, self.skipped = state["applied"], state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.skipped_batches, self.rollbacks = state.get("skipped_batches", 0), state.get("rollbacks", 0)
         self.unchanged, self._moving = state.get("unchanged", 0), bool(state.get("moving", 1))
 
 

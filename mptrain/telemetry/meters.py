@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mptrain import kernels
+from mptrain.distributed import local
 
 GIB = 2**30
 MEMORY_STEP = 1  # the second step: optimizer state exists, and warm-up is not over
@@ -98,7 +99,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not hasattr(leaf, "placements"):  # the parts of a sharded one come by here
                 self._track(leaf, "workspace")
         return out
 
@@ -151,7 +152,7 @@ class PeakMemory:
             return
         self.peak_gib = torch.cuda.max_memory_allocated(self._device) / GIB
         sizes = {role: sum(t.nbytes for t in tensors) / GIB for role, tensors in resident(model, optimizer).items()}
-        sizes["gradients"] = sum(p.nbytes for p in model.parameters() if p.requires_grad) / GIB
+        sizes["gradients"] = sum(local(p.detach()).nbytes for p in model.parameters() if p.requires_grad) / GIB
         self.roles_gib = sizes | {"activations and workspace": max(0.0, self.peak_gib - sum(sizes.values()))}
 
     def due(self, steps_done: int) -> bool:
@@ -169,7 +170,7 @@ class PeakMemory:
 
         def accumulated(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                meter.claim(parameter.grad, "gradients")
+                meter.claim(local(parameter.grad), "gradients")
 
         trained = [p for p in model.parameters() if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(accumulated) for p in trained]  # type: ignore[no-untyped-call]
@@ -186,5 +187,6 @@ class PeakMemory:
 def resident(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
     """What lives from step to step, by role."""
     state = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return {"weights": [*model.parameters(), *model.buffers()], "gradients": gradients, "moments": state}
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    weights = [local(p.detach()) for p in model.parameters()]
+    return {"weights": [*weights, *model.buffers()], "gradients": gradients, "moments": state}

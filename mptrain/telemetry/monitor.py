@@ -68,7 +68,8 @@ class Monitor:
 
     def __init__(self, model: nn.Module, precision: Precision, config: TelemetryConfig, last_step: int) -> None:
         self._counters, self._config, self._last = precision.counters, config, last_step
-        self._observer = Observer(model, precision.counters, precision.policy)
+        self._ranks = precision.ranks
+        self._observer = Observer(model, precision.counters, precision.policy, self._ranks)
         self._suspicious, self._watched = False, 0
         self.recording = False
         self._loud: set[tuple[str, str, str]] = set()
@@ -104,19 +105,21 @@ class Monitor:
         """After ``precision.step``: see the updates, read everything back."""
         counters, observer = self._counters, self._observer
         if not self.recording:
-            counted = counters.take()["counts"].cpu()
+            counted = self._ranks.sum(counters.take()["counts"]).cpu()
             self.totals += counted
             return Sample(None, summarize(counted), self._alarms(step, counted), None)
-        amax, result = counters.last_amax.cpu(), outcome.read()
+        amax, result = self._ranks.max(counters.last_amax).cpu(), outcome.read()
         if result.applied:
             observer.see_updates(optimizer)
-        tables = {name: table.cpu() for name, table in counters.take().items()}
+        tables = {name: self._ranks.sum(table).cpu() for name, table in counters.take().items()}
         self._count_the_uncast(tables)
         self.totals += tables["counts"]
         for name, states in observer.extra.items():
             shape = next(iter(states.values())).shape
-            tables[name] = torch.stack([states.get(row, torch.zeros(shape)).cpu() for row in range(len(amax))])
-        tables |= {"amax": amax, "scale": counters.scale.cpu(), "lost": observer.lost.cpu()}
+            held = torch.stack([states.get(row, torch.zeros(shape)) for row in range(len(amax))])
+            tables[name] = self._ranks.sum(held).cpu()
+        scale = 1 / self._ranks.max(1 / counters.scale)  # of the largest amax
+        tables |= {"amax": amax, "scale": scale.cpu(), "lost": self._ranks.sum(observer.lost).cpu()}
         record = Record(step, {"loss_scale": result.scale, "applied": result.applied}, self._rows, tables)
         moved = self._moved(optimizer, tables["lost"]) if result.applied else None
         return Sample(record, self._metrics(record), self._alarms(step, tables["counts"]), moved)

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mptrain import kernels
 from mptrain.convert import parameter_names
+from mptrain.distributed import ALONE, Ranks, local
 from mptrain.formats import Format
 from mptrain.kernels.adamw import updates
 from mptrain.kernels.counters import OPERANDS, Counters
@@ -37,8 +38,9 @@ class Observer:
     :data:`LOST`: coordinates that were asked to move and those that would not under each way to store weights.
     """
 
-    def __init__(self, model: nn.Module, counters: Counters, policy: PrecisionPolicy) -> None:
-        self._model, self._counters = model, counters
+    def __init__(self, model: nn.Module, counters: Counters, policy: PrecisionPolicy, ranks: Ranks = ALONE) -> None:
+        self._model, self._counters, self._ranks = model, counters, ranks
+        self._sharded = any(hasattr(parameter, "placements") for parameter in model.parameters())
         self._handles: list[RemovableHandle] = []
         self._extra = [statistic for statistic in STATISTICS.values() if not statistic.fused]
         self.extra: dict[str, dict[int, Tensor]] = {}
@@ -95,7 +97,7 @@ class Observer:
         if books.quiet or books.replaying or books.bypassed:
             return
         self._see(args[0], rows["input"])
-        if not books.micro:
+        if not books.micro and not self._sharded:  # those are seen in FP32, each rank its part
             self._see(layer.weight, rows["weight"])  # type: ignore[arg-type]
         self._see(out, rows["output"])
         if out.requires_grad:
@@ -103,7 +105,10 @@ class Observer:
 
     def _see(self, x: Tensor, slot: int) -> None:
         """Add one tensor to its row. A hook of autograd too: it returns nothing, so gradients stay as they are."""
-        x = x.detach()
+        if slot not in self._counters.muted:
+            self._add_to(local(x.detach()), slot)
+
+    def _add_to(self, x: Tensor, slot: int) -> None:
         if self._extra:
             self._measure(x, slot)
         if slot < self._booked:
@@ -135,17 +140,21 @@ class Observer:
     def see_gradients(self) -> None:
         """After the last micro-batch, before anything is unscaled or clipped."""
         for parameter, rows in self._parameters:
-            if not self._is_multiplied(rows["weight"]):
-                self._see(parameter, rows["weight"])
+            if not self._ranks.counts(parameter):
+                continue
+            if self._sharded or not self._is_multiplied(rows["weight"]):
+                self._add_to(local(parameter.detach()), rows["weight"])
             if parameter.grad is not None:
-                self._see(parameter.grad, rows["grad_weight"])
+                self._add_to(local(parameter.grad), rows["grad_weight"])
 
     @torch.no_grad()
     def see_updates(self, optimizer: Optimizer) -> None:
         """After an applied step. Optimizers that keep no Adam moments leave these rows empty."""
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         moments_of = getattr(optimizer, "moments", None)  # those that keep them in other ways than torch say so
-        states = [(parameter, rows, optimizer.state.get(parameter, {})) for parameter, rows in self._parameters]
+        shards = getattr(optimizer, "shards", {})
+        mine = [(shards.get(p, p), rows) for p, rows in self._parameters if self._ranks.counts(p)]
+        states = [(parameter, rows, optimizer.state.get(parameter, {})) for parameter, rows in mine]
         states = [known for known in states if "step" in known[2] and (moments_of or "exp_avg" in known[2])]
         counted = torch.stack([torch.as_tensor(state["step"]) for *_, state in states]).tolist() if states else []
         for (parameter, rows, state), step in zip(states, counted, strict=True):

@@ -29,7 +29,7 @@ def steps_with_a_bad_rank(rank, policy, where):
     model = toy()
     precision = Precision(policy, ranks=world).prepare(model)
     wrapped = DistributedDataParallel(model)
-    look_and_send(wrapped, parameter_names(model), precision.unreduced, plain)
+    look_and_send(wrapped, parameter_names(model), precision.unreduced, plain())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     generator = torch.Generator().manual_seed(rank)
     records = []

@@ -1,0 +1,156 @@
+"""A prepared model, cut up and wrapped for its ranks: DDP, FSDP2's ``fully_shard``, tensor parallel by DTensor plans.
+
+The precision is that of one process. FSDP keeps FP32 shards and gathers each weight in the format its product takes it
+in; norms and embeddings, which autocast runs in FP32, are gathered in FP32, in a group of their own beside each block's.
+(The weight of an FP8 layer is rounded to BF16 on the way: dist.gather=fp32 keeps it as it is.) Gradients are summed in
+``precision.reduce``, FP32 by default; so are the partial sums of a tensor-parallel product.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from mptrain.convert import parameter_names
+from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS, DistConfig
+from mptrain.distributed.reduction import NotedReduceScatter, Send, look_and_send, plain
+
+COLUMNS, ROWS = "columns", "rows"  # of a product's weight as it is applied: what is cut is the output, or the input
+
+
+class _Rows(RowwiseParallel):
+    """Partial sums are added in FP32 and rounded once."""
+
+    @staticmethod
+    def _prepare_output_fn(layouts: Any, local: bool, layer: Any, out: Any, mesh: Any) -> Any:
+        whole = out.float().redistribute(placements=layouts).to(out.dtype)
+        return whole.to_local() if local else whole
+
+
+def split_products(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[str, str]:
+    """Tensor parallelism: each linear layer that ``plan`` names (a glob -> columns or rows) is cut along that dimension.
+
+    Returns layer -> how. ValueError if a size does not divide.
+    """
+    parts = mesh.size()
+    found: dict[str, str] = {}
+    styles: dict[str, ParallelStyle] = {}
+    for name, layer in model.named_modules():
+        how = next((how for glob, how in plan.items() if fnmatch.fnmatchcase(name, glob)), None)
+        if how is None or not isinstance(layer, nn.Linear):
+            continue
+        size = layer.out_features if how == COLUMNS else layer.in_features
+        if size % parts:
+            raise ValueError(f"dist.tp={parts} does not divide the {size} {how} of {name}: choose a divisor")
+        found[name] = how
+        styles[name] = ColwiseParallel() if how == COLUMNS else _Rows()
+    if not found:
+        raise ValueError(f"dist.tp={parts}: this model has no plan for tensor parallelism (gpt and llama have)")
+    parallelize_module(model, mesh, styles)
+    return found
+
+
+def shard(
+    model: nn.Module, mesh: DeviceMesh, config: DistConfig, compute: torch.dtype, reduce: torch.dtype
+) -> dict[str, FSDPModule]:
+    """FSDP2 on ``model`` in place, a group for each block, the head and the rest; returns the groups by name."""
+    gathered = None if config.gather == "fp32" or compute is torch.float32 else compute
+    narrow = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduce, cast_forward_inputs=False)
+    wide = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+    groups: dict[str, FSDPModule] = {}
+    for name, block in model.named_children():
+        if name == "blocks":
+            for number, part in enumerate(block.children()):
+                if gathered is not None:
+                    fully_shard(_uncast(part), mesh=mesh, mp_policy=wide)
+                groups[f"{name}.{number}"] = fully_shard(part, mesh=mesh, mp_policy=narrow)
+    head = getattr(model, "head", None)
+    tied = head is not None and any(m is not head and _holds(m, head.weight) for m in model.modules())
+    if isinstance(head, nn.Linear) and not tied:
+        groups["head"] = fully_shard(head, mesh=mesh, mp_policy=narrow)
+    groups[""] = fully_shard(model, mesh=mesh, mp_policy=wide)
+    if hasattr(model, "measure"):
+        register_fsdp_forward_method(model, "measure")
+    return groups
+
+
+def _uncast(block: nn.Module) -> list[nn.Module]:
+    """The modules with parameters of their own that autocast does not cast: norms, embeddings."""
+    return [m for m in block.modules() if m._parameters and not isinstance(m, nn.Linear)]
+
+
+def _holds(module: nn.Module, parameter: Any) -> bool:
+    return any(own is parameter for own in module._parameters.values())
+
+
+def replicate(
+    model: nn.Module, mesh: DeviceMesh, unreduced: dict[str, Tensor], send: Send | None
+) -> DistributedDataParallel:
+    """DDP around ``model``; ``send``: how gradients are summed, plainly by default."""
+    group = mesh[REPLICAS].get_group()
+    wrapped = DistributedDataParallel(
+        model, process_group=group, static_graph=True, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
+    look_and_send(wrapped, parameter_names(model), unreduced, send or plain(group))
+    return wrapped
+
+
+def note_reductions(groups: Mapping[str, FSDPModule], unreduced: dict[str, Tensor]) -> None:
+    """Have each FSDP group note the norm of what this rank adds to its gradients, under the group's name."""
+    for name, group in groups.items():
+        group.set_custom_reduce_scatter(NotedReduceScatter(name, unreduced))
+
+
+def materialize(model: nn.Module, device: torch.device, initialize: Callable[[], None]) -> None:
+    """Put a model that is on meta on its device, shard by shard, with the weights one process would draw."""
+    model.to_empty(device=device)
+    with _DrawnWhole():
+        initialize()
+
+
+class _DrawnWhole(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Random numbers for a sharded tensor are drawn for all of it, on the CPU as for one process, and the shard kept.
+
+    One whole parameter is in memory at a time.
+    """
+
+    DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self.DRAWS:
+            return func(*args, **(kwargs or {}))
+        target = args[0]
+        whole = torch.empty(target.shape, dtype=target.dtype)
+        func(whole, *args[1:], **(kwargs or {}))
+        if hasattr(target, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+
+            shard = distribute_tensor(
+                whole.to(target.to_local().device), target.device_mesh, target.placements, src_data_rank=None
+            )
+            target.to_local().copy_(shard.to_local())
+        else:
+            target.copy_(whole)
+        return target
+
+
+def held_elsewhere(layers: Mapping[str, str], mesh: DeviceMesh) -> Callable[[str, str], bool]:
+    """Of an operand (layer, role): does another rank hold the same, and count it? ``layers``: those that are cut up."""
+    first_part = mesh[PARTS].get_local_rank() == 0
+    first_copy = mesh[REPLICAS].get_local_rank() == 0 and mesh[SHARDS].get_local_rank() == 0
+    whole = {COLUMNS: ("input",), ROWS: ("output", "grad_output")}  # of a layer that is cut up
+
+    def elsewhere(layer: str, role: str) -> bool:
+        how = layers.get(layer)
+        counted = first_part or (how is not None and role not in whole[how])
+        return not counted or (role == "weight" and not first_copy)
+
+    return elsewhere
