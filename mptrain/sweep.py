@@ -35,7 +35,7 @@ from mptrain.baseline import FEW_STEPS, object_in
 from mptrain.checkpoint import Checkpoints
 from mptrain.config import RunConfig
 from mptrain.folder import claim
-from mptrain.identity import job_mark, short_hash
+from mptrain.identity import JOB_LOCK, job_mark, short_hash
 from mptrain.report import runs, watch
 from mptrain.report.compare import compare
 from mptrain.report.comparison import Status
@@ -268,7 +268,7 @@ def _fail(folder: Path, error: Exception) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a job: a second one with the same settings waits and finds it done."""
-    with _locked(folder / ".job.lock"):
+    with _locked(folder / JOB_LOCK):
         yield
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mptrain.baseline import object_in
-from mptrain.identity import FILE, LOCK
+from mptrain.identity import FILE, JOB_LOCK, LOCK
 from mptrain.report.comparison import Status
 
 Floats = npt.NDArray[np.float64]
@@ -144,8 +144,10 @@ def _status(folder: Path, config: dict[str, Any], summary: dict[str, Any], step:
         return Status.running, f"at step {step} of {whole or '?'}{_age(folder)}"
     if failed:
         return Status.failed, str(failed)
+    if [mark for mark in MARKS if (folder / mark).exists()] == ["job.json"]:
+        return Status.stopped, "never began: start the sweep again"
     if not whole:
-        return (Status.running, "waiting") if (folder / "job.json").exists() else (Status.unreadable, _damage(folder))
+        return Status.unreadable, _damage(folder)
     if (folder / "summary.json").exists() and not summary:
         return Status.unreadable, "summary.json is torn"
     continued = f"run_dir={folder} resume=auto continues it" if (folder / "checkpoints").exists() else "start it again"
@@ -174,9 +176,13 @@ def _age(folder: Path) -> str:
 
 
 def in_use(folder: Path) -> bool:
-    """Is a process at work on the run in ``folder``?"""
+    """Is a process at work on the run in ``folder``, or preparing it as a job of a sweep?"""
+    return _is_held(folder / LOCK) or _is_held(folder / JOB_LOCK)
+
+
+def _is_held(lock: Path) -> bool:
     try:
-        with (folder / LOCK).open() as file:
+        with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
