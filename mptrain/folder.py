@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from mptrain import identity
 from mptrain.config import RunConfig
+from mptrain.files import write_whole
 from mptrain.settings import to_plain
 
 LOCK = identity.LOCK
@@ -27,7 +28,7 @@ def folder_of(config: RunConfig, *, resumed: bool) -> tuple[Path, TextIO]:
     try:
         folder = _made(config, resumed)
         held = claim(folder)
-        (folder / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n")
+        write_whole(folder / "config.json", json.dumps(to_plain(config), indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"{setting} cannot be written ({error.strerror}): choose another folder") from error
     return folder, held
@@ -71,7 +72,7 @@ def describe(folder: Path, about: dict[str, Any]) -> None:
     """Write ``run.json``. A resumed run keeps the one of its beginning."""
     path = folder / identity.FILE
     if not path.exists():
-        path.write_text(json.dumps(about, indent=2) + "\n")
+        write_whole(path, json.dumps(about, indent=2) + "\n")
 
 
 def discard(folder: Path) -> None:

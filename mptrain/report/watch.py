@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mptrain.baseline import object_in
+from mptrain.files import object_in
 from mptrain.report.compare import NothingToCompare
 from mptrain.report.comparison import Status
 from mptrain.report.runs import Run, expand, glance, in_use, is_run
