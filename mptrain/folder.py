@@ -16,8 +16,6 @@ from mptrain.config import RunConfig
 from mptrain.files import write_whole
 from mptrain.settings import to_plain
 
-LOCK = identity.LOCK
-
 
 def folder_of(config: RunConfig, *, resumed: bool) -> tuple[Path, TextIO]:
     """Make the run's folder, claim it and write ``config.json`` into it; returns the folder and what holds it.
@@ -59,7 +57,7 @@ def _numbered(parent: Path, stem: str) -> Path:
 
 def claim(folder: Path) -> TextIO:
     """Hold the folder until the returned file is closed. ValueError if another run is at work in it."""
-    held = (folder / LOCK).open("a")
+    held = (folder / identity.LOCK).open("a")
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -77,7 +75,7 @@ def describe(folder: Path, about: dict[str, Any]) -> None:
 
 def discard(folder: Path) -> None:
     """Remove the folder of a run that never began, if it holds nothing but what was written before it began."""
-    if {path.name for path in folder.iterdir()} <= {"config.json", identity.FILE, LOCK}:
+    if {path.name for path in folder.iterdir()} <= {"config.json", identity.FILE, identity.LOCK}:
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
