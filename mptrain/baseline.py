@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mptrain.files import number, object_in, rows_in, write_whole
 from mptrain.identity import COMPARED
 from mptrain.settings import to_plain
 
@@ -76,27 +77,15 @@ def named(folder: Path, config: Any, wanted: str) -> Figures:
 def read_run(folder: Path) -> Figures:
     """The figures of a finished run, from its folder."""
     summary = object_in(folder / "summary.json")
-
-    def number(key: str) -> float:
-        value = summary.get(key)
-        return math.nan if value is None else float(value)
-
-    speed, memory = number("tokens_per_s"), number("peak_memory_gib")
-    return Figures(f"run {folder}", read_losses(folder), speed, memory, number("val_loss"), number("val_top1_frac"))
+    speed, memory = number(summary.get("tokens_per_s")), number(summary.get("peak_memory_gib"))
+    val_loss, val_top1 = number(summary.get("val_loss")), number(summary.get("val_top1_frac"))
+    return Figures(f"run {folder}", read_losses(folder), speed, memory, val_loss, val_top1)
 
 
 def read_losses(folder: Path) -> dict[int, float]:
-    """Training loss by step from ``metrics.jsonl``; of a step done twice (resumed) the last, a torn line ends."""
-    losses: dict[int, float] = {}
-    with (folder / "metrics.jsonl").open() as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if isinstance(row.get("train/loss_step"), float):
-                losses[row["step"]] = row["train/loss_step"]
-    return losses
+    """Training loss by step from ``metrics.jsonl``; of a step done twice (resumed) the last."""
+    rows = rows_in(folder / "metrics.jsonl")
+    return {row["step"]: row["train/loss_step"] for row in rows if isinstance(row.get("train/loss_step"), float)}
 
 
 def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> Figures:
@@ -110,9 +99,7 @@ def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> F
             result = _run_probe(config)
             if "error" in result:
                 return Figures(note=f"the FP32 probe failed: {result['error']}")
-            partial = kept.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(result))
-            os.replace(partial, kept)
+            write_whole(kept, json.dumps(result))
     losses = {int(step): loss for step, loss in result["losses"].items()}
     source = f"probe of {len(losses)} steps"
     return Figures(source, losses, result["tokens_per_s"], result["peak_memory_gib"])
@@ -172,15 +159,6 @@ def _differences(theirs: Any, ours: Any, where: str) -> Iterator[str]:
             yield from _differences(theirs.get(key), ours.get(key), f"{where}.{key}")
     elif theirs != ours:
         yield f"{where} is {theirs} there and {ours} here"
-
-
-def object_in(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is none, or it is torn."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from mptrain import baseline, build, kernels, machine
 from mptrain.backends.base import MODULES, load
 from mptrain.config import RunConfig, clear_errors, composed
 from mptrain.doctor import audited_step
+from mptrain.files import json_text
 from mptrain.policy import PrecisionPolicy, conf_dir
 from mptrain.report import casts, figures, output, page, watch
 from mptrain.report import compare as comparing
@@ -117,7 +118,7 @@ def inspect(argv: list[str]) -> int:
     if asked.html:
         asked.html.write_text(page.page(tensors, rows))
     if asked.json:
-        print(json.dumps({"title": tensors.title, "rows": figures.plain(rows)}, indent=1, allow_nan=False))
+        print(json_text({"title": tensors.title, "rows": figures.plain(rows)}, indent=1))
     else:
         tables.print_tables(Console(), tensors, rows, only, asked.all)
     return 0
@@ -145,7 +146,7 @@ def compare(argv: list[str]) -> int:
     def once(console: Console) -> None:
         comparison = comparing.compare(asked.runs, asked.baseline, asked.margin)
         print_comparison_table(console, comparison)
-        output.write_asked(comparison, html=asked.html, markdown=asked.markdown, json=asked.json)
+        output.write_asked(comparison, html=asked.html, markdown=asked.markdown, data=asked.json)
 
     if asked.watch:
         watch.follow(asked.runs, Console(), once)

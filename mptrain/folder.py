@@ -13,9 +13,8 @@ from typing import Any, TextIO
 
 from mptrain import identity
 from mptrain.config import RunConfig
+from mptrain.files import write_whole
 from mptrain.settings import to_plain
-
-LOCK = identity.LOCK
 
 
 def folder_of(config: RunConfig, *, resumed: bool) -> tuple[Path, TextIO]:
@@ -27,7 +26,7 @@ def folder_of(config: RunConfig, *, resumed: bool) -> tuple[Path, TextIO]:
     try:
         folder = _made(config, resumed)
         held = claim(folder)
-        (folder / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n")
+        write_whole(folder / "config.json", json.dumps(to_plain(config), indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"{setting} cannot be written ({error.strerror}): choose another folder") from error
     return folder, held
@@ -58,7 +57,7 @@ def _numbered(parent: Path, stem: str) -> Path:
 
 def claim(folder: Path) -> TextIO:
     """Hold the folder until the returned file is closed. ValueError if another run is at work in it."""
-    held = (folder / LOCK).open("a")
+    held = (folder / identity.LOCK).open("a")
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -71,12 +70,12 @@ def describe(folder: Path, about: dict[str, Any]) -> None:
     """Write ``run.json``. A resumed run keeps the one of its beginning."""
     path = folder / identity.FILE
     if not path.exists():
-        path.write_text(json.dumps(about, indent=2) + "\n")
+        write_whole(path, json.dumps(about, indent=2) + "\n")
 
 
 def discard(folder: Path) -> None:
     """Remove the folder of a run that never began, if it holds nothing but what was written before it began."""
-    if {path.name for path in folder.iterdir()} <= {"config.json", identity.FILE, LOCK}:
+    if {path.name for path in folder.iterdir()} <= {"config.json", identity.FILE, identity.LOCK}:
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()

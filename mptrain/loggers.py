@@ -4,9 +4,6 @@ configured. Metrics are one flat dict with ``/`` names and units.
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -14,6 +11,7 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mptrain.files import json_text, write_whole
 from mptrain.telemetry import record as records
 from mptrain.telemetry.record import Record
 
@@ -99,18 +97,16 @@ class JsonLines(NullSink):
         self._events: TextIO = (folder / "events.jsonl").open("a", buffering=1)
 
     def metrics(self, step: int, values: Metrics) -> None:
-        self._metrics.write(_json({"step": step, **values}) + "\n")
+        self._metrics.write(json_text({"step": step, **values}) + "\n")
 
     def event(self, event: Event) -> None:
-        self._events.write(_json(event) + "\n")
+        self._events.write(json_text(event) + "\n")
 
     def record(self, record: Record) -> None:
         records.append(self._folder / records.FILE, record)
 
     def summary(self, values: dict[str, Any]) -> None:
-        partial = self._folder / "summary.json.partial"
-        partial.write_text(_json(values, indent=2) + "\n")
-        os.replace(partial, self._folder / "summary.json")
+        write_whole(self._folder / "summary.json", json_text(values, indent=2) + "\n")
 
     def close(self) -> None:
         self._metrics.close()
@@ -186,18 +182,3 @@ def progress_line(values: Metrics, unit: str = "tokens") -> str:
     if "train/loss" not in values and "val/loss" not in values:
         return ""
     return "  ".join(text.format(values[name]) for name, text in wanted if name in values)
-
-
-def _json(values: dict[str, Any], indent: int | None = None) -> str:
-    """JSON proper: NaN and Inf, which it has no words for, become null and strings."""
-    return json.dumps(_plain(values), indent=indent)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value

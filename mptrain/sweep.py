@@ -31,15 +31,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
 from mptrain import build, config
-from mptrain.baseline import FEW_STEPS, object_in
+from mptrain.baseline import FEW_STEPS
 from mptrain.checkpoint import Checkpoints
 from mptrain.config import RunConfig
+from mptrain.files import object_in, write_whole
 from mptrain.folder import claim
-from mptrain.identity import job_mark, short_hash
+from mptrain.identity import JOB_LOCK, job_mark, short_hash
 from mptrain.report import runs, watch
 from mptrain.report.compare import compare
 from mptrain.report.comparison import Status
-from mptrain.report.output import write, write_all
+from mptrain.report.output import write_all
 from mptrain.report.table import print_comparison_table
 from mptrain.settings import to_plain
 from mptrain.wandb_logger import log_comparison
@@ -93,7 +94,7 @@ def _plan(composed: DictConfig) -> Path:
         "holds_fp32": "fp32" in varied.get("precision", []),
         "wandb_project": composed.logger.project if composed.logger.wandb else None,
     }
-    write(folder / PLAN, json.dumps(plan, indent=2) + "\n")
+    write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
     return folder
 
 
@@ -208,13 +209,13 @@ def _folder(sweep: Path, name: str, mark: str) -> Path:
             known = object_in(path)
             if known.get("mark") == mark:
                 names = dict.fromkeys([*known["names"], name])
-                write(path, json.dumps({"mark": mark, "names": [*names]}) + "\n")
+                write_whole(path, json.dumps({"mark": mark, "names": [*names]}) + "\n")
                 return path.parent
         folder, number = sweep / name, 2
         while folder.exists():  # of other settings: an edited YAML, or another model in the same folder
             folder, number = sweep / f"{name}-{number}", number + 1
         folder.mkdir()
-        write(folder / JOB, json.dumps({"mark": mark, "names": [name]}) + "\n")
+        write_whole(folder / JOB, json.dumps({"mark": mark, "names": [name]}) + "\n")
         return folder
 
 
@@ -232,7 +233,9 @@ def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
         baseline="none" if known else settings.baseline,
         logger=replace(settings.logger, group=settings.logger.group or folder.parent.name),
     )
-    write(folder / "config.json", json.dumps(to_plain(settings), indent=2) + "\n")  # known even if it cannot begin
+    write_whole(
+        folder / "config.json", json.dumps(to_plain(settings), indent=2) + "\n"
+    )  # known even if it cannot begin
     with (folder / "console.log").open("a") as log:
         try:
             run = build.build(settings, Console(file=log, width=120))
@@ -262,13 +265,13 @@ def _set_aside(folder: Path) -> None:
 def _fail(folder: Path, error: Exception) -> None:
     """Leave the error where the report finds it."""
     text = "".join(traceback.format_exception(error))
-    write(folder / ERROR, json.dumps({"error": config.explain(error), "traceback": text}, indent=2) + "\n")
+    write_whole(folder / ERROR, json.dumps({"error": config.explain(error), "traceback": text}, indent=2) + "\n")
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a job: a second one with the same settings waits and finds it done."""
-    with _locked(folder / ".job.lock"):
+    with _locked(folder / JOB_LOCK):
         yield
 
 

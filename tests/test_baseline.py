@@ -92,6 +92,9 @@ def test_losses_of_a_step_done_twice_and_of_a_torn_file(tmp_path):
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "train/lo'
     (tmp_path / "metrics.jsonl").write_text(text)
     assert baseline.read_losses(tmp_path) == {1: 3.0, 2: 2.0}
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # the run goes on behind the half line that a kill left
+        file.write("".join(json.dumps({"step": step, "train/loss_step": 1.0}) + "\n" for step in (4, 5)))
+    assert baseline.read_losses(tmp_path) == {1: 3.0, 2: 2.0, 5: 1.0}
 
 
 RUN = Figures("this run", {step: 2.0 + 1 / step for step in range(1, 201)}, 300.0, 1.0, 2.25)

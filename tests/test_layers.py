@@ -19,12 +19,13 @@ ANY = ("*",)
 INTERNAL: dict[str, tuple[str, ...]] = {
     "": ("convert", "formats", "outcome", "policy", "precision", "scaling"),  # the public names
     "formats": (),
+    "files": (),
     "settings": (),
     "registry": ("settings",),
     "machine": (),
     "interrupts": (),
     "models": ("registry", "settings"),
-    "data": ("registry", "settings"),
+    "data": ("files", "registry", "settings"),
     "policy": ("formats", "settings"),
     "scaling": ("policy", "formats"),
     "convert": ("formats",),
@@ -44,17 +45,18 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     ),
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings", "interrupts"),
     "identity": ("settings",),
-    "baseline": ("settings", "identity"),
-    "loggers": ("settings", "telemetry.record"),
+    "baseline": ("files", "settings", "identity"),
+    "loggers": ("files", "settings", "telemetry.record"),
     "wandb_logger": (
         "loggers", "telemetry.record", "telemetry.histogram", "report.drawing", "report.comparison",
     ),
     "sweep": ANY,
-    "folder": ("config", "identity", "settings"),
+    "folder": ("config", "files", "identity", "settings"),
     "memory": ("policy", "formats", "settings"),
     "quantization": ("convert", "formats", "kernels", "policy", "settings", "registry"),
     "report": (
-        "baseline", "identity", "checkpoint", "formats", "kernels.bins", "policy", "settings", "telemetry", "registry",
+        "baseline", "identity", "checkpoint", "files", "formats", "kernels.bins", "policy", "settings", "telemetry",
+        "registry",
     ),
     "config": (
         "registry", "settings", "policy", "optim", "trainer", "data", "models", "telemetry", "distributed",

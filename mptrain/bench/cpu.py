@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from mptrain import LossScale, Precision, PrecisionPolicy, kernels
+from mptrain.files import write_whole
 from mptrain.formats import Format
 from mptrain.loggers import NullSink
 from mptrain.machine import cpu_name
@@ -296,6 +297,4 @@ def report(sizes: Sizes, path: Path | None, about: dict[str, str]) -> None:
         print("\n".join(map(str, found)), flush=True)
         rows += [asdict(row) | {"verdict": row.verdict} for row in found]
         if path is not None:
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
-            os.replace(partial, path)
+            write_whole(path, json.dumps({"machine": about, "rows": rows}, indent=1))

@@ -16,7 +16,6 @@ import gc
 import importlib.metadata
 import itertools
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from torch import nn
 
 from mptrain import Precision, PrecisionPolicy, models
 from mptrain.backends import base
+from mptrain.files import write_whole
 from mptrain.policy import BackendName, conf_dir
 
 VOCABULARY = 50304  # GPT-2's 50257 rounded up to a multiple of 128, as the published runs do
@@ -245,9 +245,7 @@ class Report:
     def write(self) -> None:
         compare(self.rows)
         if self._path is not None:
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps({"machine": self._meta, "rows": self.rows}, indent=1))
-            os.replace(partial, self._path)
+            write_whole(self._path, json.dumps({"machine": self._meta, "rows": self.rows}, indent=1))
 
     def __str__(self) -> str:
         lines = [", ".join(f"{key} {value}" for key, value in self._meta.items())]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ from torch.optim import AdamW
 
 from mptrain import Precision
 from mptrain.bench.cpu import CLIP, LR, TWIN, Row, Step, Times, machine
+from mptrain.files import write_whole
 from mptrain.models import gpt
 from mptrain.telemetry import record
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
@@ -242,9 +242,7 @@ def run(argv: list[str]) -> int:
                 print(row, flush=True)
                 rows.append(asdict(row) | {"verdict": row.verdict})
                 if args.json:
-                    partial_file = args.json.with_suffix(".partial")
-                    partial_file.write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
-                    os.replace(partial_file, args.json)
+                    write_whole(args.json, json.dumps({"machine": about, "rows": rows}, indent=1))
     finally:
         torch.set_num_threads(threads)
     return 0

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import sysconfig
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mptrain.data import TokenDataset
+from mptrain.files import write_whole
 
 INPUT = "tokens"
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -126,15 +126,3 @@ def write_cache(folder: Path, arrays: tuple[Bytes, Bytes]) -> bool:
     except OSError:
         return False
     return True
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside ``path`` and rename it; nothing stays behind if that is interrupted."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -11,7 +11,6 @@ import difflib
 import glob
 import hashlib
 import os
-import tempfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mptrain.data import TokenDataset
+from mptrain.files import whole
 
 INPUT = "tokens"
 HEADER_BYTES = 256 * 4
@@ -155,13 +155,6 @@ def write_shard(path: str | Path, tokens: npt.ArrayLike) -> None:
     version, width = KINDS[magic]
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, array.size
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(header.tobytes())
-            array.astype(width).tofile(file)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole(Path(path)) as file:
+        file.write(header.tobytes())
+        file.write(array.astype(width, order="C").data)

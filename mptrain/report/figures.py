@@ -307,7 +307,7 @@ def _spread(recorded: dict[str, Tensor], amax: float | None) -> dict[str, Spread
 
 
 def plain(value: Any) -> Any:
-    """Rows as JSON can hold them: dataclasses and shares as dicts, what is not finite as None."""
+    """Rows as JSON can hold them: dataclasses and shares as dicts."""
     if isinstance(value, Share):
         return value._asdict()
     if hasattr(value, "__dataclass_fields__"):
@@ -316,4 +316,4 @@ def plain(value: Any) -> Any:
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value

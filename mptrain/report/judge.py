@@ -10,11 +10,11 @@ import numpy as np
 
 from mptrain.baseline import FEW_STEPS
 from mptrain.report.comparison import Interval, Kind, Verdict
-from mptrain.report.inference import POWER, TAIL, seeds_needed, smooth
+from mptrain.report.inference import MOST_SEEDS, POWER, TAIL, seeds_needed, smooth
 from mptrain.report.runs import Run
+from mptrain.telemetry.ledger import SKIPS_ALARM
 
 LOST_FRAC = 0.5  # of what training had won, given back: diverged
-SKIPPED_TO_THE_END = 8  # as the ledger's alarm: dynamic scaling has then fallen by 2^7 and found nothing
 EVENTS_BEFORE = 50  # steps in which an event may be the cause of what follows
 
 
@@ -40,7 +40,7 @@ def rules(margin: float, metric: str) -> list[str]:
         f"undecided: neither; the number of seeds that would decide it with a probability of {POWER:.0%} if difference "
         f"and spread are what they seem. Also below {FEW_STEPS} steps, which say nothing about where training goes.",
         "diverged: in one seed the loss stops being a number, or ends with more than half of what training had won "
-        f"given back, or the last {SKIPPED_TO_THE_END} steps or more are all skipped, and the baseline's does not.",
+        f"given back, or the last {SKIPS_ALARM} steps or more are all skipped, and the baseline's does not.",
         f"A variant as good as the baseline is called worse in at most {1 - TAIL:.1%} of comparisons; with many "
         "variants expect that share of them.",
     ]
@@ -68,7 +68,7 @@ def judge(delta: Interval | None, margin: float, *, steps: int, seeds: int, poin
     if delta.low > 0:
         return Verdict(Kind.worse, f"worse by {100 * delta.mean:.2g} {unit}", said)
     wanted = seeds_needed(delta, margin)
-    more = f"more than {1000 - delta.n}" if wanted is None else str(max(1, wanted - delta.n))
+    more = f"more than {MOST_SEEDS - delta.n}" if wanted is None else str(max(1, wanted - delta.n))
     return Verdict(Kind.undecided, f"undecided: needs {more} more seed{'' if more == '1' else 's'}", said)
 
 
@@ -102,7 +102,7 @@ def _skipped_to_the_end(run: Run) -> tuple[int, str] | None:
     step = run.steps
     while step in skipped:
         step -= 1
-    if run.steps - step < SKIPPED_TO_THE_END:
+    if run.steps - step < SKIPS_ALARM:
         return None
     return step + 1, f"every one of the last {run.steps - step} steps was skipped"
 

@@ -3,13 +3,11 @@ programs."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
+from mptrain.files import json_text, write_whole
 from mptrain.report.compare_page import page
 from mptrain.report.comparison import Comparison
 from mptrain.report.markdown import markdown as as_markdown
@@ -18,29 +16,19 @@ from mptrain.settings import to_plain
 
 def write_all(comparison: Comparison, folder: Path) -> list[Path]:
     """Write the three into ``folder``, each whole or not at all; returns their paths."""
-    html = folder / "report.html"
-    return [
-        write(html, page(comparison, links(comparison, html))),
-        write(folder / "report.md", as_markdown(comparison)),
-        write(folder / "report.json", as_json(comparison)),
-    ]
+    html, markdown, data = paths = [folder / f"report.{kind}" for kind in ("html", "md", "json")]
+    write_asked(comparison, html=html, markdown=markdown, data=data)
+    return paths
 
 
-def write_asked(comparison: Comparison, *, html: Path | None, markdown: Path | None, json: Path | None) -> None:
-    """Write those that have a path."""
+def write_asked(comparison: Comparison, *, html: Path | None, markdown: Path | None, data: Path | None) -> None:
+    """Write those that have a path; ``data``: the JSON."""
     if html:
-        write(html, page(comparison, links(comparison, html)))
+        write_whole(html, page(comparison, links(comparison, html)))
     if markdown:
-        write(markdown, as_markdown(comparison))
-    if json:
-        write(json, as_json(comparison))
-
-
-def write(path: Path, text: str) -> Path:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)
-    return path
+        write_whole(markdown, as_markdown(comparison))
+    if data:
+        write_whole(data, as_json(comparison))
 
 
 def links(comparison: Comparison, page_path: Path) -> dict[str, str]:
@@ -52,13 +40,5 @@ def links(comparison: Comparison, page_path: Path) -> dict[str, str]:
 
 
 def as_json(comparison: Comparison) -> str:
-    """All of it; null for what is not known."""
-    return json.dumps(_finite(to_plain(comparison)), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """All of it; null for what is not known, infinities as text."""
+    return json_text(to_plain(comparison), indent=1) + "\n"

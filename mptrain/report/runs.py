@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import difflib
 import fcntl
-import json
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mptrain.baseline import object_in
-from mptrain.identity import FILE, LOCK
+from mptrain.files import number, object_in, rows_in
+from mptrain.identity import FILE, JOB_LOCK, LOCK
 from mptrain.report.comparison import Status
 
 Floats = npt.NDArray[np.float64]
@@ -123,7 +122,7 @@ def read(folder: Path) -> Run:
 def glance(folder: Path) -> Run:
     """The same from the end of ``metrics.jsonl`` alone: quick, for a table that is drawn every second."""
     config, summary = settings_in(folder), object_in(folder / "summary.json")
-    rows = [row for row in _last_rows(folder / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    rows = [row for row in rows_in(folder / "metrics.jsonl", TAIL_BYTES) if isinstance(row.get("step"), int)]
     losses = {row["step"]: number(row["train/loss_step"]) for row in rows if "train/loss_step" in row}
     if isinstance(summary.get("steps"), int):  # the last row may be longer than what was read
         losses[summary["steps"]] = number(summary.get("train_loss"))
@@ -144,8 +143,10 @@ def _status(folder: Path, config: dict[str, Any], summary: dict[str, Any], step:
         return Status.running, f"at step {step} of {whole or '?'}{_age(folder)}"
     if failed:
         return Status.failed, str(failed)
+    if [mark for mark in MARKS if (folder / mark).exists()] == ["job.json"]:
+        return Status.stopped, "never began: start the sweep again"
     if not whole:
-        return (Status.running, "waiting") if (folder / "job.json").exists() else (Status.unreadable, _damage(folder))
+        return Status.unreadable, _damage(folder)
     if (folder / "summary.json").exists() and not summary:
         return Status.unreadable, "summary.json is torn"
     continued = f"run_dir={folder} resume=auto continues it" if (folder / "checkpoints").exists() else "start it again"
@@ -174,55 +175,19 @@ def _age(folder: Path) -> str:
 
 
 def in_use(folder: Path) -> bool:
-    """Is a process at work on the run in ``folder``?"""
+    """Is a process at work on the run in ``folder``, or preparing it as a job of a sweep?"""
+    return _is_held(folder / LOCK) or _is_held(folder / JOB_LOCK)
+
+
+def _is_held(lock: Path) -> bool:
     try:
-        with (folder / LOCK).open() as file:
+        with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
     return False
-
-
-def number(value: Any) -> float:
-    """A number of a JSON file; NaN for null and for what is not one. Infinities are written as text."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return math.nan
-    try:
-        return float(value)
-    except ValueError:
-        return math.nan
-
-
-def rows_in(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file with one a line; lines that are torn are passed over."""
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return
-    yield from _objects(text.splitlines())
-
-
-def _last_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return []
-    return list(_objects(text.splitlines()[1 if size > TAIL_BYTES else 0 :]))
-
-
-def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
 
 
 def leaf_names(keys: Iterable[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mptrain.baseline import object_in
+from mptrain.files import object_in
 from mptrain.report.compare import NothingToCompare
 from mptrain.report.comparison import Status
 from mptrain.report.runs import Run, expand, glance, in_use, is_run
@@ -34,12 +34,12 @@ MARKS = {  # a sign and a word beside the colour
 class Watch:
     """Shows the table while it is started: redrawn every second in a terminal, elsewhere a line for each run that ends.
 
-    A thread of its own reads the folders; a run that ended is not read again.
+    A thread of its own reads the folders; a finished run is not read again, a failed one is: it may be retried.
     """
 
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder, self.console = folder, console
-        self._over: dict[Path, Run] = {}
+        self._finished: dict[Path, Run] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -54,9 +54,9 @@ class Watch:
         """Every run there is by now, in the order in which they were begun."""
         found = []
         for folder in _folders(self.folder):
-            run = self._over.get(folder) or glance(folder)
-            if run.status in DONE:
-                self._over[folder] = run
+            run = self._finished.get(folder) or glance(folder)
+            if run.status is Status.finished:
+                self._finished[folder] = run
             found.append(run)
         return found
 
@@ -71,14 +71,15 @@ class Watch:
                 live.update(self.table(), refresh=True)
             return
         self.console.print(f"sweep in {self.folder}", highlight=False, soft_wrap=True)
-        told = {run.folder for run in self.runs() if run.status in DONE}
+        told = {end for run in self.runs() if (end := _end(run))}
         if told:
             self.console.print(f"{len(told)} runs are there already", highlight=False)
         while True:
             last = self._stop.wait(EVERY_S)
             for run in self.runs():
-                if run.status in DONE and run.folder not in told:
-                    told.add(run.folder)
+                end = _end(run)
+                if end and end not in told:
+                    told.add(end)
                     self.console.print(line(run), highlight=False, soft_wrap=True)
             if last:
                 return
@@ -109,6 +110,17 @@ def follow(paths: Sequence[Path], console: Console, once: Callable[[Console], No
             time.sleep(FOLLOW_S)
         except KeyboardInterrupt:
             return
+
+
+def _end(run: Run) -> tuple[Path, int] | None:
+    """What tells this end of a run from that of an earlier attempt: its file and when it was written (ns)."""
+    if run.status not in DONE:
+        return None
+    path = run.folder / ("summary.json" if run.status is Status.finished else "error.json")
+    try:
+        return path, path.stat().st_mtime_ns
+    except OSError:  # set aside since: the run has begun again
+        return None
 
 
 def _folders(sweep: Path) -> list[Path]:
