@@ -49,19 +49,25 @@ class BlockSizes(Protocol):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; one product makes query, key and value. ``causal``: nobody sees what comes later."""
+    """Multi-head self-attention; one product makes query, key and value. ``causal``: nobody sees what comes later.
+
+    The product's rows go head by head, each head's query, key and value (Megatron's order; GPT-2's is all queries, all
+    keys, all values): so any contiguous block of ``3 head_dim`` rows per head holds whole heads, and tensor parallelism
+    can cut the weight into such blocks. ``forward`` takes the number of heads from the weight it has.
+    """
 
     def __init__(self, config: BlockSizes, causal: bool) -> None:
         super().__init__()
         self.causal = causal
-        self.n_head = config.n_head
+        self.head_dim = config.n_embd // config.n_head
         self.dropout = config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, n_embd] -> the same."""
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        heads = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, n_head, 3, head_dim]
+        q, k, v = (part.transpose(1, 2) for part in heads.unbind(-2))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
