@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,14 @@ from mptrain.models._decoder import Decoder, require_vocabulary
 from mptrain.models._transformer import require_heads, require_positive
 
 INPUT = "tokens"
+TWINS = {  # layers of a block, here and in Hugging Face's GPT-2
+    "norm1": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "norm2": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -128,3 +136,46 @@ def build(config: Config) -> GPT:
     model = GPT(config)
     model.reset_parameters()
     return model
+
+
+def hugging_face(config: Config, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The model as transformers' GPT2LMHeadModel: its config.json, and its tensors by name from our ``state``.
+
+    There the products' weights are transposed (Conv1D), the fused rows are all queries, all keys, all values, and
+    every layer of a block has a bias: zeros where ``bias=False`` left it out.
+    """
+    places = {"norm": "transformer.ln_f"}
+    for n in range(config.n_layer):
+        places |= {f"blocks.{n}.{ours}": f"transformer.h.{n}.{theirs}" for ours, theirs in TWINS.items()}
+    tensors = {"transformer.wte.weight": state["embed.weight"], "transformer.wpe.weight": state["position.weight"]}
+    for ours, theirs in places.items():
+        weight = state[f"{ours}.weight"]
+        bias = state[f"{ours}.bias"] if config.bias else weight.new_zeros(len(weight))
+        if ours.endswith(".qkv"):
+            weight, bias = _apart(weight, config.n_head), _apart(bias, config.n_head)
+        tensors |= {f"{theirs}.weight": weight.t(), f"{theirs}.bias": bias}
+    if not config.tied:
+        tensors["lm_head.weight"] = state["head.weight"]
+    return _hugging_face_config(config), tensors
+
+
+def _apart(rows: Tensor, n_head: int) -> Tensor:
+    """Rows of a fused product as all queries, all keys, all values, from each head's query, key and value."""
+    return rows.view(n_head, 3, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+
+def _hugging_face_config(config: Config) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": config.tied,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        **dict.fromkeys(("bos_token_id", "eos_token_id")),  # the data's, which has no special tokens
+    }
