@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mptrain import baseline, build, kernels, machine
+from mptrain import export as exporting
 from mptrain.backends.base import MODULES, load
 from mptrain.config import RunConfig, clear_errors, composed
 from mptrain.doctor import audited_step
@@ -155,6 +156,20 @@ def compare(argv: list[str]) -> int:
     return 0
 
 
+def export(argv: list[str]) -> int:
+    """A trained model as a folder that Hugging Face's transformers loads: ``mptrain export RUN OUT``."""
+    parser = argparse.ArgumentParser(prog="mptrain export", description=export.__doc__)
+    parser.add_argument("source", type=Path, metavar="RUN", help="a run's folder, or a checkpoint in one")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument(
+        "--dtype", choices=exporting.DTYPES, default="fp32", help="of the weights (default: %(default)s)"
+    )
+    parser.add_argument("--average", action="store_true", help="the running average of the weights (optim.ema_decay)")
+    asked = parser.parse_args(argv)
+    print(exporting.export(asked.source, asked.out, asked.dtype, asked.average))
+    return 0
+
+
 def bench(argv: list[str]) -> int:
     """``bench cpu``, ``bench telemetry`` or ``bench gpu``: cost against targets, peers and limits (``--help``)."""
     if argv[:1] == ["cpu"]:
@@ -190,6 +205,7 @@ COMMANDS: dict[str, Command] = {
     "formats": formats,
     "inspect": inspect,
     "compare": compare,
+    "export": export,
     "bench": bench,
     "probe": probe,
 }

@@ -17,7 +17,7 @@ def _wide(monkeypatch):
 def test_help_names_every_command_but_the_probe(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in ("doctor", "formats", "inspect", "bench"):
+    for name in ("doctor", "formats", "inspect", "export", "bench"):
         assert f"  {name}" in text
     assert "probe" not in text
 

@@ -61,6 +61,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "config": (
         "registry", "settings", "policy", "optim", "trainer", "data", "models", "telemetry", "distributed",
     ),
+    "export": ("models", "checkpoint", "settings"),
     "doctor": ("backends.base", "config", "machine", "precision", "telemetry"),  # one step, no run
     "prepare": ANY,  # with build and run the composition root
     "run": ANY,
@@ -79,7 +80,7 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "torchao": ("backends.native", "optim", "quantization"),
     "wandb": ("wandb_logger",),
     "triton": ("kernels.triton",),
-    "safetensors": ("checkpoint", "quantization"),
+    "safetensors": ("checkpoint", "export", "quantization"),
     "yaml": ("policy", "config", "build", "cli", "report"),
     "numpy": ("data", "kernels.exhaustive", "report", "quantization"),
     "scipy": ("report",),

@@ -63,10 +63,10 @@ def reference(model):
             batch_first=True,
             norm_first=True,
         )
-        layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias = (
-            block.attention.qkv.weight,
-            block.attention.qkv.bias,
-        )
+        for name in ("weight", "bias"):  # torch's rows are all q, all k, all v; ours each head's q, k, v
+            heads = getattr(block.attention.qkv, name).chunk(3 * config.n_head)
+            rows = torch.cat([head for part in (0, 1, 2) for head in heads[part::3]])
+            setattr(layer.self_attn, f"in_proj_{name}", nn.Parameter(rows))
         layer.self_attn.out_proj.weight, layer.self_attn.out_proj.bias = (
             block.attention.out.weight,
             block.attention.out.bias,

@@ -4,6 +4,9 @@ Such a file holds ``INPUT`` (what the model takes: ``tokens`` or ``images``, to 
 ``Config`` and ``build(config)``. The model's ``forward(**batch)`` is the mean loss in nats. It has ``recompute``,
 ``reset_parameters()``, ``flops_per_token()`` (or per image: what the data's throughput counts) and ``example(rows)``.
 It may have ``measure(**batch)``: what validation reports beside the loss, by name, ``loss`` first.
+
+A file may have ``hugging_face(config, state)``: config.json and tensors of the model's twin in Hugging Face's
+transformers, from the Config and the state_dict of a model; ``mptrain export`` writes them.
 """
 
 from __future__ import annotations

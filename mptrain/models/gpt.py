@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,13 @@ TENSOR_PARALLEL = {  # the two products that end a branch sum over what the ones
     "blocks.*.attention.out": "rows",
     "blocks.*.mlp.up": "columns",
     "blocks.*.mlp.down": "rows",
+TWINS = {  # layers of a block, here and in Hugging Face's GPT-2
+    "norm1": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "norm2": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
 }
 
 
@@ -55,19 +62,25 @@ class BlockSizes(Protocol):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; one product makes query, key and value. ``causal``: nobody sees what comes later."""
+    """Multi-head self-attention; one product makes query, key and value. ``causal``: nobody sees what comes later.
+
+    The product's rows go head by head, each head's query, key and value (Megatron's order; GPT-2's is all queries, all
+    keys, all values): so any contiguous block of ``3 head_dim`` rows per head holds whole heads, and tensor parallelism
+    can cut the weight into such blocks. ``forward`` takes the number of heads from the weight it has.
+    """
 
     def __init__(self, config: BlockSizes, causal: bool) -> None:
         super().__init__()
         self.causal = causal
-        self.n_head = config.n_head
+        self.head_dim = config.n_embd // config.n_head
         self.dropout = config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, n_embd] -> the same."""
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        heads = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, n_head, 3, head_dim]
+        q, k, v = (part.transpose(1, 2) for part in heads.unbind(-2))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
@@ -128,3 +141,46 @@ def build(config: Config) -> GPT:
     model = GPT(config)
     model.reset_parameters()
     return model
+
+
+def hugging_face(config: Config, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The model as transformers' GPT2LMHeadModel: its config.json, and its tensors by name from our ``state``.
+
+    There the products' weights are transposed (Conv1D), the fused rows are all queries, all keys, all values, and
+    every layer of a block has a bias: zeros where ``bias=False`` left it out.
+    """
+    places = {"norm": "transformer.ln_f"}
+    for n in range(config.n_layer):
+        places |= {f"blocks.{n}.{ours}": f"transformer.h.{n}.{theirs}" for ours, theirs in TWINS.items()}
+    tensors = {"transformer.wte.weight": state["embed.weight"], "transformer.wpe.weight": state["position.weight"]}
+    for ours, theirs in places.items():
+        weight = state[f"{ours}.weight"]
+        bias = state[f"{ours}.bias"] if config.bias else weight.new_zeros(len(weight))
+        if ours.endswith(".qkv"):
+            weight, bias = _apart(weight, config.n_head), _apart(bias, config.n_head)
+        tensors |= {f"{theirs}.weight": weight.t(), f"{theirs}.bias": bias}
+    if not config.tied:
+        tensors["lm_head.weight"] = state["head.weight"]
+    return _hugging_face_config(config), tensors
+
+
+def _apart(rows: Tensor, n_head: int) -> Tensor:
+    """Rows of a fused product as all queries, all keys, all values, from each head's query, key and value."""
+    return rows.view(n_head, 3, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+
+def _hugging_face_config(config: Config) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": config.tied,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        **dict.fromkeys(("bos_token_id", "eos_token_id")),  # the data's, which has no special tokens
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,16 @@ TENSOR_PARALLEL = {
     "blocks.*.mlp.gate": "columns",
     "blocks.*.mlp.up": "columns",
     "blocks.*.mlp.down": "rows",
+TWINS = {  # layers of a block, here and in Hugging Face's Llama
+    "norm1": "input_layernorm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "norm2": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
 }
 
 
@@ -150,3 +161,30 @@ def build(config: Config) -> Llama:
     model = Llama(config)
     model.reset_parameters()
     return model
+
+
+def hugging_face(config: Config, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The model as transformers' LlamaForCausalLM: its config.json, and its tensors by name from our ``state``."""
+    places = {"embed": "model.embed_tokens", "norm": "model.norm"}
+    for n in range(config.n_layer):
+        places |= {f"blocks.{n}.{ours}": f"model.layers.{n}.{theirs}" for ours, theirs in TWINS.items()}
+    if not config.tied:
+        places["head"] = "lm_head"
+    tensors = {f"{theirs}.weight": state[f"{ours}.weight"] for ours, theirs in places.items()}
+    settings = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_ffn,
+        "hidden_act": "silu",
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        **dict.fromkeys(("bos_token_id", "eos_token_id")),  # the data's, which has no special tokens
+    }
+    return settings, tensors

@@ -54,6 +54,12 @@ def spread(model):
     return model.eval()
 
 
+def by_head(rows, n_head):
+    """Rows of a fused product in our order (each head's q, k, v) from GPT-2's (all q, all k, all v)."""
+    q, k, v = (part.chunk(n_head) for part in rows.chunk(3))
+    return torch.cat([part for head in zip(q, k, v, strict=True) for part in head])
+
+
 def gpt_pair(tied):
     config = GPT2Config(
         vocab_size=VOCAB, n_positions=BLOCK, n_layer=2, n_head=4, n_embd=64, tie_word_embeddings=tied,
@@ -69,6 +75,7 @@ def gpt_pair(tied):
         renamed(name, GPT_NAMES): value.T if turned.search(name) else value
         for name, value in reference.state_dict().items()
     }
+    state |= {name: by_head(value, 4) for name, value in state.items() if ".qkv." in name}
     ours.load_state_dict(state)
     return ours, reference
 
@@ -95,6 +102,27 @@ PAIRS = {
     "llama-one-kv-head": lambda: llama_pair(1, 10000.0, False),
     "llama-tied": lambda: llama_pair(2, 10000.0, True),
 }
+
+
+def test_a_contiguous_half_of_the_fused_rows_is_half_of_the_heads():
+    """What tensor parallelism cuts: the halves' outputs add up to the whole's, forward and backward."""
+    module = models.load("gpt")
+    torch.manual_seed(0)
+    whole = module.Attention(module.Config(n_embd=64, n_head=4), causal=True).double()
+    x = torch.randn(2, BLOCK, 64, dtype=torch.double, requires_grad=True)
+    total = whole.out.bias
+    for half in (0, 1):
+        shard = module.Attention(module.Config(n_embd=64, n_head=4), causal=True).double()
+        shard.qkv = torch.nn.Linear(64, 96, dtype=torch.double)
+        shard.out = torch.nn.Linear(32, 64, bias=False, dtype=torch.double)
+        shard.qkv.weight.data = whole.qkv.weight.detach().chunk(2)[half]
+        shard.qkv.bias.data = whole.qkv.bias.detach().chunk(2)[half]
+        shard.out.weight.data = whole.out.weight.detach().chunk(2, dim=1)[half]
+        total = total + shard(x)
+    expected = whole(x)
+    torch.testing.assert_close(total, expected)
+    cotangent = torch.randn_like(expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, cotangent) for y in (total, expected)))
 
 
 @pytest.mark.parametrize("name", PAIRS)
