@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from requirements import PYPROJECT, name_of, requirements
-
 from packaging.requirements import Requirement
+from requirements import PYPROJECT, name_of, requirements
 
 EXTRAS = ["te", "native", "sweeps"]
 
