@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -276,3 +277,40 @@ def test_an_extra_that_cannot_be_listed_is_refused(extra, reason):
     assert done.returncode == 1
     assert reason in done.stderr
     assert done.stdout == ""
+
+
+def checked(*arguments):
+    command = [sys.executable, DOCKER / "check.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_build_ends_with_the_versions_it_has(tmp_path):
+    kept = tmp_path / "base.txt"
+    kept.write_text(f"torch=={version('torch')}\n")
+    done = checked("--kept", kept, "omegaconf")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"omegaconf {version('omegaconf')}" in done.stdout
+
+
+def test_a_build_stops_at_what_is_missing_or_was_replaced(tmp_path):
+    kept = tmp_path / "base.txt"
+    kept.write_text("torch==2.12.0a0+1\ntransformer-engine-of-another-image==2.8\n")
+    done = checked("--kept", kept, "no_such_module")
+    assert done.returncode == 1
+    assert "no_such_module: ModuleNotFoundError" in done.stderr
+    assert f"torch was 2.12.0a0+1 in the base image and is {version('torch')} now" in done.stderr
+    assert "transformer-engine-of-another-image was 2.8 in the base image and is nothing now" in done.stderr
+
+
+def test_the_readme_names_what_is_there():
+    text = (DOCKER / "README.md").read_text()
+    bases = [
+        line.split()[1] for path in DOCKERFILES for line in path.read_text().splitlines() if line.startswith("FROM")
+    ]
+    assert [base for base in bases if f"`{base}`" not in text] == []
+    named = re.findall(r"docker/[\w.]+\w", text)
+    assert len(named) > 8
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    variables = set(re.findall(r"\$\{(\w+)", COMPOSE))
+    table = text[text.index("| variable |") :].partition("\n\n")[0]
+    assert set(re.findall(r"`([A-Z_]+)`", table)) == variables
