@@ -196,7 +196,8 @@ def test_hadolint_has_nothing_to_say(path):
 
 def rendezvous(service):
     """The options of torchrun that both nodes must agree on."""
-    return dict(word.split("=", 1) for word in service["command"].split() if re.match("--(rdzv|nnodes)", word))
+    words = " ".join(service["command"]).split()
+    return dict(word.split("=", 1) for word in words if re.match("--(rdzv|nnodes)", word))
 
 
 def wrong_compose(compose):
@@ -225,6 +226,18 @@ def test_the_two_nodes_meet_and_share_their_runs():
     assert list(wrong_compose(yaml.safe_load(COMPOSE))) == []
 
 
+def test_the_overrides_reach_train_py_as_words_with_their_quotes(tmp_path):
+    stub = tmp_path / "torchrun"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    written = yaml.safe_load(COMPOSE)["services"]["node1"]["command"]
+    command = [re.sub(r"\$\{\w+:-(.*?)\}", r"\1", word).replace("$$", "$") for word in written]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OVERRIDES": "precision=fp8 precision.keep='.*[.]up|*'"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split("\n")[-3:] == ["precision=fp8", "precision.keep='.*[.]up|*'", ""]
+    assert "run_dir=runs/two-nodes" in done.stdout.split("\n")
+
+
 PLANTED_IN_COMPOSE = {
     "docker/Dockerfile\n": ("docker/Containerfile\n", "no docker/Containerfile"),
     "endpoint=node0:": ("endpoint=node2:", "node2 is no service"),
@@ -232,7 +245,7 @@ PLANTED_IN_COMPOSE = {
     "--nnodes=2": ("--nnodes=3", "nnodes is not"),
     "- runs:/opt": ("- ./runs:/opt", "its runs are its own"),
     "hostname: node1\n": (
-        "hostname: node1\n    command: torchrun --rdzv-endpoint=node0:29500 --rdzv-id=b\n",
+        "hostname: node1\n    command: [torchrun, --rdzv-endpoint=node0:29500, --rdzv-id=b]\n",
         "node1 meets",
     ),
     "stop_grace_period: 3m": ("stop_grace_period: 1m", "killed before"),
