@@ -6,6 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from mptrain import build, config, sweep
+from mptrain.distributed.layout import left_cleanly
 from mptrain.policy import conf_dir
 
 
@@ -24,5 +25,5 @@ def main(composed: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     config.register()
-    with config.clear_errors(), sweep.reported():
+    with left_cleanly(), config.clear_errors(), sweep.reported():
         main()

@@ -90,16 +90,33 @@ def read_losses(folder: Path) -> dict[int, float]:
 
 def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> Figures:
     """Measure FP32 for a few steps in another process, or take what such a probe left. A failure is a note."""
-    kept = runs / PROBES / f"{wanted}.json"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(kept.parent / "lock", lambda: say("waiting for the FP32 probe of another run")):
-        result = object_in(kept)
-        if not result:
+    folder = runs / PROBES
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder / "lock", lambda: say("waiting for the FP32 probe of another run")):
+        known = kept(wanted, runs)
+        if known is None:
             say(f"FP32 probe: {PROBE_STEPS} steps in a process of its own")
             result = _run_probe(config)
             if "error" in result:
                 return Figures(note=f"the FP32 probe failed: {result['error']}")
-            write_whole(kept, json.dumps(result))
+            known = _read(result)
+            keep(known, wanted, runs)
+    return known
+
+
+def kept(wanted: str, runs: Path) -> Figures | None:
+    """What a probe of this fingerprint left."""
+    result = object_in(runs / PROBES / f"{wanted}.json")
+    return _read(result) if result else None
+
+
+def keep(figures: Figures, wanted: str, runs: Path) -> None:
+    """Leave what a probe measured to later runs."""
+    (runs / PROBES).mkdir(parents=True, exist_ok=True)
+    write_whole(runs / PROBES / f"{wanted}.json", figures_json(figures))
+
+
+def _read(result: dict[str, Any]) -> Figures:
     losses = {int(step): loss for step, loss in result["losses"].items()}
     source = f"probe of {len(losses)} steps"
     return Figures(source, losses, result["tokens_per_s"], result["peak_memory_gib"])

@@ -6,20 +6,25 @@ then FP32 is probed in a process of its own, and only then does this process put
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from mptrain import baseline, identity, machine
 from mptrain.backends.base import resolve
 from mptrain.baseline import Figures
 from mptrain.checkpoint import Checkpoints, read_about, require_fit
 from mptrain.config import RunConfig
-from mptrain.folder import describe, discard, folder_of
-from mptrain.loggers import ConsoleSink, JsonLines, NullSink, Sinks
+from mptrain.distributed import Ranks, among, rank, world_size, wrap
+from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS
+from mptrain.folder import describe, discard, folder_of, remember, remembered
+from mptrain.loggers import ConsoleSink, JsonLines, NullSink, RankLog, Sinks
 from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.policy import PrecisionPolicy
 from mptrain.precision import Precision
@@ -32,48 +37,104 @@ from mptrain.telemetry.drill import DebugConfig, Drill
 from mptrain.telemetry.meters import Throughput, peak_tflops
 from mptrain.telemetry.monitor import Monitor
 from mptrain.trainer import Trainer
+from mptrain.validation import to_device
 from mptrain.wandb_logger import WandbSink
 
 
 def build(config: RunConfig, console: Console | None = None) -> Run:
-    """Make everything a run needs. ValueError or OSError, naming the setting to change, if it cannot be."""
-    console = console or Console()
-    start = _resume_path(config)
+    """Make everything a run needs. ValueError or OSError, naming the setting to change, if it cannot be.
+
+    With several ranks all of them call it; the first one alone reads and writes the run's folder, and speaks.
+    """
+    first = rank() == 0
+    console = (console or Console()) if first else Console(quiet=True)
+    again = remembered(Path(config.runs_dir)) if first else None  # torchrun started these processes anew
+    if again is not None:
+        config = replace(config, run_dir=str(again), resume="auto")
+        console.print(f"torchrun's next attempt: going on in {again}", highlight=False, soft_wrap=True)
+    asked = _asked_checkpoint(config) if world_size() == 1 else None  # what is quick to refuse comes first
     prepared = prepare(config, lambda text: console.print(text, highlight=False))
+    ranks = prepared.ranks
+    prepared = replace(prepared, config=ranks.share(config))
+    config = prepared.config
+    asked = asked or ranks.by_first(lambda: _asked_checkpoint(config))
+    start = asked
+    if config.resume == "auto":
+        start = _newest(config, ranks, console)
     if start is not None:
-        require_fit(start, prepared.shell)
-    fp32 = _known_baseline(prepared)
-    folder, held = folder_of(config, resumed=start is not None)
+        ranks.by_first(lambda: require_fit(start, prepared.shell))
+    fp32 = ranks.by_first(lambda: _known_baseline(prepared))
+    held: list[TextIO] = []
+    folder = ranks.by_first(lambda: _claimed(config, start, held))
     try:
         return _build(prepared, console, folder, held, start, fp32)
     except BaseException:
-        discard(folder)
-        held.close()
+        if first:
+            discard(folder)
+            held[0].close()
         raise
 
 
+def _claimed(config: RunConfig, start: Path | None, held: list[TextIO]) -> Path:
+    folder, lock = folder_of(config, resumed=start is not None)
+    held.append(lock)
+    remember(Path(config.runs_dir), folder)
+    return folder
+
+
 def _build(
-    prepared: Prepared, console: Console, folder: Path, held: TextIO, start: Path | None, fp32: Figures | None
+    prepared: Prepared,
+    console: Console,
+    folder: Path,
+    held: list[TextIO],
+    start: Path | None,
+    fp32: Figures | None,
 ) -> Run:
-    config = prepared.config
-    _announce(console, prepared, folder, fp32)
+    config, ranks = prepared.config, prepared.ranks
+    if ranks.first:
+        _announce(console, prepared, folder, fp32)
     if fp32 is None:
-        fp32 = baseline.probe(config, prepared.fingerprint, Path(config.runs_dir), lambda text: console.print(text))
+        fp32 = _probed(prepared, lambda text: console.print(text))
+    checkpoints = Checkpoints(
+        folder / "checkpoints", config.checkpoint.keep, ranks, background=config.checkpoint.background
+    )
     sinks = Sinks([])
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    first = 0 if start is None else int(read_about(start)["step"])
     trainer = assemble(prepared, sinks, checkpoints)
     trainer.audit = StepAudit(trainer.model, trainer.precision, min_coverage=config.audit.min_coverage)
     if config.precision.quantized:
         console.print(f"{trainer.precision.report}; {trainer.precision.backend.carrier}", highlight=False)
     if start is not None:
         trainer.resume(start)
-    sinks.sinks.append(JsonLines(folder))
-    if config.logger.wandb:
-        sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console, config.logger.group))
-    sinks.sinks.append(ConsoleSink(console, config.trainer.max_steps, first, prepared.data.unit))
-    describe(folder, about(prepared, trainer))
+    since = trainer.step_number
+    if config.run_dir:
+        checkpoints.set_aside(since)
+    if ranks.size > 1:
+        sinks.sinks.append(RankLog(folder, ranks.rank, prepared.device))
+    if ranks.first:
+        sinks.sinks.append(JsonLines(folder, since))
+        if config.logger.wandb:
+            sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console, config.logger.group))
+        sinks.sinks.append(ConsoleSink(console, config.trainer.max_steps, since, prepared.data.unit))
+        describe(folder, about(prepared, trainer))
     return Run(prepared, trainer, sinks, console, folder, held, fp32)
+
+
+def _probed(prepared: Prepared, say: Callable[[str], None]) -> Figures:
+    """FP32 for a few steps: one process has another measure it; several do it themselves, in the same layout."""
+    config, ranks = prepared.config, prepared.ranks
+    wanted, runs = prepared.fingerprint, Path(config.runs_dir)
+    if ranks.size == 1:
+        return baseline.probe(config, wanted, runs, say)
+    kept = ranks.by_first(lambda: baseline.kept(wanted, runs))
+    if kept is None:
+        say(f"FP32 probe: {baseline.PROBE_STEPS} steps in the same layout")
+        kept = probe(config)
+        gc.collect()
+        if prepared.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if ranks.first:
+            baseline.keep(kept, wanted, runs)
+    return kept
 
 
 def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoints | None = None) -> Trainer:
@@ -82,7 +143,7 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
     with torch.device("meta"):
         model = prepared.model_module.build(prepared.model_config)
     precision = Precision(config.precision, ranks=ranks)
-    wrapped, mark = wrap(model, prepared, precision)
+    wrapped, mark = _placed(model, prepared, precision)
     if config.trainer.checkpointing:
         model.recompute = precision.recompute
     drill = Drill.parse(config.debug.inject) if config.debug.inject else None
@@ -121,6 +182,51 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
     )
 
 
+def _placed(model: nn.Module, prepared: Prepared, precision: Precision) -> tuple[nn.Module, str]:
+    """A model that is on meta, on its device with its first weights: prepared, and wrapped for its ranks.
+
+    Returns what to call in its place, and the mark of the weights. The weights are those of one process.
+    """
+    config, device, layout = prepared.config, prepared.device, prepared.layout
+    torch.manual_seed(config.seed)
+    if config.dist.kind in ("single", "ddp") and layout.parts == 1:
+        model.to_empty(device="cpu").reset_parameters()  # type: ignore[operator]
+        mark = identity.weights_mark(model)
+        precision.prepare(model.to(device))
+        if config.dist.kind == "single":
+            return model, mark
+        mesh = layout.mesh(device)
+        precision.counters.held_elsewhere = wrap.held_elsewhere({}, mesh)
+        wrapped = wrap.replicate(model, mesh, precision.unreduced, None)
+        _prime(wrapped, prepared, precision)
+        return wrapped, mark
+    precision.prepare(model, device)
+    mesh = layout.mesh(device)
+    plan = getattr(prepared.model_module, "TENSOR_PARALLEL", {})
+    cut = wrap.split_products(model, plan, mesh[PARTS]) if layout.parts > 1 else {}
+    if config.dist.kind != "single":
+        formats = config.precision.compute.value.dtype, config.precision.reduce.value.dtype
+        over = mesh[SHARDS] if layout.replicas == 1 else mesh[REPLICAS, SHARDS]
+        wrap.note_reductions(wrap.shard(model, over, config.dist, *formats), precision.unreduced)
+    wrap.materialize(model, device, model.reset_parameters)  # type: ignore[arg-type]
+    precision.counters.held_elsewhere = wrap.held_elsewhere(cut, mesh)
+    if cut:
+        precision.counters.share = among(mesh[PARTS].get_group())
+    return model, identity.weights_mark(model)
+
+
+def _prime(wrapped: nn.Module, prepared: Prepared, precision: Precision) -> None:
+    """One sample there and back before the first step. DDP learns its static graph from it and orders its buckets: else
+    the first step of a resumed run would be summed in another order than the same step of one that went on."""
+    quiet, precision.counters.quiet = precision.counters.quiet, True
+    with precision.backend.forward(policy_on=True):
+        loss = wrapped(**to_device(prepared.data.train_at([0]), prepared.device))
+    loss.backward()
+    wrapped.zero_grad()
+    precision.unreduced.clear()
+    precision.counters.quiet = quiet
+
+
 def probe(config: RunConfig) -> Figures:
     """The first steps of the run that ``config`` describes, in FP32: what the probe's process does."""
     quiet = replace(config.telemetry, record_every=0)
@@ -146,15 +252,23 @@ def _known_baseline(prepared: Prepared) -> Figures | None:
     return baseline.find([Path(config.runs_dir), *beside], wanted)
 
 
-def _resume_path(config: RunConfig) -> Path | None:
-    if config.resume == "none":
-        return None
-    if config.resume != "auto":
-        read_about(Path(config.resume))
-        return Path(config.resume)
-    if not config.run_dir:
+def _asked_checkpoint(config: RunConfig) -> Path | None:
+    """The checkpoint that ``resume`` names. ValueError if it is none, or nothing says which run to go on with."""
+    if config.resume == "auto" and not config.run_dir:
         raise ValueError("resume=auto needs run_dir=FOLDER, the run to continue")
-    return Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep).newest()
+    if config.resume in ("none", "auto"):
+        return None
+    read_about(Path(config.resume))
+    return Path(config.resume)
+
+
+def _newest(config: RunConfig, ranks: Ranks, console: Console) -> Path | None:
+    """The newest whole checkpoint of the run; those that are damaged are named."""
+    found = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep, ranks)
+    path = found.newest()
+    for fault in found.passed_over:
+        console.print(f"passed over: {fault}", highlight=False, soft_wrap=True)
+    return path
 
 
 def _announce(console: Console, prepared: Prepared, folder: Path, fp32: Figures | None) -> None:
@@ -174,6 +288,10 @@ def _announce(console: Console, prepared: Prepared, folder: Path, fp32: Figures 
         rows.append(("kernel", "the quantizer is compiled on first use (3 s) and cached"))
     rows.append(("FP32 baseline", fp32.source if fp32 else f"a probe of {baseline.PROBE_STEPS} steps comes first"))
     units = f"{prepared.units_per_step:,} {prepared.data.unit}"
+    if prepared.ranks.size > 1:
+        share = prepared.layout.share(config.trainer.batch_size, config.trainer.accumulate, 0)
+        each = f"{share.accumulate} x {share.batch_size} samples a step each"
+        rows.append(("ranks", f"{prepared.ranks.size}: {prepared.layout}, {each}"))
     rows.append(("training", f"{config.trainer.max_steps} steps of {units}{_minutes(prepared, fp32 is None)}"))
     rows.append(("run folder", str(folder)))
     print_lines(console, rows)

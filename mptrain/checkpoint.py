@@ -147,6 +147,15 @@ class Checkpoints:
         ]:  # of processes killed while they saved
             shutil.rmtree(torn, ignore_errors=True)
 
+    def set_aside(self, step: int) -> None:
+        """Rename what is newer than ``step``, of a run that goes on from there: another future of it, or damaged."""
+        if self._ranks.first:
+            for path in self._existing():
+                if int(path.name.removeprefix("step-")) > step:
+                    number = 1 + sum(1 for _ in self.folder.glob(f"aside-*-{path.name}"))
+                    path.rename(path.with_name(f"aside-{number}-{path.name}"))
+        self._ranks.barrier()
+
     def _existing(self) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
 

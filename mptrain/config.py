@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mptrain import registry
+from mptrain.distributed import Told, rank, world_size
 from mptrain.distributed.layout import DistConfig
 from mptrain.optim import OptimConfig
 from mptrain.policy import PrecisionPolicy, conf_dir
@@ -171,10 +172,15 @@ def clear_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; every saved checkpoint is whole (resume=auto run_dir=FOLDER continues)", file=sys.stderr)
         raise SystemExit(130) from None
+    except Told:
+        raise SystemExit(2) from None
     except USER_ERRORS as error:
         if SHOW_TRACEBACK:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        joined = torch.distributed.is_initialized()
+        who = f"rank {rank()}: " if joined and world_size() > 1 else ""
+        if joined or rank() == 0:  # before they join, all ranks find the same
+            print(f"error: {who}{explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         if not SHOW_TRACEBACK:

@@ -7,6 +7,7 @@ so a folder without a summary and without a lock is of a run that was stopped.
 from __future__ import annotations
 
 import fcntl
+import os
 import json
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +16,9 @@ from mptrain import identity
 from mptrain.config import RunConfig
 from mptrain.files import write_whole
 from mptrain.settings import to_plain
+
+
+MARKS = ".torchrun"  # in the folder of the runs
 
 
 def folder_of(config: RunConfig, *, resumed: bool) -> tuple[Path, TextIO]:
@@ -36,7 +40,7 @@ def _made(config: RunConfig, resumed: bool) -> Path:
     if not config.run_dir:
         return _numbered(Path(config.runs_dir), f"{config.model.get('kind')}-{config.precision.name}")
     folder = Path(config.run_dir)
-    if (folder / "metrics.jsonl").exists() and not resumed:
+    if (folder / "metrics.jsonl").exists() and not resumed and config.resume != "auto":
         raise ValueError(f"{folder} already holds a run: continue it with resume=auto, or choose another run_dir")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -64,6 +68,26 @@ def claim(folder: Path) -> TextIO:
         held.close()
         raise ValueError(f"{folder} is in use by a run at work: wait for it, or choose another run_dir") from None
     return held
+
+
+def launched() -> str:
+    """What tells this start of torchrun from every other: of all its restarts the same, empty without it."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{run_id}-{os.getppid()}" if run_id else ""
+
+
+def remember(runs: Path, folder: Path) -> None:
+    """Note which folder this start of torchrun works in, for the processes that it starts when one of them failed."""
+    name = launched()
+    if name:
+        (runs / MARKS).mkdir(parents=True, exist_ok=True)
+        write_whole(runs / MARKS / name, str(folder.resolve()))
+
+
+def remembered(runs: Path) -> Path | None:
+    """The folder that an earlier attempt of this start of torchrun worked in."""
+    path = runs / MARKS / launched()
+    return Path(path.read_text()) if launched() and path.is_file() else None
 
 
 def describe(folder: Path, about: dict[str, Any]) -> None:

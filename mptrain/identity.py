@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from mptrain.distributed import world_size
 from mptrain.settings import to_plain
 
 FILE = "run.json"
@@ -33,6 +34,9 @@ def fingerprint(config: Any, corpus: str, machine: str, torch_version: str, fp32
     """A hash (16 hex digits) of what must be equal for two runs to differ by precision alone."""
     plain = to_plain(config)
     same = {key: plain[key] for key in COMPARED if key != "data"}  # the corpus's hash says more than its path
+    dist = plain["dist"]
+    if dist["kind"] != "single" or dist["tp"] > 1:  # speed and memory are those of a layout
+        same["layout"] = [dist["kind"], dist["tp"], dist["replicas"], world_size()]
     same["optim"] = {key: value for key, value in same["optim"].items() if key not in STORAGE}
     return short_hash([same, corpus, machine, torch_version, fp32_gemm])
 

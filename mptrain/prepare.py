@@ -14,8 +14,8 @@ from mptrain import identity, machine, registry
 from mptrain.backends.base import resolve
 from mptrain.config import RunConfig, parse_open
 from mptrain.data import Dataset
-from mptrain.distributed import world_size
-from mptrain.distributed.layout import Layout
+from mptrain.distributed import ALONE, Ranks, world_size
+from mptrain.distributed.layout import Layout, start
 from mptrain.formats import Format
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import peaks
@@ -34,6 +34,7 @@ class Prepared:
     fp32_gemm: str
     fingerprint: str
     layout: Layout = field(default_factory=Layout)
+    ranks: Ranks = ALONE
 
     @cached_property
     def gemm_tflops(self) -> dict[str, float]:
@@ -58,6 +59,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     layout.share(config.trainer.batch_size, config.trainer.accumulate, 0)  # refused here if it does not go round
     device = machine.pick_device(config.device)
     resolve(config.precision, device)
+    ranks = start(config.dist, device)
     if config.optim.weights != "fp32" and config.precision.compute is not Format.bf16:
         raise ValueError(
             f"optim.weights={config.optim.weights} stores BF16 weights, which precision={config.precision.name} "
@@ -80,7 +82,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
         Drill.parse(config.debug.inject).check(shell)
     fp32_gemm = machine.choose_fp32_gemm(shell, device)
     mark = identity.fingerprint(config, data.fingerprint, machine.describe(device), torch.__version__, fp32_gemm)
-    return Prepared(config, device, data, model_module, model_config, shell, fp32_gemm, mark, layout)
+    return Prepared(config, device, data, model_module, model_config, shell, fp32_gemm, mark, layout, ranks)
 
 
 def _require_same_input(config: RunConfig, taken: str, given: str) -> None:

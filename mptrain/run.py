@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +15,7 @@ from rich.console import Console
 
 from mptrain import baseline, identity, machine
 from mptrain.baseline import Figures
+from mptrain.distributed.watchdog import RankLost, Watchdog
 from mptrain.kernels.counters import N_COUNTS
 from mptrain.loggers import Sinks
 from mptrain.prepare import Prepared
@@ -32,21 +35,47 @@ class Run:
     sinks: Sinks
     console: Console
     folder: Path
-    held: TextIO  # the lock on the folder
+    held: list[TextIO]  # the lock on the folder, on the first rank
     fp32: Figures
 
     def train(self) -> dict[str, Any]:
-        """Fit, summarize, compare with FP32, close the sinks; returns the summary (also in ``summary.json``)."""
+        """Fit, summarize, compare with FP32, close the sinks; returns the summary (also in ``summary.json``).
+
+        RankLost, naming it, if another rank died.
+        """
         try:
-            self.trainer.fit()
+            with self._watched():
+                self.trainer.fit()
+                peaks_gib = self.prepared.ranks.gather(self.trainer.memory.peak_gib)
+            if not self.prepared.ranks.first:
+                return {}
+            self.trainer.memory.peak_gib = max(peaks_gib)
             summary = self.summary()
             self.sinks.summary(summary)
         finally:
             self.sinks.close()
-            self.held.close()
+            for lock in self.held:
+                lock.close()
         print_comparison(self.console, summary)
         print_end(self._say, self.folder, self.trainer.stopped_early)
         return summary
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Tell the other ranks how far this one is, and name the one that ended the run if one did."""
+        if self.prepared.ranks.size == 1:
+            yield
+            return
+        watch = self.trainer.watch = Watchdog(self.prepared.ranks, self.prepared.config.dist.timeout_s)
+        try:
+            yield
+        except RuntimeError as error:  # of a collective, or this rank's own
+            gone = watch.blame()
+            if not gone:
+                raise
+            raise RankLost(f"{gone}; every saved checkpoint is whole (resume=auto run_dir={self.folder})") from error
+        finally:
+            watch.close()
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
@@ -124,6 +153,8 @@ def about(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
         "initial_weights": trainer.about["initial_weights"],
         "parameters": sum(p.numel() for p in prepared.shell.parameters()),
         "unit": prepared.data.unit,
+        "ranks": prepared.ranks.size,
+        "layout": str(prepared.layout),
         "tokens_per_step": prepared.units_per_step,
         "flops_per_token": trainer.flops_per_token,
         "gemm_tflops": prepared.gemm_tflops,

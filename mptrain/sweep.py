@@ -33,6 +33,7 @@ from rich.console import Console
 from mptrain import build, config
 from mptrain.baseline import FEW_STEPS
 from mptrain.checkpoint import Checkpoints
+from mptrain.distributed import world_size
 from mptrain.config import RunConfig
 from mptrain.files import object_in, write_whole
 from mptrain.folder import claim
@@ -59,6 +60,12 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Choose the sweep's folder, write its plan and start the live table."""
         global _watch, _held
+        if world_size() > 1:
+            print(
+                "error: a sweep starts its own processes: use hydra/launcher=submitit_slurm, not torchrun",
+                file=sys.stderr,
+            )
+            raise SystemExit(2)
         try:
             folder = _plan(config)
             _held = claim(folder)

@@ -33,7 +33,10 @@ class Backend:
         self._counters = Counters()
         self._delayed: DelayedScaling | None = None
         self._depth = 0
-        self._carrier = carrier_dtype(device.type) if policy.quantized else torch.float32
+        self._carrier = torch.float32
+        if policy.quantized:  # measured, so the ranks of one machine may differ: fast for one is right for all
+            fast = agree(torch.tensor(carrier_dtype(device.type) is torch.bfloat16, device=device))
+            self._carrier = torch.bfloat16 if fast else torch.float32
         carried = str(self._carrier).removeprefix("torch.")
         self.carrier = f"{carried} GEMMs on exact operands, {kernels.implementation(device)} quantizer"
 

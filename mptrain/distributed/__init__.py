@@ -55,8 +55,16 @@ class Ranks:
         """Rank 0's value."""
         return value
 
+    def by_first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on all of them; an error there is an error of all, told once (:class:`Told`)."""
+        return make()
+
     def barrier(self) -> None:
         """Wait for all."""
+
+
+class Told(ValueError):
+    """An error that rank 0 tells."""
 
 
 class World(Ranks):
@@ -95,11 +103,38 @@ class World(Ranks):
         dist.broadcast_object_list(held, src=0)
         return held[0]
 
+    def by_first(self, make: Callable[[], T]) -> T:
+        made: Any = None
+        error: Exception | None = None
+        if self.first:
+            try:
+                made = make()
+            except Exception as raised:
+                error = raised
+        failed, made_there = self.share((error is not None, made))
+        if error is not None:
+            raise error
+        if failed:
+            raise Told("rank 0 says why")
+        value: T = made_there
+        return value
+
     def barrier(self) -> None:
         dist.barrier()
 
 
 ALONE = Ranks()
+
+
+def among(group: dist.ProcessGroup) -> Agree:
+    """MAX over the ranks of ``group``."""
+
+    def agree(value: Tensor) -> Tensor:
+        sent = value.clone()
+        dist.all_reduce(sent, dist.ReduceOp.MAX, group=group)
+        return sent
+
+    return agree
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def split_products(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) 
 def shard(
     model: nn.Module, mesh: DeviceMesh, config: DistConfig, compute: torch.dtype, reduce: torch.dtype
 ) -> dict[str, FSDPModule]:
-    """FSDP2 on ``model`` in place, a group for each block, the head and the rest; returns the groups by name."""
+    """FSDP2 on ``model`` in place, over ``mesh`` (shards, or replicas x shards), a group for each block, the head and the rest; returns the groups by name."""
     gathered = None if config.gather == "fp32" or compute is torch.float32 else compute
     narrow = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduce, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
@@ -97,7 +97,7 @@ def replicate(
     """DDP around ``model``; ``send``: how gradients are summed, plainly by default."""
     group = mesh[REPLICAS].get_group()
     wrapped = DistributedDataParallel(
-        model, process_group=group, static_graph=True, gradient_as_bucket_view=True, broadcast_buffers=False
+        model, process_group=group, static_graph=True, gradient_as_bucket_view=True
     )
     look_and_send(wrapped, parameter_names(model), unreduced, send or plain(group))
     return wrapped

@@ -18,6 +18,7 @@ TENSOR_PARALLEL = {  # the two products that end a branch sum over what the ones
     "blocks.*.attention.out": "rows",
     "blocks.*.mlp.up": "columns",
     "blocks.*.mlp.down": "rows",
+}
 TWINS = {  # layers of a block, here and in Hugging Face's GPT-2
     "norm1": "ln_1",
     "attention.qkv": "attn.c_attn",

@@ -19,6 +19,7 @@ TENSOR_PARALLEL = {
     "blocks.*.mlp.gate": "columns",
     "blocks.*.mlp.up": "columns",
     "blocks.*.mlp.down": "rows",
+}
 TWINS = {  # layers of a block, here and in Hugging Face's Llama
     "norm1": "input_layernorm",
     "attention.q": "self_attn.q_proj",
