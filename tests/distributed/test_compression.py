@@ -1,0 +1,384 @@
+"""Compressed gradients against FP64 means made here of what all ranks held, and the bill against what was really sent."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mptrain.checkpoint import Checkpoints, load
+from mptrain.convert import parameter_names
+from mptrain.distributed import ALONE, World
+from mptrain.distributed.compression import KINDS, Compression
+from mptrain.distributed.reduction import look_and_send
+
+pytestmark = pytest.mark.multi
+SHAPES = {"first": (61, 83), "bias": (61,), "second": (40, 70), "scale": (7,)}  # no number of it is a multiple of 4
+LOSSY = [kind for kind in KINDS if kind != "none"]
+FEEDBACK = ["fp8", "powersgd"]
+
+
+class Bucket:
+    """What DDP hands a hook, made by hand: torch has no constructor for its own."""
+
+    def __init__(self, parts, index=0, last=True):
+        """``parts``: (parameter, gradient) in order."""
+        self._parameters = [parameter for parameter, _ in parts]
+        self._buffer = torch.cat([gradient.flatten() for _, gradient in parts])
+        self._index, self._last = index, last
+
+    def parameters(self):
+        return self._parameters
+
+    def buffer(self):
+        return self._buffer
+
+    def gradients(self):
+        flat = self._buffer.split([p.numel() for p in self._parameters])
+        return [part.view_as(p) for part, p in zip(flat, self._parameters, strict=True)]
+
+    def index(self):
+        return self._index
+
+    def is_last(self):
+        return self._last
+
+
+def made(kind):
+    """(compression, parameters by name) on this rank."""
+    parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+    return Compression(kind, World(), {p: name for name, p in parameters.items()}), parameters
+
+
+def gradients(rank, step, common=1.0):
+    """name -> gradient: of the layers' own magnitudes, 10^6 apart; ``common`` of it is the same on all ranks."""
+    shared = torch.Generator().manual_seed(1000 + step)
+    own = torch.Generator().manual_seed(100 * rank + step)
+    sizes = {"first": 1.0, "bias": 1e-3, "second": 1e-6, "scale": 1e-4}
+    return {
+        name: sizes[name] * (common * torch.randn(shape, generator=shared) + torch.randn(shape, generator=own))
+        for name, shape in SHAPES.items()
+    }
+
+
+def sent(compression, parameters, grads):
+    """What arrived, by name: all of it in one bucket."""
+    bucket = Bucket([(parameters[name], grads[name]) for name in SHAPES])
+    result = compression.send(bucket).wait()
+    assert result.dtype is torch.float32
+    assert result.shape == bucket.buffer().shape
+    return dict(zip(SHAPES, result.clone().split([p.numel() for p in parameters.values()]), strict=True))
+
+
+def mean_of(size, step=0, common=1.0):
+    """FP64, flat, by name."""
+    all_of = [gradients(rank, step, common) for rank in range(size)]
+    return {name: sum(one[name].double().flatten() for one in all_of) / size for name in SHAPES}
+
+
+def sqnr(exact, found):
+    return 10 * math.log10(exact.square().sum() / (found.double() - exact).square().sum())
+
+
+def joined(by_name):
+    return torch.cat([by_name[name].flatten() for name in SHAPES])
+
+
+def one_step(rank, kind):
+    compression, parameters = made(kind)
+    compression.sampling = True
+    for _ in range(3 if kind == "powersgd" else 1):  # its first two steps are plain
+        compression.bill()
+        arrived = sent(compression, parameters, gradients(rank, 0))
+    return arrived, compression.bill()
+
+
+@pytest.mark.parametrize(("kind", "floor", "ceiling"), [("bf16", 48, 56), ("fp16", 64, 76), ("fp8", 28, 34)])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_mean_arrives_everywhere_with_the_bits_of_its_format(kind, floor, ceiling, size):
+    """Each rounding to p bits costs about 6.02 p + 7 dB; here is one on each rank and one or more of the sum."""
+    found = ranks.run(size, one_step, kind)
+    exact = mean_of(size)
+    arrived, bill = found[0]
+    for other, _ in found[1:]:
+        assert all(torch.equal(arrived[name], other[name]) for name in SHAPES)
+    assert floor < sqnr(joined(exact), joined(arrived)) < ceiling
+    assert bill["comm/sqnr_db"] == pytest.approx(sqnr(joined(exact), joined(arrived)), abs=0.01)
+    if kind == "fp8":  # blocks: small layers keep their bits beside large ones, but for the block they share
+        assert sqnr(exact["second"][1024:], arrived["second"][1024:]) > floor
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_none_is_the_mean_and_powersgd_sends_vectors_whole(size):
+    exact = mean_of(size)
+    [(plain, bill), *_] = ranks.run(size, one_step, "none")
+    assert sqnr(joined(exact), joined(plain)) > 130
+    assert "comm/sqnr_db" not in bill
+    found = ranks.run(size, one_step, "powersgd")
+    arrived, bill = found[0]
+    assert all(torch.equal(joined(arrived), joined(other)) for other, _ in found[1:])
+    assert sqnr(exact["bias"], arrived["bias"]) > 130
+    assert torch.linalg.matrix_rank(arrived["first"].view(SHAPES["first"])) == 2
+    assert bill["comm/sqnr_db"] == pytest.approx(sqnr(joined(exact), joined(arrived)), abs=0.01)
+
+
+def repeated(rank, kind, steps, feedback):
+    """The same gradients ``steps`` times: the sum of what arrived after each, FP64, and this rank's residuals."""
+    compression, parameters = made(kind)
+    for _ in range(2 if kind == "powersgd" else 0):
+        sent(compression, parameters, gradients(rank, 0))
+    total, sums = torch.zeros(()).double(), []
+    for _ in range(steps):
+        total = total + joined(sent(compression, parameters, gradients(rank, 0))).double()
+        sums.append(total)
+        if not feedback:
+            residuals = compression.state_dict()["residuals"]
+            compression.load_state_dict({"residuals": {name: torch.zeros_like(r) for name, r in residuals.items()}})
+    return sums, joined(compression.state_dict()["residuals"])
+
+
+def errors_after(size, kind, steps, feedback=True):
+    """Norm of (sum of sent - steps * mean) over the norm of the mean, after each step; the residuals' mean; the last."""
+    found = ranks.run(size, repeated, kind, steps, feedback)
+    exact = joined(mean_of(size))
+    sums = found[0][0]
+    off = [((total - (step + 1) * exact).norm() / exact.norm()).item() for step, total in enumerate(sums)]
+    owed = sum(residual.double() for _, residual in found) / size
+    return off, (sums[-1] + owed - steps * exact).norm() / exact.norm()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_with_feedback_everything_arrives_in_the_end(size):
+    """The sum of 64 means is off by no more than a few steps' errors, where without feedback it is off by 64."""
+    off, unpaid = errors_after(size, "fp8", 64)
+    assert max(off) < 2 * off[0]
+    assert unpaid < 64 * 2**-23  # what did not arrive is exactly what the residuals hold
+    forgetful, _ = errors_after(size, "fp8", 64, feedback=False)
+    assert forgetful[-1] == pytest.approx(64 * forgetful[0], rel=1e-3)
+
+
+def test_powersgd_sends_in_the_end_what_two_ranks_of_a_matrix_cannot_hold():
+    off, unpaid = errors_after(2, "powersgd", 128)
+    assert off[-1] < 1.5 * max(off[:64])
+    assert off[-1] < 128 / 4
+    assert unpaid < 1e-4
+    forgetful, _ = errors_after(2, "powersgd", 128, feedback=False)
+    assert forgetful[-1] > 3 * off[-1]
+
+
+def with_a_bad_step(rank, kind, value):
+    """Steps 0 to 4, in the middle of them one that holds ``value`` in one place on the last rank."""
+    compression, parameters = made(kind)
+    arrived = [sent(compression, parameters, gradients(rank, step)) for step in range(4)]
+    bad = None
+    if value is not None:
+        poisoned = gradients(rank, 99)
+        if rank == dist.get_world_size() - 1:
+            poisoned["second"][3, 5] = value
+        bad = sent(compression, parameters, poisoned)["second"].view(SHAPES["second"])[3, 5]
+    arrived.append(sent(compression, parameters, gradients(rank, 4)))
+    return bad, joined(arrived[-1]), compression.state_dict()["residuals"]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_inf_of_one_rank_arrives_on_all_and_leaves_nothing_behind(kind, value):
+    fine = ranks.run(3, with_a_bad_step, kind, None)
+    found = ranks.run(3, with_a_bad_step, kind, value)
+    for (bad, arrived, residuals), (_, wanted, expected) in zip(found, fine, strict=True):
+        assert not bad.isfinite()
+        assert torch.equal(arrived, wanted)
+        assert all(torch.equal(residuals[name], expected[name]) for name in expected)
+
+
+def test_fp16_overflow_is_seen():
+    assert all(bad == math.inf for bad, _, _ in ranks.run(2, with_a_bad_step, "fp16", 1e6))
+    assert all(bad.isfinite() for bad, _, _ in ranks.run(2, with_a_bad_step, "bf16", 1e6))
+
+
+def counted(rank, kind):
+    """(bill, bytes that the collectives' own tensors come to) of two steps; bytes of the uncompressed gradients."""
+    compression, parameters = made(kind)
+    for step in range(2):
+        sent(compression, parameters, gradients(rank, step))
+    compression.bill()
+    size, total = dist.get_world_size(), 0.0
+    reduce, exchange, gather = dist.all_reduce, dist.all_to_all_single, dist.all_gather_single
+
+    def counting_reduce(tensor, *args, **kwargs):
+        nonlocal total
+        total += 2 * (size - 1) / size * tensor.nbytes
+        return reduce(tensor, *args, **kwargs)
+
+    def counting_exchange(out, tensor, *args, **kwargs):
+        nonlocal total
+        total += (size - 1) / size * tensor.nbytes
+        return exchange(out, tensor, *args, **kwargs)
+
+    def counting_gather(out, tensor, *args, **kwargs):
+        nonlocal total
+        total += (size - 1) / size * out.nbytes
+        return gather(out, tensor, *args, **kwargs)
+
+    dist.all_reduce, dist.all_to_all_single, dist.all_gather_single = counting_reduce, counting_exchange, counting_gather
+    for step in range(2):
+        sent(compression, parameters, gradients(rank, step))
+    return compression.bill(), total / 2, 2 * (size - 1) / size * sum(4 * p.numel() for p in parameters.values())
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bill_is_what_was_handed_to_the_collectives(kind, size):
+    fractions = {"none": 1.0, "bf16": 0.5, "fp16": 0.5, "fp8": 0.25, "powersgd": 576 / 7931}
+    for bill, total, uncompressed in ranks.run(size, counted, kind):
+        assert bill["comm/bytes_per_step"] == pytest.approx(total, rel=1e-12)
+        assert bill["comm/bytes_frac"] == pytest.approx(total / uncompressed, rel=1e-12)
+        assert bill["comm/bytes_frac"] == pytest.approx(fractions[kind], rel=0.02)
+
+
+def rebuilt(rank, kind):
+    """Four steps in one bucket, then two in others: the sum of what arrived, by name, and the residuals."""
+    compression, parameters = made(kind)
+    totals = {name: torch.zeros(p.numel()).double() for name, p in parameters.items()}
+    for step in range(6):
+        grads = gradients(rank, step)
+        layouts = [list(SHAPES)] if step < 4 else [["second", "first"], ["scale", "bias"]]
+        for index, names in enumerate(layouts):
+            bucket = Bucket([(parameters[name], grads[name]) for name in names], index, index == len(layouts) - 1)
+            result = compression.send(bucket).wait()
+            for name, part in zip(names, result.split([parameters[name].numel() for name in names]), strict=True):
+                totals[name] += part.double()
+    return totals, compression.state_dict()["residuals"]
+
+
+@pytest.mark.parametrize("kind", FEEDBACK)
+def test_residuals_follow_their_parameters_into_other_buckets(kind):
+    found = ranks.run(2, rebuilt, kind)
+    for name in SHAPES:
+        exact = sum(mean_of(2, step)[name] for step in range(6))
+        owed = sum(residuals[name].double() for _, residuals in found) / 2
+        arrived = found[0][0][name]
+        assert (arrived + owed - exact).norm() < 1e-6 * exact.norm()
+        assert kind == "powersgd" or (arrived - exact).norm() > 1e-4 * exact.norm()  # something was owed
+
+
+def after_silence(rank):
+    """PowerSGD, when a matrix had no gradient at all for three compressed steps: what arrives, what was sent."""
+    compression, parameters = made("powersgd")
+    silent = gradients(rank, 0)
+    silent["first"].zero_()
+    for _ in range(5):
+        assert not sent(compression, parameters, silent)["first"].any()
+    generator = torch.Generator().manual_seed(rank)
+    silent["first"] = torch.randn(61, 1, generator=generator) @ torch.randn(1, 83, generator=generator)
+    return sent(compression, parameters, silent)["first"], silent["first"].flatten()
+
+
+def test_powersgd_wakes_up_after_a_gradient_of_zeros():
+    (arrived, first), (_, second) = ranks.run(2, after_silence)
+    assert sqnr((first.double() + second.double()) / 2, arrived) > 60  # the mean has rank 2: all of it fits
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(48, 10)  # in another order than they are used
+        self.first = nn.Linear(32, 64)
+        self.middle = nn.Linear(64, 48)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.middle(torch.tanh(self.first(x)))))
+
+
+class Training:
+    """A model, its DDP with several buckets, an optimizer, and a compression, on this rank."""
+
+    def __init__(self, rank, kind):
+        torch.manual_seed(0)
+        self.rank, self.model = rank, Net()
+        self.truth = torch.randn(32, 10)
+        self.wrapped = DistributedDataParallel(self.model, bucket_cap_mb=0.012)
+        names = parameter_names(self.model)
+        self.compression = Compression(kind, World(), names)
+        look_and_send(self.wrapped, names, {}, self.compression.send)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
+
+    def backward(self, step):
+        x = torch.randn(64, 32, generator=torch.Generator().manual_seed(10 * step + self.rank))
+        loss = nn.functional.cross_entropy(self.wrapped(x), (x @ self.truth).argmax(1))
+        loss.backward()
+        return loss.item()
+
+    def run(self, steps):
+        losses = []
+        for step in steps:
+            losses.append(self.backward(step))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return losses
+
+    def weights(self):
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+def continued(rank, kind, folder):
+    """Weights after 8 steps; after 5 and 3 from a checkpoint; the same with this state forgotten."""
+    whole = Training(rank, kind)
+    whole.run(range(5))
+    parts = {"model": whole.model, "optim": whole.optimizer, "compression": whole.compression}
+    path = Checkpoints(folder / str(rank), 1).save(5, parts, {})
+    whole.run(range(5, 8))
+    found = [whole.weights()]
+    for forget in (False, True):
+        state = load(path, torch.device("cpu"))
+        again = Training(rank, kind)
+        again.backward(0)  # DDP rebuilds its buckets after it
+        again.optimizer.zero_grad()
+        again.model.load_state_dict(state["model"])
+        again.optimizer.load_state_dict(state["optim"])
+        if not forget:
+            again.compression.load_state_dict(state["compression"])
+        again.run(range(5, 8))
+        found.append(again.weights())
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_continued_run_is_the_same_to_the_bit(kind, tmp_path):
+    results = ranks.run(2, continued, kind, tmp_path)
+    for whole, again, forgetful in results:
+        assert torch.equal(whole, again)
+        assert torch.equal(whole, results[0][0])
+        assert torch.equal(whole, forgetful) is (kind not in FEEDBACK)
+
+
+def trained(rank, kind):
+    training = Training(rank, kind)
+    return training.run(range(150)), training.weights()
+
+
+def test_a_model_trains_as_well_with_each():
+    loss = {}
+    for kind in KINDS:
+        (losses, weights), (others_losses, others) = ranks.run(2, trained, kind)
+        assert torch.equal(weights, others)
+        loss[kind] = sum(losses[-20:] + others_losses[-20:]) / 40
+    assert loss["none"] < 1.2 < losses[0]
+    for kind, most in {"bf16": 0.005, "fp16": 0.005, "fp8": 0.01, "powersgd": 0.1}.items():
+        assert abs(loss[kind] / loss["none"] - 1) < most, loss
+
+
+def test_errors_name_the_setting():
+    with pytest.raises(ValueError, match=r"dist\.compress=int8: choose one of none, bf16, fp16, fp8, powersgd"):
+        Compression("int8", ALONE, {})
+    with pytest.raises(ValueError, match=r"dist\.compress=powersgd: .*gain"):
+        Compression("powersgd", ALONE, {nn.Parameter(torch.tensor(1.0)): "gain"})
+
+
+def test_one_rank_has_nothing_to_pay():
+    assert Compression("fp8", ALONE, {}).bill() == {}
