@@ -13,8 +13,8 @@ Errors: with ``r_i`` the residual of rank i, the mean that is sent is ``mean(g_i
 rounding, the new residual ``r_i'`` being what the chunks for others lost and, in the own chunk, ``size`` times what the
 mean lost. Residuals stay bounded, so over many steps everything arrives.
 
-A block with an Inf or NaN is sent with a scale of NaN and arrives as NaN on all ranks, who then all skip the step; the
-residuals of a bucket with one stay as they were, since nothing of it was applied.
+A block with an Inf or NaN arrives as NaN on all ranks, who then all skip the step; the residuals of a bucket with one
+stay as they were, since nothing of it was applied.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Exchange:
         result = unpack(_gathered(pack(mean[None]), size), length)
         lost = owed - unpack(packed, length)
         lost[own] = (mean - result[own]).mul_(size)
-        fine = result.isfinite().all()
-        residual.copy_(torch.where(fine, lost.flatten()[: residual.numel()], residual))
+        fine = kernels.amax(result).isfinite()  # isfinite of all of it takes 10 times as long
+        torch.where(fine, lost.flatten()[: residual.numel()], residual, out=residual)
         return result
 
 
@@ -93,7 +93,7 @@ def pack(x: Tensor) -> Tensor:
     # full_like and div: number / tensor is reciprocal * number, which rounds twice
     scales = torch.full_like(peaks, Format.fp8_e4m3.value.max).div_(peaks).clamp_(max=LARGEST_SCALE)
     codes, _ = kernels.quantize(x * scales, torch.ones((), device=x.device), Format.fp8_e4m3)
-    factors = torch.where(peaks.isfinite(), scales.reciprocal(), math.nan)
+    factors = scales.reciprocal()  # of a block with an Inf: 1 / 0, and codes of 0 or NaN; with a NaN: NaN
     return torch.cat([codes.view(rows, -1).view(torch.uint8), factors.view(rows, -1).view(torch.uint8)], 1)
 
 

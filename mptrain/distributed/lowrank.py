@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
+from mptrain import kernels
 from mptrain.distributed import Ranks
 from mptrain.distributed.residuals import Residuals, used_here
 
@@ -54,9 +55,9 @@ class LowRank:
 
         def remember(done: torch.futures.Future[Tensor]) -> Tensor:
             result, q, lost = done.value(), state.q_memory_dict[index], state.error_dict.pop(index)
-            fine = result.isfinite().all()
+            fine = kernels.amax(result).isfinite()
             used_here(q, lost, seed, *([] if before is None else [before]))
-            residual.copy_(torch.where(fine, lost, residual))
+            torch.where(fine, lost, residual, out=residual)
             q.copy_(torch.where(fine, torch.where(q == 0, seed, q), seed if before is None else before))
             return result
 

@@ -1,4 +1,4 @@
-"""Compressed gradients against FP64 means made here of what all ranks held, and the bill against what was really sent."""
+"""Compressed gradients against FP64 means of what all ranks held, and the bill against what was really sent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from mptrain.checkpoint import Checkpoints, load
@@ -143,7 +144,7 @@ def repeated(rank, kind, steps, feedback):
 
 
 def errors_after(size, kind, steps, feedback=True):
-    """Norm of (sum of sent - steps * mean) over the norm of the mean, after each step; the residuals' mean; the last."""
+    """Norm of (sum of sent - steps * mean), relative to the mean, after each step; what residuals do not explain."""
     found = ranks.run(size, repeated, kind, steps, feedback)
     exact = joined(mean_of(size))
     sums = found[0][0]
@@ -172,28 +173,31 @@ def test_powersgd_sends_in_the_end_what_two_ranks_of_a_matrix_cannot_hold():
 
 
 def with_a_bad_step(rank, kind, value):
-    """Steps 0 to 4, in the middle of them one that holds ``value`` in one place on the last rank."""
+    """Steps 0 to 4, before the last one more that holds ``value`` in one place on the last rank (None: without)."""
     compression, parameters = made(kind)
-    arrived = [sent(compression, parameters, gradients(rank, step)) for step in range(4)]
+    for step in range(4):
+        sent(compression, parameters, gradients(rank, step))
     bad = None
     if value is not None:
         poisoned = gradients(rank, 99)
         if rank == dist.get_world_size() - 1:
             poisoned["second"][3, 5] = value
         bad = sent(compression, parameters, poisoned)["second"].view(SHAPES["second"])[3, 5]
-    arrived.append(sent(compression, parameters, gradients(rank, 4)))
-    return bad, joined(arrived[-1]), compression.state_dict()["residuals"]
+    arrived = sent(compression, parameters, gradients(rank, 4))
+    return bad, joined(arrived), compression.state_dict()["residuals"]
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def without_and_with(rank, kind, values):
+    return [with_a_bad_step(rank, kind, value) for value in (None, *values)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_inf_of_one_rank_arrives_on_all_and_leaves_nothing_behind(kind, value):
-    fine = ranks.run(3, with_a_bad_step, kind, None)
-    found = ranks.run(3, with_a_bad_step, kind, value)
-    for (bad, arrived, residuals), (_, wanted, expected) in zip(found, fine, strict=True):
-        assert not bad.isfinite()
-        assert torch.equal(arrived, wanted)
-        assert all(torch.equal(residuals[name], expected[name]) for name in expected)
+def test_an_inf_of_one_rank_arrives_on_all_and_leaves_nothing_behind(kind):
+    for (_, wanted, expected), *found in ranks.run(3, without_and_with, kind, (math.inf, -math.inf, math.nan)):
+        for bad, arrived, residuals in found:
+            assert not bad.isfinite()
+            assert torch.equal(arrived, wanted)
+            assert all(torch.equal(residuals[name], expected[name]) for name in expected)
 
 
 def test_fp16_overflow_is_seen():
@@ -208,7 +212,8 @@ def counted(rank, kind):
         sent(compression, parameters, gradients(rank, step))
     compression.bill()
     size, total = dist.get_world_size(), 0.0
-    reduce, exchange, gather = dist.all_reduce, dist.all_to_all_single, dist.all_gather_single
+    gather_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    reduce, exchange, gather = dist.all_reduce, dist.all_to_all_single, getattr(dist, gather_name)
 
     def counting_reduce(tensor, *args, **kwargs):
         nonlocal total
@@ -225,13 +230,14 @@ def counted(rank, kind):
         total += (size - 1) / size * out.nbytes
         return gather(out, tensor, *args, **kwargs)
 
-    dist.all_reduce, dist.all_to_all_single, dist.all_gather_single = counting_reduce, counting_exchange, counting_gather
+    dist.all_reduce, dist.all_to_all_single = counting_reduce, counting_exchange
+    setattr(dist, gather_name, counting_gather)
     for step in range(2):
         sent(compression, parameters, gradients(rank, step))
     return compression.bill(), total / 2, 2 * (size - 1) / size * sum(4 * p.numel() for p in parameters.values())
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bill_is_what_was_handed_to_the_collectives(kind, size):
     fractions = {"none": 1.0, "bf16": 0.5, "fp16": 0.5, "fp8": 0.25, "powersgd": 576 / 7931}
@@ -241,12 +247,19 @@ def test_the_bill_is_what_was_handed_to_the_collectives(kind, size):
         assert bill["comm/bytes_frac"] == pytest.approx(fractions[kind], rel=0.02)
 
 
-def rebuilt(rank, kind):
-    """Four steps in one bucket, then two in others: the sum of what arrived, by name, and the residuals."""
+def rebuilt(rank, kind, loaded):
+    """Four steps in one bucket, then two in others: the sum of what arrived, by name, and the residuals.
+
+    ``loaded``: the last two are sent by another object with the state of the first.
+    """
     compression, parameters = made(kind)
     totals = {name: torch.zeros(p.numel()).double() for name, p in parameters.items()}
     for step in range(6):
         grads = gradients(rank, step)
+        if step == 4 and loaded:
+            state = compression.state_dict()
+            compression, parameters = made(kind)
+            compression.load_state_dict(state)
         layouts = [list(SHAPES)] if step < 4 else [["second", "first"], ["scale", "bias"]]
         for index, names in enumerate(layouts):
             bucket = Bucket([(parameters[name], grads[name]) for name in names], index, index == len(layouts) - 1)
@@ -258,13 +271,33 @@ def rebuilt(rank, kind):
 
 @pytest.mark.parametrize("kind", FEEDBACK)
 def test_residuals_follow_their_parameters_into_other_buckets(kind):
-    found = ranks.run(2, rebuilt, kind)
+    found = ranks.run(2, rebuilt, kind, False)
     for name in SHAPES:
         exact = sum(mean_of(2, step)[name] for step in range(6))
         owed = sum(residuals[name].double() for _, residuals in found) / 2
         arrived = found[0][0][name]
         assert (arrived + owed - exact).norm() < 1e-6 * exact.norm()
-        assert kind == "powersgd" or (arrived - exact).norm() > 1e-4 * exact.norm()  # something was owed
+        if kind == "fp8" or "bias" != name != "scale":
+            assert (arrived - exact).norm() > 1e-4 * exact.norm()  # something was owed
+    for (totals, residuals), (again, others) in zip(found, ranks.run(2, rebuilt, kind, True), strict=True):
+        assert all(torch.equal(totals[name], again[name]) for name in SHAPES)  # PowerSGD made new factors at random
+        assert all(torch.equal(residuals[name], others[name]) for name in SHAPES)
+
+
+def beside_torch(rank):
+    """Six steps of ours and of torch's own hook."""
+    compression, parameters = made("powersgd")
+    state = PowerSGDState(None, 2, 2, orthogonalization_epsilon=1e-16)
+    for step in range(6):
+        grads = gradients(rank, step)
+        bucket = Bucket([(parameters[name], grads[name]) for name in SHAPES])
+        wanted = powerSGD_hook(state, bucket).wait().clone()
+        assert torch.equal(joined(sent(compression, parameters, grads)), wanted)
+    return True
+
+
+def test_powersgd_is_torchs():
+    assert ranks.run(2, beside_torch) == [True, True]
 
 
 def after_silence(rank):
@@ -302,11 +335,11 @@ class Training:
         torch.manual_seed(0)
         self.rank, self.model = rank, Net()
         self.truth = torch.randn(32, 10)
-        self.wrapped = DistributedDataParallel(self.model, bucket_cap_mb=0.012)
+        self.wrapped = DistributedDataParallel(self.model, bucket_cap_mb=0.012, gradient_as_bucket_view=True)
         names = parameter_names(self.model)
         self.compression = Compression(kind, World(), names)
         look_and_send(self.wrapped, names, {}, self.compression.send)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
 
     def backward(self, step):
         x = torch.randn(64, 32, generator=torch.Generator().manual_seed(10 * step + self.rank))
@@ -327,18 +360,23 @@ class Training:
 
 
 def continued(rank, kind, folder):
-    """Weights after 8 steps; after 5 and 3 from a checkpoint; the same with this state forgotten."""
+    """Weights after 8 steps, with samples; after 5 and 3 from a checkpoint, in the buckets that DDP rebuilt, in its
+    first ones, and with this state forgotten.
+    """
     whole = Training(rank, kind)
-    whole.run(range(5))
+    whole.run(range(4))
+    whole.compression.sampling = True
+    whole.run(range(4, 5))
     parts = {"model": whole.model, "optim": whole.optimizer, "compression": whole.compression}
     path = Checkpoints(folder / str(rank), 1).save(5, parts, {})
     whole.run(range(5, 8))
     found = [whole.weights()]
-    for forget in (False, True):
+    for same_buckets, forget in ((True, False), (False, False), (True, True)):
         state = load(path, torch.device("cpu"))
         again = Training(rank, kind)
-        again.backward(0)  # DDP rebuilds its buckets after it
-        again.optimizer.zero_grad()
+        if same_buckets:
+            again.backward(0)  # after it DDP rebuilds them
+            again.optimizer.zero_grad()
         again.model.load_state_dict(state["model"])
         again.optimizer.load_state_dict(state["optim"])
         if not forget:
@@ -351,25 +389,27 @@ def continued(rank, kind, folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_continued_run_is_the_same_to_the_bit(kind, tmp_path):
     results = ranks.run(2, continued, kind, tmp_path)
-    for whole, again, forgetful in results:
+    for whole, again, other_buckets, forgetful in results:
         assert torch.equal(whole, again)
         assert torch.equal(whole, results[0][0])
         assert torch.equal(whole, forgetful) is (kind not in FEEDBACK)
+        most = 0.03 if kind == "powersgd" else 1e-3  # it begins with new random factors
+        assert (whole - other_buckets).norm() < most * whole.norm()
 
 
 def trained(rank, kind):
     training = Training(rank, kind)
-    return training.run(range(150)), training.weights()
+    return training.run(range(120)), training.weights()
 
 
 def test_a_model_trains_as_well_with_each():
     loss = {}
     for kind in KINDS:
-        (losses, weights), (others_losses, others) = ranks.run(2, trained, kind)
+        (losses, weights), (other_losses, others) = ranks.run(2, trained, kind)
         assert torch.equal(weights, others)
-        loss[kind] = sum(losses[-20:] + others_losses[-20:]) / 40
+        loss[kind] = sum(losses[-20:] + other_losses[-20:]) / 40
     assert loss["none"] < 1.2 < losses[0]
-    for kind, most in {"bf16": 0.005, "fp16": 0.005, "fp8": 0.01, "powersgd": 0.1}.items():
+    for kind, most in {"bf16": 0.005, "fp16": 0.005, "fp8": 0.01, "powersgd": 0.12}.items():
         assert abs(loss[kind] / loss["none"] - 1) < most, loss
 
 
