@@ -30,7 +30,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "scaling": ("policy", "formats"),
     "convert": ("formats",),
     "kernels": ("formats",),
-    "distributed": ("convert",),
+    "distributed": ("convert", "kernels", "formats"),
     "outcome": ("scaling",),
     "emulation": ("kernels", "formats", "policy", "distributed"),
     "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation"),
