@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from mptrain import build, config, sweep
-from mptrain.distributed.layout import left_cleanly
+from mptrain.distributed.joining import left_cleanly
 from mptrain.policy import conf_dir
 
 

@@ -14,30 +14,23 @@ from typing import TextIO
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from mptrain import baseline, identity, machine
+from mptrain import baseline, machine
+from mptrain.assembly import assemble
 from mptrain.backends.base import resolve
 from mptrain.baseline import Figures
 from mptrain.checkpoint import Checkpoints, read_about, require_fit
 from mptrain.config import RunConfig
-from mptrain.distributed import Ranks, among, rank, world_size, wrap
-from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS
+from mptrain.distributed import Ranks, rank, world_size
 from mptrain.folder import describe, discard, folder_of, remember, remembered
 from mptrain.loggers import ConsoleSink, JsonLines, NullSink, RankLog, Sinks
-from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.policy import PrecisionPolicy
-from mptrain.precision import Precision
 from mptrain.prepare import Prepared, prepare
 from mptrain.report.terminal import emulation_note, print_lines
 from mptrain.run import Run, about
 from mptrain.settings import to_plain
 from mptrain.telemetry.audit import StepAudit
-from mptrain.telemetry.drill import DebugConfig, Drill
-from mptrain.telemetry.meters import Throughput, peak_tflops
-from mptrain.telemetry.monitor import Monitor
-from mptrain.trainer import Trainer
-from mptrain.validation import to_device
+from mptrain.telemetry.drill import DebugConfig
 from mptrain.wandb_logger import WandbSink
 
 
@@ -135,96 +128,6 @@ def _probed(prepared: Prepared, say: Callable[[str], None]) -> Figures:
         if ranks.first:
             baseline.keep(kept, wanted, runs)
     return kept
-
-
-def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoints | None = None) -> Trainer:
-    """The model on the device, in its precision, with optimizer and meters, inside a trainer."""
-    config, data, device, ranks = prepared.config, prepared.data, prepared.device, prepared.ranks
-    with torch.device("meta"):
-        model = prepared.model_module.build(prepared.model_config)
-    precision = Precision(config.precision, ranks=ranks)
-    wrapped, mark = _placed(model, prepared, precision)
-    if config.trainer.checkpointing:
-        model.recompute = precision.recompute
-    drill = Drill.parse(config.debug.inject) if config.debug.inject else None
-    recorded = config.telemetry.record_every > 0
-    peak = peak_tflops(device, "fp8" if config.precision.quantized else str(config.precision.compute))
-    share = prepared.layout.share(config.trainer.batch_size, config.trainer.accumulate, ranks.rank)
-    optimizer = build_optimizer(config.optim, model)
-    return Trainer(
-        config.trainer,
-        model=model,
-        precision=precision,
-        optimizer=optimizer,
-        schedule=Schedule.of(config.optim, config.trainer.max_steps),
-        data=data,
-        sink=sink,
-        monitor=Monitor(model, precision, config.telemetry, config.trainer.max_steps) if recorded else None,
-        throughput=Throughput(prepared.units_per_step),
-        average=Average(model, config.optim.ema_decay) if config.optim.ema_decay else None,
-        drill=drill,
-        seed=config.seed,
-        every=config.telemetry.every,
-        wrapped=wrapped,
-        run_model=torch.compile(wrapped) if config.trainer.compile else wrapped,  # type: ignore[arg-type]
-        ranks=ranks,
-        share=share,
-        masters_whole=config.dist.kind not in ("fsdp", "hsdp") or config.dist.gather == "fp32",
-        checkpoints=checkpoints,
-        checkpoint_every=config.checkpoint.every,
-        about={
-            "precision": config.precision.name,
-            "fingerprint": prepared.fingerprint,
-            "initial_weights": mark,
-        },
-        flops_per_token=model.flops_per_token(),
-        peak_flops_per_s=None if peak is None else peak * 1e12 * ranks.size,
-    )
-
-
-def _placed(model: nn.Module, prepared: Prepared, precision: Precision) -> tuple[nn.Module, str]:
-    """A model that is on meta, on its device with its first weights: prepared, and wrapped for its ranks.
-
-    Returns what to call in its place, and the mark of the weights. The weights are those of one process.
-    """
-    config, device, layout = prepared.config, prepared.device, prepared.layout
-    torch.manual_seed(config.seed)
-    if config.dist.kind in ("single", "ddp") and layout.parts == 1:
-        model.to_empty(device="cpu").reset_parameters()  # type: ignore[operator]
-        mark = identity.weights_mark(model)
-        precision.prepare(model.to(device))
-        if config.dist.kind == "single":
-            return model, mark
-        mesh = layout.mesh(device)
-        precision.counters.held_elsewhere = wrap.held_elsewhere({}, mesh)
-        wrapped = wrap.replicate(model, mesh, precision.unreduced, None)
-        _prime(wrapped, prepared, precision)
-        return wrapped, mark
-    precision.prepare(model, device)
-    mesh = layout.mesh(device)
-    plan = getattr(prepared.model_module, "TENSOR_PARALLEL", {})
-    cut = wrap.split_products(model, plan, mesh[PARTS]) if layout.parts > 1 else {}
-    if config.dist.kind != "single":
-        formats = config.precision.compute.value.dtype, config.precision.reduce.value.dtype
-        over = mesh[SHARDS] if layout.replicas == 1 else mesh[REPLICAS, SHARDS]
-        wrap.note_reductions(wrap.shard(model, over, config.dist, *formats), precision.unreduced)
-    wrap.materialize(model, device, model.reset_parameters)  # type: ignore[arg-type]
-    precision.counters.held_elsewhere = wrap.held_elsewhere(cut, mesh)
-    if cut:
-        precision.counters.share = among(mesh[PARTS].get_group())
-    return model, identity.weights_mark(model)
-
-
-def _prime(wrapped: nn.Module, prepared: Prepared, precision: Precision) -> None:
-    """One sample there and back before the first step. DDP learns its static graph from it and orders its buckets: else
-    the first step of a resumed run would be summed in another order than the same step of one that went on."""
-    quiet, precision.counters.quiet = precision.counters.quiet, True
-    with precision.backend.forward(policy_on=True):
-        loss = wrapped(**to_device(prepared.data.train_at([0]), prepared.device))
-    loss.backward()
-    wrapped.zero_grad()
-    precision.unreduced.clear()
-    precision.counters.quiet = quiet
 
 
 def probe(config: RunConfig) -> Figures:

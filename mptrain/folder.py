@@ -7,8 +7,8 @@ so a folder without a summary and without a lock is of a run that was stopped.
 from __future__ import annotations
 
 import fcntl
-import os
 import json
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +16,6 @@ from mptrain import identity
 from mptrain.config import RunConfig
 from mptrain.files import write_whole
 from mptrain.settings import to_plain
-
 
 MARKS = ".torchrun"  # in the folder of the runs
 

@@ -130,7 +130,8 @@ def _undo(path: Path, since: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(errors="replace").splitlines(keepends=True)
-    kept, undone = [], []
+    kept: list[str] = []
+    undone: list[str] = []
     for line in lines:
         try:
             early = line.endswith("\n") and int(json.loads(line)["step"]) <= since

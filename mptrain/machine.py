@@ -29,7 +29,7 @@ def pick_device(asked: str) -> torch.device:
     number = int(os.environ["LOCAL_RANK"])
     if number >= torch.cuda.device_count():
         raise ValueError(
-            f"process {number} of this node finds {torch.cuda.device_count()} GPUs: start as many processes, or device=cpu"
+            f"process {number} of this node finds {torch.cuda.device_count()} GPUs: start as many, or device=cpu"
         )
     return torch.device("cuda", number)
 

@@ -77,8 +77,8 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     if is_sharded(model):
         if not plain:
             raise ValueError(
-                f"optim.weights={config.weights}, optim.moments={config.moments}: sharded weights are kept in FP32, use "
-                "optim=adamw, or dist=ddp"
+                f"optim.weights={config.weights}, optim.moments={config.moments}: sharded weights are kept in FP32, "
+                "use optim=adamw, or dist=ddp"
             )
         sharded = ShardedOptimizer(used, lambda parts: torch.optim.AdamW(parts, **settings, fused=True))
         return cast(Optimizer, sharded)  # all that is asked of one here

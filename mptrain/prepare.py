@@ -15,7 +15,8 @@ from mptrain.backends.base import resolve
 from mptrain.config import RunConfig, parse_open
 from mptrain.data import Dataset
 from mptrain.distributed import ALONE, Ranks, world_size
-from mptrain.distributed.layout import Layout, start
+from mptrain.distributed.joining import join
+from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import peaks
@@ -59,7 +60,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     layout.share(config.trainer.batch_size, config.trainer.accumulate, 0)  # refused here if it does not go round
     device = machine.pick_device(config.device)
     resolve(config.precision, device)
-    ranks = start(config.dist, device)
+    ranks = join(config.dist, device)
     if config.optim.weights != "fp32" and config.precision.compute is not Format.bf16:
         raise ValueError(
             f"optim.weights={config.optim.weights} stores BF16 weights, which precision={config.precision.name} "

@@ -52,6 +52,14 @@ class Sink(Protocol):
     def record(self, record: Record) -> None: ...
 
 
+class Compresses(Stateful, Protocol):
+    """Gradients made smaller between ranks. ``sampling``: measure this step's error; ``bill``: metrics since then."""
+
+    sampling: bool
+
+    def bill(self) -> dict[str, float]: ...
+
+
 class Watches(Protocol):
     """Tells others how far this rank has come, so that one that hangs can be named."""
 

@@ -1,4 +1,4 @@
-"""A checkpoint on disk, written and read through ``torch.distributed.checkpoint``: a folder of safetensors and one JSON.
+"""A checkpoint on disk, written and read through ``torch.distributed.checkpoint``: a folder of safetensors and a JSON.
 
 Each rank writes the parts it was planned to (``rank-00000.safetensors``), the first one then ``checkpoint.json``: where
 each part of each tensor is, the size and CRC32 of every file, and what is no tensor. Nothing in it is executed: DCP's own

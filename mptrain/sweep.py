@@ -33,8 +33,8 @@ from rich.console import Console
 from mptrain import build, config
 from mptrain.baseline import FEW_STEPS
 from mptrain.checkpoint import Checkpoints
-from mptrain.distributed import world_size
 from mptrain.config import RunConfig
+from mptrain.distributed import world_size
 from mptrain.files import object_in, write_whole
 from mptrain.folder import claim
 from mptrain.identity import JOB_LOCK, job_mark, short_hash

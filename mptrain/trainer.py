@@ -26,14 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mptrain.checkpoint import Checkpoints, Stateful, load, read_about
+from mptrain.checkpoint import Checkpoints, Stateful
 from mptrain.distributed import ALONE, Ranks
 from mptrain.distributed.layout import Share
 from mptrain.distributed.optimizer import sharded_as
 from mptrain.interrupts import Interrupts
+from mptrain.keeping import Diverged, Keeper
 from mptrain.outcome import StepOutcome
 from mptrain.precision import Precision
-from mptrain.protocols import Audits, Averaged, Data, Rates, Sink, Watches
+from mptrain.protocols import Audits, Averaged, Compresses, Data, Rates, Sink, Watches
 from mptrain.settings import require
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.ledger import Ledger, alarm
@@ -43,20 +44,14 @@ from mptrain.telemetry.spikes import Spikes
 from mptrain.validation import Validation, to_device
 
 NOTHING = nullcontext()
-OPTIONAL = ("monitor", "average", "spikes")  # of a checkpoint: begun anew where it holds none
-MOST_ROLLBACKS = 3  # to one checkpoint; skipping batches does not help where the model itself has diverged
-
-
-class Diverged(ValueError):
-    """Training cannot go on; what was saved is as it was."""
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     """``batch_size``: samples a micro-batch; ``accumulate``: micro-batches a step, of all ranks together; ``clip``:
     largest gradient norm, 0 for none; ``eval_every``: 0 = at the end only; ``checkpointing``: recompute activations in
-    backward; ``compile``: torch.compile the model; ``max_skips_in_a_row`` ends a run that only skips; ``on_spike``: none,
-    or rollback to the newest checkpoint, to go on behind the batches of the spike."""
+    backward; ``compile``: torch.compile the model; ``max_skips_in_a_row`` ends a run that only skips; ``on_spike``:
+    none, or rollback to the newest checkpoint, to go on behind the batches of the spike."""
 
     max_steps: int = 60
     batch_size: int = 4
@@ -78,9 +73,9 @@ class TrainerConfig:
 
 
 class Trainer:
-    """Everything a run needs, handed in. ``wrapped``: what is called in the model's place (its DDP), ``run_model``: that
-    or its compiled form. Without ``monitor`` nobody watches the numerics. ``own``: parts of a checkpoint that differ by
-    rank."""
+    """Everything a run needs, handed in. ``wrapped``: what is called in the model's place (its DDP), ``run_model``:
+    that or its compiled form. Without ``monitor`` nobody watches the numerics. ``compression``:
+    of the gradients between ranks; its state differs by rank."""
 
     def __init__(
         self,
@@ -100,9 +95,9 @@ class Trainer:
         run_model: nn.Module | None = None,
         ranks: Ranks = ALONE,
         share: Share | None = None,
-        own: dict[str, Stateful] | None = None,
         watch: Watches | None = None,
         masters_whole: bool = True,
+        compression: Compresses | None = None,
         average: Averaged | None = None,
         drill: Drill | None = None,
         checkpoints: Checkpoints | None = None,
@@ -118,7 +113,7 @@ class Trainer:
         self.wrapped = model if wrapped is None else wrapped
         self.run_model = self.wrapped if run_model is None else run_model
         self.ranks, self.share = ranks, share or Share(config.batch_size, config.accumulate)
-        self.own, self.watch, self.masters_whole = own or {}, watch, masters_whole
+        self.compression, self.watch, self.masters_whole = compression, watch, masters_whole
         self.average, self.drill = average, drill
         self.checkpoints, self.checkpoint_every = checkpoints, checkpoint_every
         self.flops_per_token, self.peak_flops_per_s = flops_per_token, peak_flops_per_s
@@ -135,7 +130,6 @@ class Trainer:
         self._unread: list[tuple[int, Tensor, float]] = []
         self._sampled: dict[str, float] = {}
         self._spiked = False
-        self._rollbacks: list[int] = []  # the steps they went back to
 
     @property
     def stopped_early(self) -> bool:
@@ -181,6 +175,8 @@ class Trainer:
         with self._around(step):
             audited = self.audit is not None and self.audit.result is None
             seen = watching is not None and watching.recording
+            if self.compression is not None:
+                self.compression.sampling = seen
             loss = self._audited() if audited else self._gradients(self.wrapped if seen else self.run_model)
         self._settle()
         rate = self.schedule.at(self.ledger.applied)
@@ -309,6 +305,8 @@ class Trainer:
             if self.precision.scaler.active:
                 row["scale/value"] = outcome.scale
         row["scale/skipped_total"] = float(self.ledger.skipped)
+        if self.compression is not None:
+            row |= self.compression.bill()
         self.sink.metrics(step, row | self._speed() | self._sampled)
         self._sampled = {}
 
@@ -328,9 +326,9 @@ class Trainer:
         sizes = self.config.batch_size, self.config.eval_batches
         return judge(*sizes, masters=masters and self.masters_whole, average=self.average)
 
-    def parts(self) -> dict[str, Stateful]:
-        """What a checkpoint holds. The data's position is the step: its order, like that of random numbers, is a function
-        of (seed, step)."""
+    def keeper(self) -> Keeper:
+        """What a checkpoint holds. The data's position is the step: its order, like that of random numbers, is a
+        function of (seed, step)."""
         parts: dict[str, Stateful | None] = {
             "model": self.model,
             "optimizer": self.optimizer,
@@ -340,30 +338,22 @@ class Trainer:
             "average": self.average,
             "spikes": self.spikes,
         }
-        return {name: part for name, part in parts.items() if part is not None}
+        held = {name: part for name, part in parts.items() if part is not None}
+        own: dict[str, Stateful] = {} if self.compression is None else {"compression": self.compression}
+        return Keeper(held, own, self.ranks, self.device, sharded_as(self.model, self.optimizer))
 
     def save(self) -> None:
-        """Write a checkpoint of the state after the last step."""
+        """Write a checkpoint of the state after the last step, unless that step is about to be undone."""
         assert self.checkpoints is not None, "save() needs checkpoints"
         self._flush()  # what is told of a step is on disk before the step is
         if self._spiked:
             return
         self._at("saving")
-        about = {**self.about, "step": self.step_number}
-        self.checkpoints.save(self.step_number, self.parts(), about, self.own)
+        self.keeper().save(self.checkpoints, self.step_number, self.about)
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint. ValueError if it is damaged or of another model."""
-        state = load(path, self.device, self.ranks, sharded_as(self.model, self.optimizer))
-        for name, part in {**self.parts(), **self.own}.items():
-            try:
-                part.load_state_dict(state.get(name, {}) if name in OPTIONAL or name in self.own else state[name])
-            except (RuntimeError, KeyError, ValueError) as error:
-                first = str(error).splitlines()[0]
-                raise ValueError(
-                    f"the checkpoint's {name} does not fit this run ({first}): use the model and optim it was made with"
-                ) from error
-        self.step_number = int(read_about(path)["step"])
+        self.step_number = self.keeper().resume(path)
 
     def _look_for_spikes(self, steps: list[int], values: list[float]) -> None:
         first = self.spikes.first(values)
@@ -373,20 +363,9 @@ class Trainer:
             self._spiked = self.config.on_spike == "rollback"
 
     def _roll_back(self) -> None:
-        """Go back to the newest checkpoint and on behind the batches that were seen since."""
+        """Go back to the newest checkpoint, and on behind the batches that were seen since."""
         assert self.checkpoints is not None, "on_spike=rollback needs checkpoints"
-        self._spiked = False
-        self.checkpoints.wait()
-        path, here = self.checkpoints.newest(), self.step_number
-        if path is None:
-            raise Diverged("the loss spiked, and there is no checkpoint yet to go back to: lower checkpoint.every")
-        skipped, rollbacks = self.ledger.skipped_batches, self.ledger.rollbacks
-        self.resume(path)
-        self._pending = None
-        self._rollbacks.append(self.step_number)
-        if self._rollbacks[-MOST_ROLLBACKS - 1 :].count(self.step_number) > MOST_ROLLBACKS:
-            raise Diverged(
-                f"the loss spiked again after {MOST_ROLLBACKS} rollbacks to step {self.step_number}: lower optim.lr, or "
-                "use precision=bf16; checkpoints are as they were"
-            )
-        self.sink.event(self.ledger.roll_back(here, self.step_number, skipped, rollbacks))
+        self._spiked, self._pending = False, None
+        here = self.step_number
+        self.step_number, event = self.keeper().roll_back(self.checkpoints, self.ledger, here)
+        self.sink.event(event)

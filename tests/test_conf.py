@@ -36,7 +36,7 @@ def test_every_option_composes_and_shows_its_command_first(option):
     settings = composed(f"{group}={name}", *NEEDS.get(name, []))
     assert isinstance(settings, RunConfig)
     text = (CONF / option).read_text()
-    assert "python train.py" in text.splitlines()[0]
+    assert "train.py" in text.splitlines()[0]
     assert len(text.splitlines()) <= 20
     plain = to_plain(getattr(settings, group))
     for key, value in yaml.safe_load(text).items():

@@ -30,7 +30,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "scaling": ("policy", "formats"),
     "convert": ("formats",),
     "kernels": ("formats",),
-    "distributed": ("convert", "kernels", "formats"),
+    "distributed": ("convert", "kernels", "formats", "settings"),
     "outcome": ("scaling",),
     "emulation": ("kernels", "formats", "policy", "distributed"),
     "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation"),
@@ -38,13 +38,14 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "precision": (
         "policy", "scaling", "backends.base", "convert", "kernels.counters", "outcome", "distributed", "settings",
     ),
-    "checkpoint": ("settings",),
-    "optim": ("settings",),
+    "checkpoint": ("storage", "distributed"),
+    "optim": ("settings", "distributed"),
     "telemetry": (
         "kernels", "formats", "distributed", "outcome", "scaling", "settings", "policy", "convert", "precision",
     ),
-    "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings", "interrupts"),
-    "identity": ("settings",),
+    "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings", "interrupts", "protocols",
+        "validation", "keeping",),
+    "identity": ("settings", "distributed"),
     "baseline": ("files", "settings", "identity"),
     "loggers": ("files", "settings", "telemetry.record"),
     "wandb_logger": (
@@ -63,6 +64,11 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     ),
     "export": ("models", "checkpoint", "settings"),
     "doctor": ("backends.base", "config", "machine", "precision", "telemetry"),  # one step, no run
+    "storage": (),
+    "keeping": ("checkpoint", "distributed", "telemetry.ledger"),
+    "protocols": ("checkpoint", "telemetry.record"),
+    "validation": ("precision", "distributed", "protocols"),
+    "assembly": ANY,
     "prepare": ANY,  # with build and run the composition root
     "run": ANY,
     "build": ANY,
@@ -80,7 +86,7 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "torchao": ("backends.native", "optim", "quantization"),
     "wandb": ("wandb_logger",),
     "triton": ("kernels.triton",),
-    "safetensors": ("checkpoint", "export", "quantization"),
+    "safetensors": ("checkpoint", "storage", "export", "quantization"),
     "yaml": ("policy", "config", "build", "cli", "report"),
     "numpy": ("data", "kernels.exhaustive", "report", "quantization"),
     "scipy": ("report",),
@@ -178,6 +184,7 @@ def test_the_program_composes_and_does_nothing_else():
     known = set(TREE) - {""}
     found = imports((ROOT / "train.py").read_text(), "", False, known)
     allowed = {"hydra", "omegaconf", "mptrain.build", "mptrain.config", "mptrain.policy", "mptrain.sweep"}
+    allowed |= {"mptrain.distributed.joining"}  # how a process of several ends
     assert {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names} <= allowed
     assert {"mptrain.build", "mptrain.config"} <= found
 

@@ -27,7 +27,7 @@ class Data:
         text = torch.from_numpy(raw.astype(np.int64)).view(count, 9) // 2 * 2
         return {"tokens": text[:, :-1], "targets": text[:, 1:]}
 
-    def batch(self, step, *, micro, microbatches, batch_size, seed):
+    def batch(self, step, *, micro, microbatches, batch_size, seed, rank=0, world_size=1):
         every = self.samples(step, 8)
         return {name: part[micro * batch_size : (micro + 1) * batch_size] for name, part in every.items()}
 

@@ -85,12 +85,12 @@ class World(Ranks):
         dist.all_reduce(sent, operation)
         return sent.to(value.dtype)
 
-    def counts(self, tensor: Tensor) -> bool:
+    def counts(self, tensor: Any) -> bool:
         """Of the ranks that hold the same part it is the first; a plain tensor counts on rank 0."""
         if not hasattr(tensor, "placements"):
             return self.first
-        mesh = tensor.device_mesh  # type: ignore[attr-defined]
-        replicated = [dim for dim, place in enumerate(tensor.placements) if place.is_replicate()]  # type: ignore[attr-defined]
+        mesh = tensor.device_mesh
+        replicated = [dim for dim, place in enumerate(tensor.placements) if place.is_replicate()]
         return bool((mesh.mesh == 0).any()) and all(mesh.get_local_rank(dim) == 0 for dim in replicated)
 
     def gather(self, value: T) -> list[T]:
@@ -143,7 +143,7 @@ def local(tensor: Tensor) -> Tensor:
     return held
 
 
-def like(held: Tensor, model: Tensor) -> Tensor:
+def like(held: Tensor, model: Any) -> Tensor:
     """``held``, this rank's part, as a tensor sharded like ``model``; itself if that one is plain."""
     if not hasattr(model, "placements"):
         return held

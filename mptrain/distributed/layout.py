@@ -8,18 +8,11 @@ and scaled as it would be there, and only where they do not go round is a micro-
 from __future__ import annotations
 
 import os
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mptrain.distributed import ALONE, Ranks, World, world_size
 from mptrain.settings import require
 
 KINDS = ("single", "ddp", "fsdp", "hsdp")
@@ -59,8 +52,8 @@ class DistConfig:
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's share of each step: ``accumulate`` micro-batches of ``batch_size`` samples, as number ``rank`` of ``size``
-    that see different samples. ``first_part``: of the ranks that see the same, is this the first?"""
+    """A rank's share of each step: ``accumulate`` micro-batches of ``batch_size`` samples, as number ``rank`` of the
+    ``size`` that see different samples. ``first_part``: of the ranks that see the same, is this the first?"""
 
     batch_size: int
     accumulate: int
@@ -129,48 +122,3 @@ class Layout:
     def __str__(self) -> str:
         sizes = ((self.replicas, "replicas"), (self.shards, "shards"), (self.parts, "tensor-parallel parts"))
         return " x ".join(f"{size} {name}" for size, name in sizes if size > 1) or "one process"
-
-
-def start(config: DistConfig, device: torch.device) -> Ranks:
-    """Join the other processes (``torchrun`` says where they are). One process without a wrapper joins nothing."""
-    size = world_size()
-    Layout.of(config, size)
-    if size == 1 and config.kind == "single":
-        return ALONE
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=config.timeout_s + 30)  # longer than the watchdog, whose message says more
-        if size > 1:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    return World()
-
-
-@contextmanager
-def left_cleanly() -> Iterator[None]:
-    """Around a program: leave the process group, then the process, with the exit status it would have had.
-
-    With gloo a process that ends in the usual way can abort in a destructor ("terminate called without an active
-    exception": 5 of 32 runs of DDP on torch 2.13). Nothing happens where no group was joined.
-    """
-    status = 0
-    try:
-        yield
-    except SystemExit as end:
-        if not dist.is_initialized():
-            raise
-        status = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        status = 1
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if status == 0:  # else the others may never come
-            dist.destroy_process_group()
-        os._exit(status)

@@ -5,16 +5,17 @@ Annotations are no strings in this file, for DDP checks those of a hook.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket  # torch.distributed does not export it to checkers
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.nn.parallel import DistributedDataParallel
 
-Send = Callable[[dist.GradBucket], torch.futures.Future[Tensor]]  # the mean over the ranks of a bucket's gradients
+Send = Callable[[GradBucket], torch.futures.Future[Tensor]]  # the mean over the ranks of a bucket's gradients
 
 
 def plain(group: dist.ProcessGroup | None = None) -> Send:
@@ -27,13 +28,13 @@ def look_and_send(
 ) -> None:
     """Note in ``unreduced`` (name -> norm) what each bucket holds on this rank, then ``send`` it."""
 
-    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         norms = torch._foreach_norm(bucket.gradients(), dtype=torch.float32)
         for parameter, norm in zip(bucket.parameters(), norms, strict=True):
-            note(unreduced, names[parameter], norm)
+            note(unreduced, names[cast(nn.Parameter, parameter)], norm)
         return send(bucket)
 
-    wrapped.register_comm_hook(None, hook)  # type: ignore[arg-type]
+    wrapped.register_comm_hook(None, hook)
 
 
 def note(unreduced: dict[str, Tensor], name: str, norm: Tensor) -> None:

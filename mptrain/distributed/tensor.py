@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +16,8 @@ def on_shards(layer: nn.Linear, x: Tensor, product: Product) -> Tensor:
     Rows of the weight cut: the output is cut. Columns cut: partial products are added in FP32 and rounded once, the
     bias then.
     """
-    weight, bias = layer.weight, layer.bias
+    weight: Any = layer.weight
+    bias: Any = layer.bias
     if not hasattr(weight, "placements"):
         return product(x, weight, bias)
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard

@@ -34,7 +34,7 @@ class Watchdog:
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
         self._ranks, self._timeout_s = ranks, timeout_s
         store = dist.distributed_c10d._get_default_store()  # torch keeps no other way to the store of env://
-        self._store = dist.PrefixStore("mptrain/beat", store)
+        self._store = dist.distributed_c10d.PrefixStore("mptrain/beat", store)
         self._place: tuple[int, str] = (0, "starting")
         self._turn = 0  # places reached so far: all ranks go through the same ones
         self._since = time.monotonic()

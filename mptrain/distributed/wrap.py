@@ -1,7 +1,7 @@
 """A prepared model, cut up and wrapped for its ranks: DDP, FSDP2's ``fully_shard``, tensor parallel by DTensor plans.
 
-The precision is that of one process. FSDP keeps FP32 shards and gathers each weight in the format its product takes it
-in; norms and embeddings, which autocast runs in FP32, are gathered in FP32, in a group of their own beside each block's.
+The precision is that of one process. FSDP keeps FP32 shards and gathers each weight in the format its product takes
+it in; norms and embeddings, which autocast runs in FP32, are gathered in FP32, in groups of their own.
 (The weight of an FP8 layer is rounded to BF16 on the way: dist.gather=fp32 keeps it as it is.) Gradients are summed in
 ``precision.reduce``, FP32 by default; so are the partial sums of a tensor-parallel product.
 """
@@ -36,7 +36,7 @@ class _Rows(RowwiseParallel):
 
 
 def split_products(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> dict[str, str]:
-    """Tensor parallelism: each linear layer that ``plan`` names (a glob -> columns or rows) is cut along that dimension.
+    """Tensor parallelism: each linear layer that ``plan`` names (a glob -> columns or rows) is cut along that one.
 
     Returns layer -> how. ValueError if a size does not divide.
     """
@@ -59,9 +59,10 @@ def split_products(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) 
 
 
 def shard(
-    model: nn.Module, mesh: DeviceMesh, config: DistConfig, compute: torch.dtype, reduce: torch.dtype
+    model: nn.Module, mesh: DeviceMesh, config: DistConfig, compute: torch.dtype | None, reduce: torch.dtype | None
 ) -> dict[str, FSDPModule]:
-    """FSDP2 on ``model`` in place, over ``mesh`` (shards, or replicas x shards), a group for each block, the head and the rest; returns the groups by name."""
+    """FSDP2 on ``model`` in place, over ``mesh`` (shards, or replicas x shards): a group for each block, the head and
+    the rest. Returns the groups by name."""
     gathered = None if config.gather == "fp32" or compute is torch.float32 else compute
     narrow = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduce, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
@@ -96,9 +97,7 @@ def replicate(
 ) -> DistributedDataParallel:
     """DDP around ``model``; ``send``: how gradients are summed, plainly by default."""
     group = mesh[REPLICAS].get_group()
-    wrapped = DistributedDataParallel(
-        model, process_group=group, static_graph=True, gradient_as_bucket_view=True
-    )
+    wrapped = DistributedDataParallel(model, process_group=group, static_graph=True, gradient_as_bucket_view=True)
     look_and_send(wrapped, parameter_names(model), unreduced, send or plain(group))
     return wrapped
 
@@ -112,7 +111,7 @@ def note_reductions(groups: Mapping[str, FSDPModule], unreduced: dict[str, Tenso
 def materialize(model: nn.Module, device: torch.device, initialize: Callable[[], None]) -> None:
     """Put a model that is on meta on its device, shard by shard, with the weights one process would draw."""
     model.to_empty(device=device)
-    with _DrawnWhole():
+    with _DrawnWhole():  # type: ignore[no-untyped-call]
         initialize()
 
 

@@ -1,0 +1,64 @@
+"""What a run keeps of itself and how it goes back to it: saving, resuming, rolling back after a loss spike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mptrain.checkpoint import Checkpoints, Like, Stateful, load, read_about
+from mptrain.distributed import Ranks
+from mptrain.telemetry.ledger import Event, Ledger
+
+OPTIONAL = ("monitor", "average", "spikes")  # begun anew where a checkpoint holds none
+MOST_ROLLBACKS = 3  # between two checkpoints; skipping batches does not help where the model itself has diverged
+
+
+class Diverged(ValueError):
+    """Training cannot go on; what was saved is as it was."""
+
+
+class Keeper:
+    """The named parts of a run. ``own``: those that differ by rank; ``sharded``: how tensors are laid out here."""
+
+    def __init__(
+        self, parts: dict[str, Stateful], own: dict[str, Stateful], ranks: Ranks, device: torch.device, sharded: Like
+    ) -> None:
+        self._parts, self._own, self._ranks, self._device, self._sharded = parts, own, ranks, device, sharded
+
+    def save(self, checkpoints: Checkpoints, step: int, about: dict[str, Any]) -> None:
+        """Write the parts as they are after ``step``."""
+        checkpoints.save(step, self._parts, {**about, "step": step}, self._own)
+
+    def resume(self, path: Path) -> int:
+        """Put the parts in the state of a checkpoint; returns its step. ValueError if it is of another model."""
+        state = load(path, self._device, self._ranks, self._sharded)
+        own = {name: part for name, part in self._own.items() if name in state}  # of as many ranks as there are now
+        for name, part in {**self._parts, **own}.items():
+            try:
+                part.load_state_dict(state.get(name, {}) if name in OPTIONAL else state[name])
+            except (RuntimeError, KeyError, ValueError) as error:
+                first = str(error).splitlines()[0]
+                raise ValueError(
+                    f"the checkpoint's {name} does not fit this run ({first}): use the model and optim it was made with"
+                ) from error
+        return int(read_about(path)["step"])
+
+    def roll_back(self, checkpoints: Checkpoints, ledger: Ledger, step: int) -> tuple[int, Event]:
+        """Go back from ``step`` to the newest checkpoint: its step, and what the ledger says of it.
+
+        Diverged if there is none, or going back to it has not helped so far.
+        """
+        checkpoints.wait()
+        path = checkpoints.newest()
+        if path is None:
+            raise Diverged("the loss spiked, and there is no checkpoint yet to go back to: lower checkpoint.every")
+        skipped, rollbacks = ledger.skipped_batches, ledger.rollbacks
+        to = self.resume(path)
+        if rollbacks - ledger.rollbacks >= MOST_ROLLBACKS:  # the checkpoint knows of those before it
+            raise Diverged(
+                f"the loss spiked again after {MOST_ROLLBACKS} rollbacks to step {to}: lower optim.lr, or use "
+                "precision=bf16; checkpoints are as they were"
+            )
+        return to, ledger.roll_back(step, to, skipped, rollbacks)
