@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mptrain import baseline, build, kernels, machine
+from mptrain import baseline, build, kernels, machine, verify
 from mptrain import export as exporting
 from mptrain.backends.base import MODULES, load
 from mptrain.config import RunConfig, clear_errors, composed
+from mptrain.distributed.joining import left_cleanly
 from mptrain.doctor import audited_step
 from mptrain.files import json_text
 from mptrain.policy import PrecisionPolicy, conf_dir
@@ -43,8 +44,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def usage() -> str:
-    shown = [(name, (command.__doc__ or "").splitlines()[0]) for name, command in COMMANDS.items() if name != "probe"]
-    lines = [f"  {name:10}{text}" for name, text in shown]
+    shown = [
+        (name, (command.__doc__ or "").splitlines()[0])
+        for name, command in COMMANDS.items()
+        if name not in ("probe", "run")
+    ]
+    lines = [f"  {name:14}{text}" for name, text in shown]
     return "usage: mptrain COMMAND [...]\n\n" + "\n".join(lines) + "\n\nTo train: python train.py --help"
 
 
@@ -195,6 +200,45 @@ def probe(argv: list[str]) -> int:
     return 0
 
 
+def run(argv: list[str]) -> int:
+    """A run from a JSON file of settings: what verify-resume starts, alone or under torchrun."""
+    with left_cleanly():
+        made = build.build(from_plain(RunConfig, json.loads(Path(argv[0]).read_text()), "config"))
+        made.train()
+        stopped = made.trainer.interrupts.stopped_by
+        raise SystemExit(0 if stopped is None else 128 + stopped)
+
+
+def verify_resume(argv: list[str]) -> int:
+    """Kill runs and compare what goes on, bit for bit, with runs that nobody killed."""
+    parser = argparse.ArgumentParser(prog="mptrain verify-resume", description=verify_resume.__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE", help="as for train.py, e.g. dist=fsdp")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "fp16", "fp8", "fp8-delayed"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="numbers of processes (default: 1 2)")
+    parser.add_argument("--steps", type=int, default=20, help="of each run (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=0, help="SIGKILLs at random moments, under torchrun's restarts")
+    parser.add_argument("--folder", type=Path, default=Path("runs/verify-resume"), help="default: %(default)s")
+    asked = parser.parse_args(argv)
+    console = Console()
+    found = verify.main(
+        asked.overrides,
+        asked.folder,
+        lambda text: console.print(text, highlight=False),
+        ranks=asked.ranks,
+        precisions=asked.precision,
+        steps=asked.steps,
+        kills=asked.kills,
+    )
+    table = Table(title="killed and resumed, against never killed")
+    for name in ("run", "kills", "verdict", "seconds"):
+        table.add_column(name, overflow="fold")
+    for one in found:
+        same = "the same bits" if one.worst == 0 else f"losses within {one.worst:.1g} nats"
+        table.add_row(one.what, str(one.kills), "; ".join(one.differences[:3]) or same, f"{one.seconds:.0f}")
+    console.print(table)
+    return 1 if any(one.differences for one in found) else 0
+
+
 def _no_arguments(command: str, argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"mptrain {command}", description=COMMANDS[command].__doc__)
     parser.parse_args(argv)
@@ -208,6 +252,8 @@ COMMANDS: dict[str, Command] = {
     "export": export,
     "bench": bench,
     "probe": probe,
+    "run": run,
+    "verify-resume": verify_resume,
 }
 
 if __name__ == "__main__":

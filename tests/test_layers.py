@@ -69,6 +69,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "protocols": ("checkpoint", "telemetry.record"),
     "validation": ("precision", "distributed", "protocols"),
     "assembly": ANY,
+    "verify": ANY,
     "prepare": ANY,  # with build and run the composition root
     "run": ANY,
     "build": ANY,

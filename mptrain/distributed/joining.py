@@ -1,9 +1,9 @@
 """How the processes of one attempt meet, and how they part.
 
 torchrun keeps its store through the restarts of its processes, with all that dead ones have written there: a new rank
-that is quick finds the address of its neighbour's predecessor, waits for it and gives up (seen with torch 2.13, in every
-second restart). So the ranks first agree on a part of the store of their own: each says hello under a name that no other
-process ever had, and rank 0 answers those names until all have answered back.
+that is quick finds the address of its neighbour's predecessor, waits for it and gives up (seen with torch 2.13, in
+every second restart). So the ranks first agree on a part of the store of their own: each says hello under a name that
+no other process ever had, and rank 0 answers those names until all have answered back.
 """
 
 from __future__ import annotations
