@@ -13,7 +13,7 @@ from mptrain.convert import parameter_names
 from mptrain.distributed import among, wrap
 from mptrain.distributed.compression import Compression
 from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS
-from mptrain.distributed.reduction import Send, plain
+from mptrain.distributed.reduction import Send, plain, summed
 from mptrain.formats import Format
 from mptrain.loggers import NullSink, Sinks
 from mptrain.optim import Average, Schedule, build_optimizer
@@ -102,7 +102,7 @@ def _placed(model: nn.Module, prepared: Prepared, precision: Precision) -> Place
     senders: list[Send] = [plain()]
     wrapped = wrap.replicate(model, mesh, precision.unreduced, lambda bucket: senders[-1](bucket))
     _prime(wrapped, prepared, precision)
-    senders.append(compression.send)
+    senders.append(summed(compression.send, prepared.ranks.size))
     return Placed(wrapped, mark, compression)
 
 
@@ -116,7 +116,7 @@ def _cut_up(model: nn.Module, prepared: Prepared, precision: Precision) -> Place
     if config.dist.kind != "single":
         formats = config.precision.compute.value.dtype, config.precision.reduce.value.dtype
         over = mesh[SHARDS] if layout.replicas == 1 else mesh[REPLICAS, SHARDS]
-        wrap.note_reductions(wrap.shard(model, over, config.dist, *formats), precision.unreduced)
+        wrap.sum_gradients(model, wrap.shard(model, over, config.dist, *formats), precision.unreduced)
     wrap.materialize(model, device, model.reset_parameters)  # type: ignore[arg-type]
     precision.counters.held_elsewhere = wrap.held_elsewhere(cut, mesh)
     if cut:

@@ -218,7 +218,7 @@ class Trainer:
             self.sink.event(event)
 
     def _gradients(self, model: nn.Module) -> Tensor:
-        """Forward and backward of every micro-batch; the mean loss (0-dim, on the device)."""
+        """Forward and backward of every micro-batch; this rank's part of the mean loss (0-dim, on the device)."""
         share = self.share
         n = share.accumulate
         alone = getattr(model, "no_sync", nullcontext)  # DDP's: gradients are summed once, with the last micro-batch
@@ -233,8 +233,8 @@ class Trainer:
             with alone() if micro < n - 1 else NOTHING:
                 with self.precision.forward():
                     loss = model(**to_device(batch, self.device))
-                if n > 1:
-                    loss = loss / n
+                if n * share.size > 1:
+                    loss = loss / (n * share.size)
                 self.precision.backward(loss)
             detached = loss.detach()
             total = detached if total is None else total + detached
@@ -291,7 +291,8 @@ class Trainer:
         if not self._unread:
             return
         unread = torch.stack([loss.float() for _, loss, _ in self._unread])
-        values = (self.ranks.sum(unread) / self.ranks.size).tolist()
+        parts = self.ranks.size // self.share.size  # that see the same samples
+        values = (self.ranks.sum(unread) / parts).tolist()
         steps, rates = [step for step, _, _ in self._unread], [rate for *_, rate in self._unread]
         self._unread.clear()
         self.losses |= dict(zip(steps, values, strict=True))

@@ -184,7 +184,7 @@ def _worst_loss(whole: Path, parts: Path) -> float:
     ]
     if losses[0].keys() != losses[1].keys():
         return math.inf
-    return max(abs(float(loss) - losses[1][step]) for step, loss in losses[0].items())
+    return max(abs(float(loss) - float(losses[1][step])) for step, loss in losses[0].items())
 
 
 def _cadence(config: RunConfig, steps: int, every: int) -> RunConfig:

@@ -23,6 +23,15 @@ def plain(group: dist.ProcessGroup | None = None) -> Send:
     return lambda bucket: allreduce_hook(group or dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
 
+def summed(send: Send, size: int) -> Send:
+    """The sum over ``size`` ranks, of their mean."""
+
+    def scaled(done: torch.futures.Future[Tensor]) -> Tensor:
+        return done.value().mul_(size)
+
+    return lambda bucket: send(bucket).then(scaled)
+
+
 def look_and_send(
     wrapped: DistributedDataParallel, names: Mapping[nn.Parameter, str], unreduced: dict[str, Tensor], send: Send
 ) -> None:

@@ -3,7 +3,9 @@
 The precision is that of one process. FSDP keeps FP32 shards and gathers each weight in the format its product takes
 it in; norms and embeddings, which autocast runs in FP32, are gathered in FP32, in groups of their own.
 (The weight of an FP8 layer is rounded to BF16 on the way: dist.gather=fp32 keeps it as it is.) Gradients are summed in
-``precision.reduce``, FP32 by default; so are the partial sums of a tensor-parallel product.
+``precision.reduce``, FP32 by default; so are the partial sums of a tensor-parallel product. Each loss is divided by the
+number of all micro-batches before its backward, as it is in one process: an average over ranks would make the FP16
+gradients of N ranks N times as large on their way, and overflow where one process does not.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mptrain.convert import parameter_names
 from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS, DistConfig
-from mptrain.distributed.reduction import NotedReduceScatter, Send, look_and_send, plain
+from mptrain.distributed.reduction import NotedReduceScatter, Send, look_and_send
 
 COLUMNS, ROWS = "columns", "rows"  # of a product's weight as it is applied: what is cut is the output, or the input
 
@@ -92,20 +94,22 @@ def _holds(module: nn.Module, parameter: Any) -> bool:
     return any(own is parameter for own in module._parameters.values())
 
 
-def replicate(
-    model: nn.Module, mesh: DeviceMesh, unreduced: dict[str, Tensor], send: Send | None
-) -> DistributedDataParallel:
-    """DDP around ``model``; ``send``: how gradients are summed, plainly by default."""
+def replicate(model: nn.Module, mesh: DeviceMesh, unreduced: dict[str, Tensor], send: Send) -> DistributedDataParallel:
+    """DDP around ``model``; ``send``: how gradients are summed."""
     group = mesh[REPLICAS].get_group()
     wrapped = DistributedDataParallel(model, process_group=group, static_graph=True, gradient_as_bucket_view=True)
-    look_and_send(wrapped, parameter_names(model), unreduced, send or plain(group))
+    look_and_send(wrapped, parameter_names(model), unreduced, send)
     return wrapped
 
 
-def note_reductions(groups: Mapping[str, FSDPModule], unreduced: dict[str, Tensor]) -> None:
-    """Have each FSDP group note the norm of what this rank adds to its gradients, under the group's name."""
+def sum_gradients(model: nn.Module, groups: Mapping[str, FSDPModule], unreduced: dict[str, Tensor]) -> None:
+    """Gradients are summed, not averaged, and each group notes the norm of what this rank adds, under its name."""
     for name, group in groups.items():
         group.set_custom_reduce_scatter(NotedReduceScatter(name, unreduced))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # PREMUL_SUM, torch's other way, is NCCL's alone
 
 
 def materialize(model: nn.Module, device: torch.device, initialize: Callable[[], None]) -> None:
