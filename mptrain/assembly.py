@@ -38,6 +38,8 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
     if config.trainer.checkpointing:
         model.recompute = precision.recompute
     drill = Drill.parse(config.debug.inject) if config.debug.inject else None
+    if drill is not None and drill.rank not in (None, ranks.rank):
+        drill = None
     recorded = config.telemetry.record_every > 0
     peak = peak_tflops(device, "fp8" if config.precision.quantized else str(config.precision.compute))
     share = prepared.layout.share(config.trainer.batch_size, config.trainer.accumulate, ranks.rank)

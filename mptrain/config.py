@@ -73,7 +73,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is made of."""
+    """Everything a run is made of. ``deterministic``: torch's deterministic algorithms alone, so that a GPU repeats a
+    run bit for bit as a CPU does; an operation that has none is an error."""
 
     precision: PrecisionPolicy = field(default_factory=PrecisionPolicy)
     model: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class RunConfig:
     dist: DistConfig = field(default_factory=DistConfig)
     seed: int = 0
     device: str = "auto"
+    deterministic: bool = False
     run_dir: str = ""
     runs_dir: str = "runs"
     sweep_dir: str = ""

@@ -34,6 +34,15 @@ def pick_device(asked: str) -> torch.device:
     return torch.device("cuda", number)
 
 
+def set_deterministic(on: bool) -> None:
+    """torch's deterministic algorithms alone, or whatever is fastest. cuBLAS reads its setting when it starts, so this
+    comes before anything is on the device."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else its split sums may come in any order
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = False
+
+
 def describe(device: torch.device) -> str:
     """What speed and rounding depend on: the GPU's name, or the CPU's with its vector instructions and threads."""
     if device.type == "cuda":

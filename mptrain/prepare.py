@@ -58,6 +58,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     """Check the settings, read the data, fingerprint. Nothing is on the device yet. ValueError names what to change."""
     layout = Layout.of(config.dist, world_size())
     layout.share(config.trainer.batch_size, config.trainer.accumulate, 0)  # refused here if it does not go round
+    machine.set_deterministic(config.deterministic)
     device = machine.pick_device(config.device)
     resolve(config.precision, device)
     ranks = join(config.dist, device)

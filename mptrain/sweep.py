@@ -11,10 +11,12 @@ A job that fails leaves its error and lets the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -30,11 +32,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
-from mptrain import build, config
+from mptrain import build, config, machine
 from mptrain.baseline import FEW_STEPS
 from mptrain.checkpoint import Checkpoints
 from mptrain.config import RunConfig
-from mptrain.distributed import world_size
+from mptrain.distributed import ALONE, Ranks, Told, rank, world_size
+from mptrain.distributed.joining import join
 from mptrain.files import object_in, write_whole
 from mptrain.folder import claim
 from mptrain.identity import JOB_LOCK, job_mark, short_hash
@@ -181,7 +184,13 @@ def require_single(composed: DictConfig) -> None:
 
 
 def job(composed: DictConfig) -> float:
-    """Run one job of a sweep, unless it is done; returns the validation loss (nats), inf where there is none."""
+    """Run one job of a sweep, unless it is done; returns the validation loss (nats), inf where there is none.
+
+    submitit may start it as several tasks (``hydra.launcher.tasks_per_node``): they are the ranks of one run.
+    """
+    as_ranks()
+    if rank() > 0:
+        return _follow(composed)
     sweep = Path(composed.sweep_dir)
     plan = json.loads((sweep / PLAN).read_text())
     name = folder_name(list(HydraConfig.get().overrides.task), plan["varied"])
@@ -192,10 +201,34 @@ def job(composed: DictConfig) -> float:
         return WORST
     folder = _folder(sweep, name, job_mark(to_plain(settings)))
     with _alone(folder):
-        if runs.glance(folder).status is not Status.finished:
+        missing = runs.glance(folder).status is not Status.finished
+        if _joined(settings).share(missing):
             _train(settings, folder, plan)
     loss = runs.glance(folder).figure("val_loss")
     return loss if math.isfinite(loss) else WORST
+
+
+def as_ranks() -> None:
+    """Tell torch which of its tasks this one is, where submitit starts several."""
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        job = TorchDistributedEnvironment()
+        if job.world_size > 1:
+            job.export(set_cuda_visible_devices=False)
+
+
+def _follow(composed: DictConfig) -> float:
+    """What the ranks of a job but the first do: they train, and write nothing of the sweep's."""
+    settings = config.parse(composed)
+    with contextlib.suppress(Told):
+        if _joined(settings).share(False):  # the first one knows
+            build.build(settings).train()
+    return WORST
+
+
+def _joined(settings: RunConfig) -> Ranks:
+    return join(settings.dist, machine.pick_device(settings.device)) if world_size() > 1 else ALONE
 
 
 def folder_name(overrides: list[str], varied: list[str]) -> str:

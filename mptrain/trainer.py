@@ -36,11 +36,11 @@ from mptrain.outcome import StepOutcome
 from mptrain.precision import Precision
 from mptrain.protocols import Audits, Averaged, Compresses, Data, Rates, Sink, Watches
 from mptrain.settings import require
+from mptrain.spikes import Spikes
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.ledger import Ledger, alarm
 from mptrain.telemetry.meters import PeakMemory, Throughput, peaks, weighted_rate
 from mptrain.telemetry.monitor import Monitor, Sample
-from mptrain.telemetry.spikes import Spikes
 from mptrain.validation import Validation, to_device
 
 NOTHING = nullcontext()

@@ -46,6 +46,50 @@ def run(size: int, task: Callable[..., Any], *args: Any, timeout_s: float = 120.
                 job.join()
 
 
+def outcomes(
+    size: int, task: Callable[..., Any], *args: Any, of: list[int], timeout_s: float = 90.0
+) -> list[tuple[int | None, str]]:
+    """The exit status of each rank (None: it did not end) and what it wrote to stderr, when those in ``of`` have ended.
+
+    The task leads its own process: an exception is status 1, with its message.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [
+            _context.Process(target=_rank_alone, args=(rank, size, folder, task, args), daemon=True)
+            for rank in range(size)
+        ]
+        for job in jobs:
+            job.start()
+        until = time.monotonic() + timeout_s
+        for rank in of:
+            jobs[rank].join(max(0.0, until - time.monotonic()))
+        found = [job.exitcode for job in jobs]
+        for job in jobs:
+            job.kill()
+            job.join()
+        return [(code, (Path(folder) / f"stderr{rank}").read_text()) for rank, code in enumerate(found)]
+
+
+def _rank_alone(rank: int, size: int, folder: str, task: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    error = os.open(str(Path(folder) / f"stderr{rank}"), os.O_CREAT | os.O_WRONLY)
+    os.dup2(error, 2)
+    _join(rank, size, folder)
+    status = 0
+    try:
+        task(rank, *args)
+    except BaseException as raised:
+        os.write(2, f"{type(raised).__name__}: {raised}\n".encode())
+        status = 1
+    os._exit(status)
+
+
+def _join(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    store = dist.FileStore(str(Path(folder) / "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+
+
 def _collected(pipes: list[Any], deadline: float) -> list[Any]:
     found: dict[int, Any] = {}
     while len(found) < len(pipes):
@@ -64,10 +108,7 @@ def _collected(pipes: list[Any], deadline: float) -> list[Any]:
 
 
 def _rank(rank: int, size: int, folder: str, pipe: Any, task: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    store = dist.FileStore(str(Path(folder) / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    _join(rank, size, folder)
     try:
         pipe.send_bytes(
             pickle.dumps((True, task(rank, *args)))

@@ -2,7 +2,8 @@
 
     python train.py precision=fp8 debug.inject=30:blocks.1.mlp.up:input:inf
 
-The value goes into the first element of the tensor, in the first micro-batch; a weight gets its own back before the
+The value goes into the first element of the tensor, in the first micro-batch (of several ranks' one each; with a rank
+behind it, of that one alone); a weight gets its own back before the
 optimizer sees it.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mptrain.distributed import local
 from mptrain.settings import did_you_mean
 
 ROLES = ("input", "weight", "output", "grad_output", "grad_weight")
@@ -36,26 +38,29 @@ class DebugConfig:
 
 @dataclass(frozen=True)
 class Drill:
-    """``value`` goes into ``role`` of ``layer`` at ``step`` (from 1)."""
+    """``value`` goes into ``role`` of ``layer`` at ``step`` (from 1); ``rank``: on that one alone."""
 
     step: int
     layer: str
     role: str
     value: float
+    rank: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Drill:
-        """ValueError if it is not step:layer:role:value."""
+        """ValueError if it is not step:layer:role:value or step:layer:role:value:rank."""
         parts = text.split(":")
-        if len(parts) != 4:
+        if len(parts) not in (4, 5):
             raise ValueError(f"debug.inject={text} has {len(parts)} parts, not 4: {FORM}")
-        step, layer, role, value = parts
+        step, layer, role, value, *rank = parts
         if role not in ROLES:
             raise ValueError(f"debug.inject: no role {role!r}{did_you_mean(role, list(ROLES))}")
         try:
-            made = cls(int(step), layer, role, float(value))
+            made = cls(int(step), layer, role, float(value), int(rank[0]) if rank else None)
         except ValueError:
-            raise ValueError(f"debug.inject={text}: step must be a whole number and value inf, nan or 1e30") from None
+            raise ValueError(
+                f"debug.inject={text}: step (and rank) must be a whole number and value inf, nan or 1e30"
+            ) from None
         if made.step < 1:
             raise ValueError(f"debug.inject={text}: steps count from 1")
         return made
@@ -71,16 +76,19 @@ class Drill:
         """Hooks for the forward and backward of the step."""
         layer = model.get_submodule(self.layer)
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        kept = weight.detach().flatten()[0].clone()
+        if self.role == "grad_weight" and local(weight) is not weight:
+            raise ValueError("debug.inject: the gradient of a sharded weight is out of reach; use grad_output")
+        first = local(weight.detach()).view(-1)[:1]  # none, if this rank's shard is empty
+        kept = first.clone()
         if self.role == "weight":
-            weight.data.view(-1)[0] = self.value
+            first.fill_(self.value)
         handle = None if self.role == "weight" else self._hook(layer, weight)
         try:
             yield
         finally:
             if handle is not None:
                 handle.remove()
-            weight.data.view(-1)[0] = kept
+            first.copy_(kept)
 
     def _hook(self, layer: nn.Module, weight: Tensor) -> Any:
         fresh = [True]
