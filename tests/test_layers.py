@@ -38,7 +38,8 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "precision": (
         "policy", "scaling", "backends.base", "convert", "kernels.counters", "outcome", "distributed", "settings",
     ),
-    "checkpoint": ("settings",),
+    "storage": (),
+    "checkpoint": ("storage", "distributed"),
     "optim": ("settings",),
     "telemetry": (
         "kernels", "formats", "distributed", "outcome", "scaling", "settings", "policy", "convert", "precision",
@@ -80,7 +81,7 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "torchao": ("backends.native", "optim", "quantization"),
     "wandb": ("wandb_logger",),
     "triton": ("kernels.triton",),
-    "safetensors": ("checkpoint", "export", "quantization"),
+    "safetensors": ("checkpoint", "storage", "export", "quantization"),
     "yaml": ("policy", "config", "build", "cli", "report"),
     "numpy": ("data", "kernels.exhaustive", "report", "quantization"),
     "scipy": ("report",),
