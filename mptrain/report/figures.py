@@ -127,13 +127,15 @@ class Tensors:
 
 
 def load(path: Path, step: int | None = None) -> Tensors:
-    """A run's folder (the record of ``step``, default the last), a checkpoint or a .safetensors file; ValueError for all
-    else."""
+    """A run's folder (the record of ``step``, default the last), a checkpoint or a .safetensors file.
+
+    ValueError for all else.
+    """
     ours = checkpoint.is_ours(path)
     if path.is_dir() and not ours:
         return _of_run(path, step)
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give the folder of a run, a checkpoint in one, or a .safetensors file")
+        raise ValueError(f"{path} does not exist: give a run's folder, a checkpoint in one, or a .safetensors file")
     if step is not None:
         raise ValueError(f"--step is for the folder of a run; {path} is {'a checkpoint' if ours else 'not a folder'}")
     return _of_file(path)
