@@ -29,8 +29,8 @@ def whole_state():
 
     return {
         "rows": drawn(7, 3), "few": drawn(3, 2, 2, dtype=torch.bfloat16), "line": drawn(5), "columns": drawn(4, 6),
-        "one": drawn(1, 4), "none": drawn(0, 4), "everywhere": drawn(3, 3), "scalar": drawn(), "plain": drawn(6),
-        "bytes": torch.arange(50, dtype=torch.uint8), "counts": torch.arange(3), "step": 12,
+        "one": drawn(1, 4), "none": drawn(0, 4), "everywhere": drawn(3, 3), "rows@0,0": drawn(2),
+        "scalar": drawn(), "plain": drawn(6), "bytes": torch.arange(50, dtype=torch.uint8), "counts": torch.arange(3), "step": 12,
     }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def cut(name, tensor):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if name in CUTS:
         return distribute_tensor(tensor, mesh, [Shard(CUTS[name])])
-    return distribute_tensor(tensor, mesh, [Replicate()]) if name == "everywhere" else tensor
+    return distribute_tensor(tensor, mesh, [Replicate()]) if name in ("everywhere", "rows@0,0") else tensor
 
 
 def state_of_rank():
