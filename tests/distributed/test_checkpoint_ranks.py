@@ -30,7 +30,8 @@ def whole_state():
     return {
         "rows": drawn(7, 3), "few": drawn(3, 2, 2, dtype=torch.bfloat16), "line": drawn(5), "columns": drawn(4, 6),
         "one": drawn(1, 4), "none": drawn(0, 4), "everywhere": drawn(3, 3), "rows@0,0": drawn(2),
-        "scalar": drawn(), "plain": drawn(6), "bytes": torch.arange(50, dtype=torch.uint8), "counts": torch.arange(3), "step": 12,
+        "scalar": drawn(), "plain": drawn(6), "bytes": torch.arange(50, dtype=torch.uint8),
+        "counts": torch.arange(3), "step": 12,
     }  # fmt: skip
 
 
