@@ -9,28 +9,35 @@ Tied tensors are stored once.
 from __future__ import annotations
 
 import re
-import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from mptrain import storage
 from mptrain.distributed import ALONE, Ranks, like, local
 
-FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # of safetensors, with a torch dtype to compute from
-NAME = re.compile(r"step-(\d{8})")
-Like = Callable[
-    [str, list[int]], Tensor | None
-]  # name and shape of a stored tensor -> one that is sharded as it shall be
+FLOATING = {  # what can be computed from, by safetensors' names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAME = re.compile(rf"(?:{storage.OLD})?step-(\d{{8,}})")
+# Name and shape of a stored tensor -> a tensor that is sharded as it shall be; None: whole on every rank.
+Like = Callable[[str, list[int]], Tensor | None]
 
 
 class Stateful(Protocol):
@@ -59,13 +66,20 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint: a damaged one (torn file, flipped byte) is passed over."""
+        """The newest whole checkpoint: a damaged one (torn file, flipped byte) is passed over.
+
+        ValueError if there are none but those of an older mptrain.
+        """
+        self._join()
         self.passed_over = []
-        for path in self._ranks.share(sorted(self._existing(), reverse=True)):
+        for path in self._ranks.share(self._existing()[::-1]):
             faults = [fault for fault in self._ranks.gather(_verified(path, self._ranks)) if fault]
             if not faults:
-                return Path(path)
+                return path
             self.passed_over += faults[:1]
+        files = sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+        for path in self._ranks.share([path for path in files if storage.is_older(path)]):
+            raise ValueError(storage.older(path))
         return None
 
     def save(
@@ -78,86 +92,114 @@ class Checkpoints:
         next call or :meth:`wait`; nothing saved before is touched.
         """
         self.wait()
-        tensors: dict[str, Tensor] = {}
+        rank, tensors = self._ranks.rank, dict[str, Tensor]()
         tree = {name: _split(part.state_dict(), name, tensors, {}) for name, part in parts.items()}
-        rank = self._ranks.rank
+        names = set(tensors)
+        tensors = self._dealt(tensors)
         mine = {
             name: _split(part.state_dict(), f"rank{rank}/{name}", tensors, {}) for name, part in (own or {}).items()
         }
         head = {"about": about, "tree": tree, "ranks": self._ranks.gather(mine)}
-        path = self.path(step)
+        writer = storage.Writer(self.path(step), head, names)
+        held = {name: local(tensor) for name, tensor in tensors.items()}
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # not in a thread: of all
         if not self._background:
-            self._write(path, head, tensors)
-            return path
-        copies = self._copied(tensors)
-        self._thread = threading.Thread(target=self._write_aside, args=(path, head, copies), daemon=True)
+            self._write(writer, tensors, held)
+            return self.path(step)
+        arguments = (writer, tensors, self._copied(held))
+        alone = self._group is None  # then a process that ends waits for it; others could wait for the dead
+        self._thread = threading.Thread(target=self._write_aside, args=arguments, daemon=not alone)
         self._thread.start()
-        return path
+        return self.path(step)
 
     def wait(self) -> None:
-        """Until what is being written is on disk."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Until what is being written is on disk. OSError if it could not be written."""
+        self._join()
         error, self._error = self._error, None
         if error is not None:
             raise error
 
-    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _dealt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank writes: what it holds of sharded tensors, and a part of the others, which all ranks hold."""
+        bytes_of = [0] * self._ranks.size
         found = {}
         for name, tensor in tensors.items():
-            held = local(tensor.detach())
-            copy = self._copies.get(name)
-            if copy is None or copy.shape != held.shape or copy.dtype != held.dtype:
-                copy = self._copies[name] = torch.empty_like(held, device="cpu", memory_format=torch.contiguous_format)
-            copy.copy_(held)
-            found[name] = like(copy, tensor)
+            if hasattr(tensor, "placements"):
+                mine = self._ranks.counts(tensor)
+            else:
+                writer = bytes_of.index(min(bytes_of))
+                bytes_of[writer] += tensor.nbytes + 1
+                mine = writer == self._ranks.rank
+            if mine:
+                found[name] = tensor
         return found
 
-    def _write_aside(self, path: Path, head: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        before, self._copies = self._copies, {}
+        for name, tensor in tensors.items():
+            copy = before.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+            self._copies[name] = copy.copy_(tensor)
+        return self._copies
+
+    def _write_aside(self, writer: storage.Writer, tensors: dict[str, Tensor], held: dict[str, Tensor]) -> None:
         try:
-            self._write(path, head, tensors)
-        except BaseException as error:  # told at the next save
+            self._write(writer, tensors, held)
+        except BaseException as error:  # told by the next save
             self._error = error
 
-    def _write(self, path: Path, head: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _write(self, writer: storage.Writer, tensors: dict[str, Tensor], held: dict[str, Tensor]) -> None:
+        """``held``: in the place of what this rank holds of ``tensors``."""
+        planner, alone = storage.Planner(held), self._group is None
         try:
-            if self._ranks.first:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            writer = storage.Writer(path, head)
-            planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            with warnings.catch_warnings():  # that this is a single process
-                warnings.simplefilter("ignore", UserWarning)
-                alone = self._group is None
-                dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self._group, no_dist=alone)
+            dcp_save(tensors, storage_writer=writer, planner=planner, process_group=self._group, no_dist=alone)
         except CheckpointException as failed:
-            rank, (error, _) = min(failed.failures.items())
-            where = f" (rank {rank})" if self._ranks.size > 1 else ""
-            if isinstance(error, OSError):
-                raise OSError(f"{error}{where}") from None
-            raise error from None
-        if not self._ranks.first:
-            return
-        for old in sorted(self._existing())[: -self.keep]:
-            if old != path:  # a run continued from an earlier step than the newest of the folder
-                shutil.rmtree(old, ignore_errors=True)
-        for torn in [
-            *self.folder.glob("partial-*"),
-            *self.folder.glob("old-*"),
-        ]:  # of processes killed while they saved
-            shutil.rmtree(torn, ignore_errors=True)
+            if self._ranks.first:
+                writer.give_up()
+            _tell(failed, self._ranks)
+        if self._ranks.first:
+            for old in self._existing()[: -self.keep]:
+                if old != writer.folder:  # a run continued from an earlier step than the newest of the folder
+                    storage.discard(old)
 
     def set_aside(self, step: int) -> None:
         """Rename what is newer than ``step``, of a run that goes on from there: another future of it, or damaged."""
-        if self._ranks.first:
-            for path in self._existing():
-                if int(path.name.removeprefix("step-")) > step:
-                    number = 1 + sum(1 for _ in self.folder.glob(f"aside-*-{path.name}"))
-                    path.rename(path.with_name(f"aside-{number}-{path.name}"))
-        self._ranks.barrier()
+        self._join()
+        self._ranks.barrier()  # none still reads
+        self._ranks.by_first(lambda: self._rename(step))
+
+    def _rename(self, step: int) -> None:
+        storage.tidy(self.folder)
+        for path in self._existing():
+            if _step(path) > step:
+                number = 1
+                while (aside := path.with_name(f"aside-{number}-{path.name}")).exists():
+                    number += 1
+                path.rename(aside)
 
     def _existing(self) -> list[Path]:
-        return [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
+        """By step. One that was about to be replaced when its process was killed stands for itself."""
+        found = {_step(path): path for path in self.folder.glob(f"{storage.OLD}step-*") if NAME.fullmatch(path.name)}
+        found |= {_step(path): path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)}
+        return [found[step] for step in sorted(found)]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(storage.OLD).removeprefix("step-"))
+
+
+def _tell(failed: CheckpointException, ranks: Ranks) -> NoReturn:
+    """Raise what went wrong, in one line: torch's exception holds every rank's traceback and is no Exception."""
+    rank, (error, _) = min(failed.failures.items())
+    if isinstance(error, OSError) and ranks.size > 1:
+        raise OSError(f"{error} (rank {rank})") from None
+    raise error from None
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -169,29 +211,31 @@ def read_about(path: Path) -> dict[str, Any]:
 def require_fit(path: Path, model: nn.Module) -> None:
     """ValueError if the weights in a checkpoint are not those of ``model`` (it may be on meta), by name and shape."""
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored = storage.read_head(path)["tensors"]
-    shapes = {name.removeprefix("model/"): held["shape"] for name, held in stored.items() if name.startswith("model/")}
-    for name, shape in shapes.items():
-        if wanted.get(name) != shape:
+    head = storage.read_head(path)
+    named = head["tree"].get("model", {}).get("dict", [])
+    shapes = {name: head["tensors"][leaf["tensor"]]["shape"] for name, leaf in named if "tensor" in leaf}
+    for name in {**shapes, **wanted}:
+        if wanted.get(name) != shapes.get(name):
+            there = f"is {shapes[name]} there" if name in shapes else "is not there"
             here = f"is {wanted[name]} in this model" if name in wanted else "is not in this model"
-            raise ValueError(f"checkpoint {path} is of another model: {name} {shape} {here}; set model= as it was")
+            raise ValueError(f"checkpoint {path} is of another model: {name} {there} and {here}; set model= as it was")
 
 
 def is_ours(path: Path) -> bool:
-    """Was this folder written by :class:`Checkpoints`?"""
-    return (path / storage.HEAD).is_file()
+    """Was this folder written by :class:`Checkpoints`? It may be damaged."""
+    return storage.is_ours(path)
 
 
 def float_tensors(path: Path) -> Iterator[tuple[str, str, Tensor | None]]:
-    """(name, dtype as the file says it, tensor) of each tensor of a checkpoint or of any safetensors file, one in memory
-    at a time.
+    """(name, dtype as the file says it, tensor) of each tensor of a checkpoint or of any safetensors file, one by one.
 
-    None in place of a tensor that is not of a floating dtype torch has. The file is mapped, so a tensor's pages come
-    as they are read and go as memory is needed. ValueError if the file is missing or is no whole safetensors file.
+    None in place of a tensor that is not of a floating dtype torch computes from. The file is mapped, so a tensor's
+    pages come as they are read and go as memory is needed. ValueError if the file is missing or is no whole safetensors
+    file, or if one of the checkpoint's is damaged.
     """
     if is_ours(path):
         for name, dtype, tensor in storage.whole_tensors(path):
-            yield name, dtype, tensor if tensor.is_floating_point() else None
+            yield name, dtype, tensor if tensor.dtype in FLOATING.values() else None
         return
     if not path.is_file():
         raise ValueError(f"no file at {path}")
@@ -199,8 +243,7 @@ def float_tensors(path: Path) -> Iterator[tuple[str, str, Tensor | None]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 dtype = str(file.get_slice(name).get_dtype())
-                floating = dtype in FLOATING
-                yield name, dtype, file.get_tensor(name) if floating else None
+                yield name, dtype, file.get_tensor(name) if dtype in FLOATING else None
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
 
@@ -210,13 +253,13 @@ def load(
 ) -> dict[str, Any]:
     """The state of every part in a checkpoint, by name, each tensor whole on ``device`` or sharded as ``sharded`` says.
 
-    Parts that differ by rank come with it if there are as many ranks as there were. ValueError if a file is damaged or
-    is not one of ours.
+    Parts that differ by rank come with it if there are as many ranks as there were. ValueError, on all ranks alike, if
+    a file is damaged or is not one of ours.
     """
-    head = storage.read_head(path)
     faults = [fault for fault in ranks.gather(_verified(path, ranks)) if fault]
     if faults:
         raise ValueError(faults[0])
+    head = storage.read_head(path)
     mine = head["ranks"][ranks.rank] if len(head["ranks"]) == ranks.size else {}
     trees = {**head["tree"], **mine}
     targets: dict[str, Tensor] = {}
@@ -227,10 +270,13 @@ def load(
         shape = about["shape"] if model is None else local(model).shape
         held = torch.empty(shape, dtype=dtype, device=device)
         targets[name] = held if model is None else like(held, model)
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        dcp.load(targets, storage_reader=storage.Reader(path), planner=planner, no_dist=ranks.size == 1)
+    reader = storage.Reader(path, head)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    try:
+        dcp_load(targets, storage_reader=reader, planner=planner, no_dist=ranks.size == 1)
+    except CheckpointException as failed:
+        _tell(failed, ranks)
     return {name: _join(tree, targets) for name, tree in trees.items()}
 
 
@@ -242,12 +288,16 @@ def _verified(path: Path, ranks: Ranks) -> str:
     return ""
 
 
-def _split(value: Any, where: str, tensors: dict[str, Tensor], seen: dict[tuple[int, Any], str]) -> Any:
+def _split(value: Any, where: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
     """JSON for ``value``, with its tensors moved to ``tensors`` under their path; a shared tensor keeps one path."""
     if isinstance(value, Tensor):
-        identity = (local(value).data_ptr(), (value.shape, value.stride(), value.dtype))
-        if value.numel() and identity in seen:
+        held = local(value)
+        memory = held.untyped_storage()._cdata  # the object: a rank's empty shards are all at address 0
+        identity = (memory, held.storage_offset(), value.shape, value.stride(), value.dtype)
+        if identity in seen:
             return {"tensor": seen[identity]}
+        while where in tensors:  # {"a/b": x, "a": {"b": y}}, {1: x, "1": y}
+            where += "'"
         seen[identity] = where
         tensors[where] = value.detach()
         return {"tensor": where}

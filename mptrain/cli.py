@@ -109,7 +109,8 @@ def formats(argv: list[str]) -> int:
 def inspect(argv: list[str]) -> int:
     """What each format makes of the tensors of a run's sampled step, or of the weights in a .safetensors file."""
     parser = argparse.ArgumentParser(prog="mptrain inspect", description=inspect.__doc__)
-    parser.add_argument("path", type=Path, metavar="RUN", help="a run's folder, or FILE.safetensors")
+    what = "a run's folder, a checkpoint in one, or FILE.safetensors"
+    parser.add_argument("path", type=Path, metavar="RUN", help=what)
     parser.add_argument("--step", type=int, help="a recorded step (default: the last)")
     parser.add_argument("--role", default="", help="only this role: input, weight, grad_output, ...")
     parser.add_argument("--layer", default="", metavar="REGEX", help="only layers in whose name this is found")

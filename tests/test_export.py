@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import train
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mptrain import cli, models
 from mptrain.checkpoint import Checkpoints, load
@@ -178,6 +179,17 @@ def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(small, tmp_pa
     (bare / "config.json").write_text("{}")
     assert f"{bare} has no whole checkpoint" in refused(bare, out)
     assert "has no running average (the run had optim.ema_decay=0)" in refused(run, out, "--average")
+    broken = run_of(tmp_path / "broken", small[0], steps=(3, 12))
+    older, newer = sorted((broken / "checkpoints").iterdir())
+    for path in (newer, older):
+        (shard,) = path.glob("rank-*.safetensors")
+        shard.write_bytes(shard.read_bytes()[:-1])
+        assert f"checkpoint {path} is damaged: {shard.name} has" in refused(path, out)
+    assert f"{broken} has no whole checkpoint" in refused(broken, out)
+    first = broken / "checkpoints" / "step-00000001.safetensors"
+    save_file({"model/embed.weight": torch.zeros(3)}, first, metadata={"mptrain": "1"})
+    for source in (broken, first):
+        assert f"{first} was written by an older mptrain (version 1)" in refused(source, out)
     images = models.load("vit").build(models.load("vit").Config(8, 1, 10))
     wanted = f"model.kind=vit has no twin in Hugging Face's transformers; these have: {', '.join(KINDS)}"
     assert wanted in refused(run_of(tmp_path / "images", images, "vit"), out)

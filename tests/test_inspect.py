@@ -300,6 +300,27 @@ def test_weights_and_moments_of_a_checkpoint_of_ours(tmp_path, inspect):
     assert ("optimizer 0", "exp_avg") in rows
     assert ("optimizer 0", "exp_avg_sq") in rows
     assert {role for _, role in rows} == {"weight", "bias", "exp_avg", "exp_avg_sq"}
+    text = inspect(path)
+    assert f"{path}: 6 float32" in text
+    assert "left out: 1 float32" in text
+
+
+def test_a_checkpoint_that_cannot_be_inspected_is_one_message(tmp_path, refused):
+    path = Checkpoints(tmp_path / "checkpoints", 1).save(3, {"model": torch.nn.Linear(8, 8)}, {"step": 3})
+    assert f"{path} is a checkpoint" in refused(path, "--step", 3)
+    (tmp_path / "config.json").write_text("{}")
+    path.rename(path.with_name("aside-1-step-00000003"))
+    path = Checkpoints(tmp_path / "checkpoints", 1).save(4, {"model": torch.nn.Linear(8, 8)}, {"step": 4})
+    assert f"sampled no histograms; for its weights: mptrain inspect {path}\n" in refused(tmp_path)
+    content = (path / "rank-00000.safetensors").read_bytes()
+    for damaged in (content[:-4], content[:-1] + bytes([content[-1] ^ 1]), b""):
+        (path / "rank-00000.safetensors").write_bytes(damaged)
+        (line,) = refused(path).splitlines()
+        assert f"checkpoint {path} is damaged: " in line
+        assert "rank-00000.safetensors" in line
+    (path / "checkpoint.json").unlink()
+    (line,) = refused(path).splitlines()
+    assert f"checkpoint {path} is damaged: checkpoint.json" in line
 
 
 class Page(HTMLParser):

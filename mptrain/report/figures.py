@@ -127,20 +127,25 @@ class Tensors:
 
 
 def load(path: Path, step: int | None = None) -> Tensors:
-    """A run's folder (the record of ``step``, default the last) or a .safetensors file; ValueError for all else."""
-    if path.is_dir():
+    """A run's folder (the record of ``step``, default the last), a checkpoint or a .safetensors file.
+
+    ValueError for all else.
+    """
+    ours = checkpoint.is_ours(path)
+    if path.is_dir() and not ours:
         return _of_run(path, step)
-    if step is not None:
-        raise ValueError(f"--step is for the folder of a run; {path} is not a folder")
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give the folder of a run, or a .safetensors file")
+        raise ValueError(f"{path} does not exist: give a run's folder, a checkpoint in one, or a .safetensors file")
+    if step is not None:
+        raise ValueError(f"--step is for the folder of a run; {path} is {'a checkpoint' if ours else 'not a folder'}")
     return _of_file(path)
 
 
 def _of_run(folder: Path, step: int | None) -> Tensors:
     path = folder / record.FILE
     if not path.exists():
-        files = sorted(folder.rglob("*.safetensors"))
+        kept = [path for path in folder.rglob("step-*") if checkpoint.is_ours(path)]
+        files = sorted(kept or folder.rglob("*.safetensors"))
         other = f"; for its weights: mptrain inspect {files[-1]}" if files else ""
         what = "this run sampled no histograms" if (folder / "config.json").exists() else "it is no folder of a run"
         raise ValueError(f"no {record.FILE} in {folder}: {what}{other}")
