@@ -69,7 +69,7 @@ class Compression:
             return lambda bucket: (hook(dist.group.WORLD, bucket), self._ring(2 * bucket.buffer().numel()))
 
         return {
-            "none": lambda bucket: (plain(bucket), self._ring(bucket.buffer().nbytes)),
+            "none": lambda bucket: (plain()(bucket), self._ring(bucket.buffer().nbytes)),
             "bf16": halved(bf16_compress_hook),
             "fp16": halved(fp16_compress_hook),
             "fp8": Exchange(self.ranks, self._residuals).send,
