@@ -48,10 +48,12 @@ class ByHand:
         mesh = init_device_mesh(self.device.type, (ranks,))
         wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for block in self.model.blocks:  # type: ignore[union-attr]
-            fully_shard([block.norm1, block.norm2], mesh=mesh, mp_policy=wide)  # type: ignore[union-attr, list-item]
-            fully_shard(block, mesh=mesh, mp_policy=narrow)  # type: ignore[arg-type]
-        return fully_shard(self.model, mesh=mesh, mp_policy=wide)
+        blocks: Any = self.model.blocks
+        for block in blocks:
+            fully_shard([block.norm1, block.norm2], mesh=mesh, mp_policy=wide)
+            fully_shard(block, mesh=mesh, mp_policy=narrow)
+        fully_shard(self.model, mesh=mesh, mp_policy=wide)
+        return self.model
 
     def step(self) -> None:
         """One optimizer step."""
