@@ -30,7 +30,7 @@ def test_dry_run_has_every_row(tmp_path, capfd, monkeypatch):
     assert found["machine"]["ranks"] == "2"
     assert found["machine"]["command"].startswith("mptrain bench dist --dry-run")
     rows = {row["name"]: row for row in found["rows"]}
-    assert len(rows) == len(found["rows"]) == 2 * 3 + 2 * 5 + 1 + 4 * (len(KINDS) - 1)
+    assert len(rows) == len(found["rows"]) == 2 * 3 + 2 * 4 + 1 + 4 * (len(KINDS) - 1)
     judged = {name: row["target"] for name, row in rows.items() if row["target"] is not None}
     assert sorted(judged.values()) == [0.1, 0.1, 1.03, 1.03]
     for name, row in rows.items():
@@ -51,17 +51,15 @@ def test_dry_run_has_every_row(tmp_path, capfd, monkeypatch):
 
 
 def _planted(rank, folder):
-    """Verdicts under DDP with a sleep planted in one side, then in the other."""
+    """Verdicts under DDP with a sleep planted in one side's steps, then in the other's; then in background saves."""
     dist.WRAPPERS = saving.WRAPPERS = ("ddp",)
     found = {}
     for side in (Trainer, ByHand):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(side, "step", lambda self, step=side.step: (step(self), time.sleep(0.1)))
+            patch.setattr(side, "step", lambda self, step=side.step: (step(self), time.sleep(0.2)))
             found[side.__name__] = _verdicts(dist.measure_steps(ranked.TINY, "cpu"))
-    for slow in (SlowInBackground, SlowInFront):
-        saving.Checkpoints = slow
-        found[slow.__name__] = _verdicts(saving.measure_checkpoints(ranked.TINY, "cpu", folder))
-    return found
+    saving.Checkpoints = SlowInBackground
+    return found | {"save": _verdicts(saving.measure_checkpoints(ranked.TINY, "cpu", folder))}
 
 
 def _verdicts(rows):
@@ -69,24 +67,29 @@ def _verdicts(rows):
 
 
 class SlowInBackground(Checkpoints):
-    slow = True
-
     def __init__(self, *args, background):
         super().__init__(*args, background=background)
-        self.delay_s = 1.0 if background == self.slow else 0.0
+        self.delay_s = 1.0 if background else 0.0
 
     def save(self, *args):
         time.sleep(self.delay_s)
         return super().save(*args)
 
 
-class SlowInFront(SlowInBackground):
-    slow = False
-
-
 def test_what_is_slow_is_missed(tmp_path):
-    wanted = {"Trainer": ["missed"], "ByHand": ["met"], "SlowInBackground": ["missed"], "SlowInFront": ["met"]}
+    wanted = {"Trainer": ["missed"], "ByHand": ["met"], "save": ["missed"]}
     assert ranks.run(2, _planted, tmp_path) == [wanted] * 2
+
+
+@pytest.mark.parametrize(("stall", "verdict"), [(0.09, "met"), (0.11, "missed")])
+def test_a_stall_is_judged_by_the_save_that_is_waited_for(stall, verdict):
+    measured = object.__new__(saving.Saving)
+    samples = {"synchronous": [1.0, 2.0, 4.0], "stall": [stall, 2 * stall, 40.0], "step": [1.0, 1.0, 1.0]}
+    twins = {name + cpu.TWIN: samples[name] for name in ("synchronous", "step")}
+    measured.samples = samples | twins | {"step while writing": [1.5, 1.5]}
+    first, *_, last = measured.rows("x", first=3.0)
+    assert (first.verdict, first.measured, first.noise) == (verdict, stall, 1.0)
+    assert last.measured == 1.5
 
 
 def test_figures_are_medians_of_paired_ratios():
