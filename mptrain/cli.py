@@ -177,7 +177,7 @@ def export(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """``bench cpu``, ``bench telemetry`` or ``bench gpu``: cost against targets, peers and limits (``--help``)."""
+    """``bench cpu``, ``telemetry``, ``dist`` or ``gpu``: cost against targets, peers and limits (``--help``)."""
     if argv[:1] == ["cpu"]:
         from mptrain.bench import cpu
 
@@ -190,7 +190,11 @@ def bench(argv: list[str]) -> int:
         from mptrain.bench import telemetry
 
         return telemetry.run(argv[1:])
-    raise ValueError("bench needs a subject: mptrain bench cpu, mptrain bench telemetry, or mptrain bench gpu")
+    if argv[:1] == ["dist"]:
+        from mptrain.bench import dist
+
+        return dist.run(argv[1:])
+    raise ValueError("bench needs a subject: mptrain bench cpu, bench telemetry, bench dist, or bench gpu")
 
 
 def probe(argv: list[str]) -> int:

@@ -93,13 +93,16 @@ def bench_table(kept: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"gpt-nano-cpu.json": precisions_table, "bench-cpu.json": bench_table, "bench-telemetry.json": bench_table}
+TABLES = {"gpt-nano-cpu.json": precisions_table}
+TABLES |= dict.fromkeys(("bench-cpu.json", "bench-telemetry.json", "bench-dist.json"), bench_table)
 
 
 def with_tables(text: str) -> str:
     """``text`` with what stands between each ``<!-- results: FILE -->`` and the next heading made anew."""
     for name, make in TABLES.items():
         path = RESULTS / name
+        if not path.exists():  # not measured yet
+            continue
         mark = re.escape(f"<!-- results: recipes/results/{name} -->")
         table = make(json.loads(path.read_text()))
         text = re.sub(rf"({mark}\n).*?(?=\n\n#)", lambda found, table=table: found[1] + table, text, flags=re.DOTALL)

@@ -1,0 +1,156 @@
+"""``mptrain bench dist``: what training on several ranks costs beside a loop written by hand in plain torch.
+
+Starts its own ranks on this machine: gloo on CPUs with one torch thread each, NCCL where every rank has a GPU. All
+variants live in one process group and take turns, in reverse order every other time. Times are wall time from barrier
+to the last rank's end; process CPU time of all ranks stands beside them. A figure is the median over the repetitions of
+the paired ratio, and the reference runs twice (its A/A twin: what differs between the two is noise).
+
+Rows: steps of the trainer under DDP and FSDP against the hand-written loop; how long training waits for a checkpoint
+that is written in the background, against one it waits for until it is on disk; what each compression of gradients
+costs, sends and loses. ``--dry-run`` goes the same way with tiny sizes; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import partial
+from multiprocessing import set_forkserver_preload
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
+
+from mptrain.bench import cpu
+from mptrain.bench.by_hand import ByHand
+from mptrain.bench.cpu import TWIN, Step
+from mptrain.bench.ranked import TINY, WRAPPERS, Row, Sizes, Turns, repeated, settings, trainer_of
+from mptrain.bench.saving import measure_checkpoints
+from mptrain.convert import parameter_names
+from mptrain.distributed import World
+from mptrain.distributed.compression import KINDS, Compression
+from mptrain.distributed.reduction import look_and_send
+from mptrain.distributed.watchdog import Watchdog
+from mptrain.files import json_text, write_whole
+from mptrain.machine import describe, pick_device
+from mptrain.prepare import prepare
+from mptrain.telemetry.monitor import TelemetryConfig
+
+SLOWER = 1.03  # a step over the hand-written one's, at most
+SCALE = 2.0**10  # of the loss where gradients are compressed: FP16 is made for a loss scale
+
+
+def measure_steps(sizes: Sizes, device: str) -> Iterator[Row]:
+    """The trainer's step over the hand-written one: telemetry off; as it is by default, between recorded steps."""
+    quiet = TelemetryConfig(every=sizes.steps, record_every=0)  # each measurement reads the losses back once
+    for wrapper in WRAPPERS:
+        with ExitStack() as stack:
+            prepared = prepare(settings(wrapper, sizes, device, sizes.model, quiet))
+            usual = replace(prepared, config=replace(prepared.config, telemetry=TelemetryConfig()))
+            watched = trainer_of(usual)
+            watch = watched.watch = Watchdog(prepared.ranks, prepared.config.dist.timeout_s)
+            stack.callback(watch.close)
+            hands = [ByHand(wrapper, prepared) for _ in range(2)]
+            variants: dict[str, Step] = {"hand": hands[0].step, "ours": trainer_of(prepared).step}
+            variants |= {"defaults": watched.step, "hand" + TWIN: hands[1].step}
+            turns = Turns({name: repeated(step, sizes.steps) for name, step in variants.items()}, sizes.repeats)
+        yield turns.fill(Row(f"{wrapper} step: trainer / by hand", SLOWER), "ours", "hand")
+        title = f"{wrapper} step: trainer with telemetry and watchdog / by hand"
+        yield turns.fill(Row(title), "defaults", "hand")
+        yield Row(f"{wrapper} step: by hand", unit="s", measured=turns.seconds("hand") / sizes.steps)
+
+
+def measure_compression(sizes: Sizes, device: str) -> Iterator[Row]:
+    """A step, the bytes a rank sends in it, and the accuracy of the mean gradient, by kind of compression."""
+    prepared = prepare(settings("ddp", sizes, device, sizes.model, TelemetryConfig(record_every=0)))
+    trainings: dict[str, tuple[ByHand, Compression]] = {}
+    for name in (*KINDS, "none" + TWIN):
+        training = ByHand("ddp", prepared, SCALE)
+        names = parameter_names(training.model)
+        compression = Compression(name.removesuffix(TWIN), prepared.ranks, names)
+        look_and_send(training.ddp, names, {}, compression.send)
+        trainings[name] = training, compression
+    variants = {name: repeated(training.step, sizes.steps) for name, (training, _) in trainings.items()}
+    turns = Turns(dict(variants), sizes.repeats)
+    for kind in KINDS:
+        training, compression = trainings[kind]
+        compression.bill()  # of steps that PowerSGD sends plainly, too
+        training.step()
+        bill = compression.bill()
+        compression.sampling = True
+        variants[kind]()
+        bill |= {"comm/sqnr_db": compression.bill().get("comm/sqnr_db", 0.0)}
+        if kind != "none":
+            yield turns.fill(Row(f"compress={kind}: step / none"), kind, "none")
+        yield Row(f"compress={kind}: sent by a rank in a step", unit="MB", measured=bill["comm/bytes_per_step"] / 1e6)
+        if kind != "none":
+            share = bill.get("comm/bytes_frac")
+            yield Row(f"compress={kind}: bytes / none", measured=share, reason="a single rank sends nothing")
+            yield Row(f"compress={kind}: SQNR of the mean gradient", unit="dB", measured=bill["comm/sqnr_db"])
+
+
+def report(sizes: Sizes, device: str, folder: Path, path: Path | None, command: str) -> None:
+    """Measure; the first rank prints every row as it comes, and writes all so far to ``path``."""
+    first, size = World().first, World().size
+    about = cpu.machine() | {"ranks": str(size), "device": describe(pick_device(device)), "command": command}
+    if first:
+        print(", ".join(f"{key} {value}" for key, value in about.items()))
+        print(f"{'':60}{'wall':>8} {'target':>8} {'CPU':>8}{'A/A':>8}")
+    parts: list[Callable[[], Iterator[Row]]] = [partial(measure_steps, sizes, device)]
+    parts += [partial(measure_compression, sizes, device), partial(measure_checkpoints, sizes, device, folder)]
+    rows: list[dict[str, Any]] = []
+    for measure in parts:
+        for row in measure():
+            rows.append(asdict(row) | {"verdict": row.verdict})
+            if first:
+                print(row, flush=True)
+                if path is not None:
+                    write_whole(path, json_text({"machine": about, "rows": rows}, indent=1))
+
+
+def _rank(rank: int, size: int, device: str, folder: str, *args: Any) -> None:
+    """One of the processes."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    where = pick_device(device)
+    backend = "gloo"
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+        backend = "cpu:gloo,cuda:nccl"
+    store = dist.FileStore(f"{folder}/store", size)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=5))
+    report(args[0], device, Path(folder), *args[1:])
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads can abort a normal exit
+
+
+def run(argv: list[str]) -> int:
+    """Start the ranks, which measure and print; 0 whatever the figures are: they are a finding, not a failure."""
+    parser = argparse.ArgumentParser(prog="mptrain bench dist", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write rows to this file as they come")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes: does it run, not how fast")
+    parser.add_argument("--repeats", type=int, help=f"repetitions of a measurement (default {Sizes.repeats})")
+    parser.add_argument("--ranks", type=int, default=2, help="processes to start (default %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: GPUs if there is one for each rank")
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: that of temporary files)")
+    args = parser.parse_args(argv)
+    chosen = TINY if args.dry_run else Sizes()
+    sizes = replace(chosen, repeats=args.repeats or chosen.repeats)
+    gpus = torch.cuda.device_count()
+    device = args.device or ("cuda" if 0 < args.ranks <= gpus else "cpu")
+    if device == "cuda" and args.ranks > gpus:
+        raise ValueError(f"--ranks {args.ranks} on {gpus} GPUs: give --device cpu, or --ranks {max(1, gpus)}")
+    command = " ".join(["mptrain bench dist", *argv])
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        set_forkserver_preload([__name__])  # everything is imported once
+        given = args.ranks, device, folder, sizes, args.json, command
+        start_processes(_rank, given, nprocs=args.ranks, start_method="forkserver")  # type: ignore[no-untyped-call]
+    return 0

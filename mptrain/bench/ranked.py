@@ -1,0 +1,122 @@
+"""What the benchmarks on several ranks share: sizes, rows, clocks that all ranks stop together, and runs to measure."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+
+from mptrain.bench import cpu
+from mptrain.bench.cpu import LR, TWIN, Step
+from mptrain.build import assemble
+from mptrain.config import RunConfig
+from mptrain.distributed import World
+from mptrain.distributed.layout import DistConfig
+from mptrain.loggers import NullSink
+from mptrain.models import gpt
+from mptrain.optim import OptimConfig
+from mptrain.policy import PrecisionPolicy
+from mptrain.prepare import Prepared
+from mptrain.telemetry.monitor import TelemetryConfig
+from mptrain.trainer import Trainer, TrainerConfig
+
+WRAPPERS = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, and how often. ``steps``: in one measurement, ``micro_batches`` of each rank in a step.
+    ``saved``: the model of the checkpoints."""
+
+    model: gpt.Config = field(default_factory=lambda: gpt.Config(256, 256, n_layer=4, n_head=4, n_embd=256))
+    batch: int = 4
+    micro_batches: int = 2
+    saved: gpt.Config = field(default_factory=lambda: gpt.Config(50304, 64, n_layer=12, n_head=12, n_embd=768))
+    steps: int = 2
+    repeats: int = 9
+
+
+SMALLEST = gpt.Config(256, 16, n_layer=1, n_head=1, n_embd=32)
+TINY = Sizes(SMALLEST, batch=1, micro_batches=2, saved=SMALLEST, steps=2, repeats=1)
+
+
+@dataclass
+class Row(cpu.Row):
+    """One figure, of wall time if it is one of time. ``cpu``: the same of CPU time, for information."""
+
+    cpu: float | None = None
+
+    def __str__(self) -> str:
+        shown = replace(self, wall=self.cpu)
+        return cpu.Row.__str__(shown)
+
+
+def timed(work: Step) -> tuple[float, float]:
+    """(wall, CPU) seconds of ``work`` on all ranks: the slowest one's, and of all together. A collective."""
+    ranks = World()
+    ranks.barrier()
+    cpu_s, wall_s = time.process_time(), time.perf_counter()
+    work()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    found = ranks.gather((time.perf_counter() - wall_s, time.process_time() - cpu_s))
+    return max(wall for wall, _ in found), sum(cpu for _, cpu in found)
+
+
+class Turns:
+    """(wall, CPU) seconds of variants that take turns."""
+
+    def __init__(self, variants: dict[str, Step], repeats: int) -> None:
+        self.samples: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+        for work in variants.values():
+            timed(work)
+        order = list(variants.items())
+        for _ in range(repeats):
+            for name, work in order:
+                self.samples[name].append(timed(work))
+            order.reverse()
+
+    def fill(self, row: Row, name: str, reference: str) -> Row:
+        """The median ratio of ``name`` to ``reference``, of wall and CPU time, and of its twin in wall time."""
+        wall, cpu = (self.ratio(name, reference, clock) for clock in (0, 1))
+        return replace(row, measured=wall, cpu=cpu, noise=self.ratio(reference + TWIN, reference))
+
+    def ratio(self, name: str, reference: str, clock: int = 0) -> float:
+        pairs = zip(self.samples[name], self.samples[reference], strict=True)
+        return statistics.median(a[clock] / b[clock] for a, b in pairs)
+
+    def seconds(self, name: str) -> float:
+        return statistics.median(wall for wall, _ in self.samples[name])
+
+
+def settings(wrapper: str, sizes: Sizes, device: str, model: gpt.Config, telemetry: TelemetryConfig) -> RunConfig:
+    """BF16 training that learns nothing, so that every step is like the first."""
+    accumulate = sizes.micro_batches * World().size
+    return RunConfig(
+        precision=PrecisionPolicy.named("bf16"),
+        model={"kind": "gpt", **asdict(model)},
+        data={"kind": "stdlib"},
+        optim=OptimConfig(lr=LR, warmup_frac=0.0),
+        trainer=TrainerConfig(max_steps=1 << 30, batch_size=sizes.batch, accumulate=accumulate, eval_every=0),
+        telemetry=telemetry,
+        dist=DistConfig(wrapper),
+        device=device,
+        baseline="none",
+    )
+
+
+def repeated(step: Step, times: int) -> Step:
+    def steps() -> None:
+        for _ in range(times):
+            step()
+
+    return steps
+
+
+def trainer_of(prepared: Prepared) -> Trainer:
+    """Ours, ready to step."""
+    trainer = assemble(prepared, NullSink())
+    trainer.model.train()
+    return trainer

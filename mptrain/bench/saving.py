@@ -1,0 +1,95 @@
+"""What training waits for when it saves: the part of ``mptrain bench dist`` about checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from mptrain.bench.cpu import TWIN
+from mptrain.bench.ranked import WRAPPERS, Row, Sizes, settings, timed, trainer_of
+from mptrain.checkpoint import Checkpoints
+from mptrain.prepare import prepare
+from mptrain.telemetry.monitor import TelemetryConfig
+from mptrain.trainer import Trainer
+
+STALL = 0.10  # of a background save, over a synchronous one, at most
+REPEATS = 4  # at most: each takes 15 s with 124 M parameters
+MOST_STEPS = 100  # while a checkpoint is written; one that fails never ends
+
+
+def measure_checkpoints(sizes: Sizes, device: str, folder: Path) -> Iterator[Row]:
+    """What training waits for when it saves."""
+    small = replace(sizes, batch=1, micro_batches=1)
+    for wrapper in reversed(WRAPPERS):
+        prepared = prepare(settings(wrapper, small, device, sizes.saved, TelemetryConfig(record_every=0)))
+        saving = Saving(trainer_of(prepared), folder / wrapper)
+        first = saving.background()
+        for _ in range(min(REPEATS, sizes.repeats)):
+            saving.repeat()
+        millions = sum(p.numel() for p in prepared.shell.parameters()) / 1e6
+        yield from saving.rows(f"checkpoint of {millions:.3g} M, {wrapper}", first)
+        del saving
+        if prepared.ranks.first:
+            shutil.rmtree(folder / wrapper)
+        prepared.ranks.barrier()
+
+
+class Saving:
+    """A trainer that saves now one way, now the other, each time after a step more."""
+
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        self.trainer = trainer
+        self.kinds = {
+            background: Checkpoints(folder / str(background), 1, trainer.ranks, background=background)
+            for background in (False, True)
+        }
+        self.samples: dict[str, list[float]] = {}
+        for _ in range(3):
+            trainer.step()
+
+    def save(self, background: bool) -> float:
+        """Seconds that training waits."""
+        self.trainer.checkpoints = self.kinds[background]
+        return timed(self.trainer.save)[0]
+
+    def repeat(self) -> None:
+        """Everything once."""
+        for twin in ("", TWIN):
+            self.add("step" + twin, timed(self.trainer.step)[0])
+            self.add("synchronous" + twin, self.save(background=False))
+        timed(self.trainer.step)
+        self.add("stall", self.background())
+
+    def background(self) -> float:
+        """The stall of a background save; steps go on until it is on disk."""
+        stall, path = self.save(background=True), self.kinds[True].path(self.trainer.step_number)
+        steps: list[float] = []
+        while len(steps) < MOST_STEPS and self.trainer.ranks.share(not path.exists()):
+            steps.append(timed(self.trainer.step)[0])
+        if steps:  # the last one may have gone on when all was written
+            self.add("step while writing", statistics.median(steps))
+        self.kinds[True].wait()
+        return stall
+
+    def add(self, name: str, seconds: float) -> None:
+        self.samples.setdefault(name, []).append(seconds)
+
+    def ratio(self, name: str, reference: str) -> float:
+        pairs = zip(self.samples[name], self.samples[reference], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    def rows(self, title: str, first: float) -> Iterator[Row]:
+        noise = self.ratio("synchronous" + TWIN, "synchronous")
+        synchronous, step = (statistics.median(self.samples[name]) for name in ("synchronous", "step"))
+        stall = self.ratio("stall", "synchronous")
+        yield Row(f"{title}: stall of a background save / synchronous save", STALL, measured=stall, noise=noise)
+        yield Row(f"{title}: the first one's, which allocates the copies", measured=first / synchronous)
+        yield Row(f"{title}: synchronous save", unit="s", measured=synchronous)
+        row = Row(f"{title}: step while it is written / step", noise=self.ratio("step" + TWIN, "step"))
+        if "step while writing" in self.samples:
+            yield replace(row, measured=statistics.median(self.samples["step while writing"]) / step)
+        else:
+            yield replace(row, reason="it was written before a step could begin")
