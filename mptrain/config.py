@@ -31,7 +31,7 @@ from mptrain.policy import PrecisionPolicy, conf_dir
 from mptrain.settings import did_you_mean, from_plain, require, to_plain
 from mptrain.telemetry.drill import DebugConfig
 from mptrain.telemetry.monitor import TelemetryConfig
-from mptrain.trainer import TrainerConfig
+from mptrain.trainer_config import TrainerConfig
 
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, torch.OutOfMemoryError)

@@ -56,6 +56,7 @@ class Keeper:
             raise Diverged("the loss spiked, and there is no checkpoint yet to go back to: lower checkpoint.every")
         skipped, rollbacks = ledger.skipped_batches, ledger.rollbacks
         to = self.resume(path)
+        checkpoints.set_aside(to)  # damaged ones: they would count towards those that are kept
         if rollbacks - ledger.rollbacks >= MOST_ROLLBACKS:  # the checkpoint knows of those before it
             raise Diverged(
                 f"the loss spiked again after {MOST_ROLLBACKS} rollbacks to step {to}: lower optim.lr, or use "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,11 @@ class Run:
             self.trainer.memory.peak_gib = max(peaks_gib)
             summary = self.summary()
             self.sinks.summary(summary)
+        except BaseException:
+            if self.prepared.ranks.size == 1 and self.trainer.checkpoints is not None:
+                with contextlib.suppress(OSError):  # another error is being told
+                    self.trainer.checkpoints.wait()
+            raise
         finally:
             self.sinks.close()
             for lock in self.held:

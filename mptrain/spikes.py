@@ -1,9 +1,9 @@
 """Loss spikes: a training loss far above where it was, by a rule that the good steps before it teach.
 
 A loss spikes if it is not finite, or above the median of the last ``LEVEL`` losses by more than ``DEVIATIONS`` standard
-deviations and by 5 % of that median. The deviation is that of the differences from step to step over the last ``WINDOW``
-steps, over sqrt(2), estimated robustly (1.4826 x the median absolute deviation, of normal noise): a loss that falls
-steadily has none. Before 20 losses are known nothing is a spike.
+deviations and by 5 % of that median. The deviation is that of the differences from step to step over the last
+``WINDOW`` steps, over sqrt(2), estimated robustly (1.4826 x the median absolute deviation, of normal noise): a loss
+that falls steadily has none. Before 20 losses are known nothing is a spike.
 """
 
 from __future__ import annotations

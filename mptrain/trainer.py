@@ -18,7 +18,6 @@ import signal
 import time
 import zlib
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,41 +34,15 @@ from mptrain.keeping import Diverged, Keeper
 from mptrain.outcome import StepOutcome
 from mptrain.precision import Precision
 from mptrain.protocols import Audits, Averaged, Compresses, Data, Rates, Sink, Watches
-from mptrain.settings import require
 from mptrain.spikes import Spikes
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.ledger import Ledger, alarm
 from mptrain.telemetry.meters import PeakMemory, Throughput, peaks, weighted_rate
 from mptrain.telemetry.monitor import Monitor, Sample
+from mptrain.trainer_config import TrainerConfig
 from mptrain.validation import Validation, to_device
 
 NOTHING = nullcontext()
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """``batch_size``: samples a micro-batch; ``accumulate``: micro-batches a step, of all ranks together; ``clip``:
-    largest gradient norm, 0 for none; ``eval_every``: 0 = at the end only; ``checkpointing``: recompute activations in
-    backward; ``compile``: torch.compile the model; ``max_skips_in_a_row`` ends a run that only skips; ``on_spike``:
-    none, or rollback to the newest checkpoint, to go on behind the batches of the spike."""
-
-    max_steps: int = 60
-    batch_size: int = 4
-    accumulate: int = 1
-    clip: float = 1.0
-    eval_every: int = 100
-    eval_batches: int = 8
-    checkpointing: bool = False
-    compile: bool = False
-    max_skips_in_a_row: int = 100
-    on_spike: str = "none"
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "accumulate", "eval_batches", "max_skips_in_a_row"):
-            require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1")
-        require(self.clip >= 0, "trainer.clip", self.clip, "a norm such as 1.0, or 0 for no clipping")
-        require(self.eval_every >= 0, "trainer.eval_every", self.eval_every, "0 (at the end only) or more")
-        require(self.on_spike in ("none", "rollback"), "trainer.on_spike", self.on_spike, "none or rollback")
 
 
 class Trainer:
@@ -147,6 +120,7 @@ class Trainer:
                 self.step()
                 if self._spiked:
                     self._roll_back()
+                    continue
                 done = self.step_number
                 if self.config.eval_every and done % self.config.eval_every == 0 and done < last:
                     self._at("evaluating")
@@ -155,6 +129,7 @@ class Trainer:
                     self.save()
                     saved = done
             self._flush()
+            self._spiked = False  # at the very end: told, and nothing to go on to
             if self.checkpoints is not None:
                 if saved != self.step_number:
                     self.save()

@@ -18,7 +18,8 @@ from mptrain.optim import OptimConfig, Schedule, build_optimizer
 from mptrain.policy import conf_dir
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
-from mptrain.trainer import Trainer, TrainerConfig
+from mptrain.trainer import Trainer
+from mptrain.trainer_config import TrainerConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from mptrain.config import AuditConfig, CheckpointConfig, LoggerConfig, RunConfi
 from mptrain.optim import OptimConfig
 from mptrain.policy import PrecisionPolicy
 from mptrain.settings import to_plain
-from mptrain.trainer import TrainerConfig
+from mptrain.trainer_config import TrainerConfig
 
 ROOT = Path(__file__).parent.parent
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,17 +90,19 @@ def test_an_unwritable_folder_names_the_setting(monkeypatch, tmp_path, setting):
 def test_foreign_and_torn_checkpoints_are_refused_before_anything_is_made(monkeypatch, tmp_path):
     train(monkeypatch, tmp_path, "baseline=none", f"run_dir={tmp_path / 'a'}")
     (whole,) = (tmp_path / "a" / "checkpoints").iterdir()
-    torn, foreign = tmp_path / "torn.safetensors", tmp_path / "foreign.safetensors"
-    torn.write_bytes(whole.read_bytes()[:-100])
+    torn, foreign = tmp_path / "torn", tmp_path / "foreign.safetensors"
+    shutil.copytree(whole, torn)
+    tensors = torn / "rank-00000.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
     save_file({"x": torch.ones(3)}, foreign)
-    before = whole.read_bytes()
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
     wide = train(monkeypatch, tmp_path, f"resume={whole}", "model.n_embd=64", f"run_dir={tmp_path / 'b'}", code=2)
     assert "another model" in wide
-    assert "truncated" in train(monkeypatch, tmp_path, f"resume={torn}", f"run_dir={tmp_path / 'b'}", code=2)
+    assert "is damaged" in train(monkeypatch, tmp_path, f"resume={torn}", f"run_dir={tmp_path / 'b'}", code=2)
     assert "not a checkpoint" in train(monkeypatch, tmp_path, f"resume={foreign}", f"run_dir={tmp_path / 'b'}", code=2)
     assert "already holds a run" in train(monkeypatch, tmp_path, f"run_dir={tmp_path / 'a'}", code=2)
     assert not (tmp_path / "b").exists()
-    assert whole.read_bytes() == before
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
 def test_what_the_products_ran_in_is_in_the_summary_or_ends_the_run(monkeypatch, tmp_path):
@@ -176,7 +179,7 @@ def test_the_probe_measures_fp32_on_the_same_weights_and_batches(monkeypatch, tm
 def test_a_resumed_run_continues_bit_for_bit(monkeypatch, tmp_path, name):
     given = [f"precision={name}", "baseline=none", "checkpoint.every=3", "checkpoint.keep=3"]
     train(monkeypatch, tmp_path, *given, f"run_dir={tmp_path / 'whole'}")
-    half = tmp_path / "whole" / "checkpoints" / "step-00000003.safetensors"
+    half = tmp_path / "whole" / "checkpoints" / "step-00000003"
     train(monkeypatch, tmp_path, *given, f"run_dir={tmp_path / 'half'}", f"resume={half}")
     whole, half = rows_of(tmp_path / "whole"), rows_of(tmp_path / "half")
     losses = {row["step"]: row["train/loss_step"] for row in whole if "train/loss_step" in row and row["step"] > 3}

@@ -13,7 +13,8 @@ from mptrain.optim import OptimConfig, Schedule, build_optimizer
 from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
-from mptrain.trainer import Trainer, TrainerConfig
+from mptrain.trainer import Trainer
+from mptrain.trainer_config import TrainerConfig
 
 SIZES = gpt.Config(vocab_size=16, block_size=8, n_layer=1, n_head=2, n_embd=16)
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -186,7 +186,7 @@ def test_runs_report_accuracy_and_compare_it_with_the_fp32_runs(on_images, tmp_p
 def test_a_run_on_images_resumes_bit_for_bit_also_recomputing(on_images, tmp_path):
     given = ["precision=fp8-delayed", "baseline=none", "checkpoint.every=3", "checkpoint.keep=3"]
     on_images(*given, f"run_dir={tmp_path / 'whole'}")
-    middle = tmp_path / "whole" / "checkpoints" / "step-00000003.safetensors"
+    middle = tmp_path / "whole" / "checkpoints" / "step-00000003"
     on_images(*given, "trainer.checkpointing=true", f"run_dir={tmp_path / 'half'}", f"resume={middle}")
     whole, half = summary_of(tmp_path / "whole"), summary_of(tmp_path / "half")
     assert whole["val_loss"] == half["val_loss"]

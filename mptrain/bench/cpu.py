@@ -39,7 +39,8 @@ from mptrain.optim import OptimConfig, Schedule
 from mptrain.policy import BackendName, LossScaleKind
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
-from mptrain.trainer import Trainer, TrainerConfig
+from mptrain.trainer import Trainer
+from mptrain.trainer_config import TrainerConfig
 
 CLIP, EVERY = 1.0, 10
 LR = 1e-6  # learns nothing: gradients that vanish become subnormal, and arithmetic slow

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
+from mptrain.assembly import assemble
 from mptrain.bench import cpu
 from mptrain.bench.cpu import LR, TWIN, Step
-from mptrain.build import assemble
 from mptrain.config import RunConfig
 from mptrain.distributed import World
 from mptrain.distributed.layout import DistConfig
@@ -20,7 +20,8 @@ from mptrain.optim import OptimConfig
 from mptrain.policy import PrecisionPolicy
 from mptrain.prepare import Prepared
 from mptrain.telemetry.monitor import TelemetryConfig
-from mptrain.trainer import Trainer, TrainerConfig
+from mptrain.trainer import Trainer
+from mptrain.trainer_config import TrainerConfig
 
 WRAPPERS = ("ddp", "fsdp")
 

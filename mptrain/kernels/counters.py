@@ -74,7 +74,7 @@ class Counters:
         self.quiet = False
         self.bypassed = False
         self.micro = 0
-        self.samples = 0
+        self.turn = 0  # of the parts that large tensors are sampled by; a function of the step, as all is
         self.decisive = 0
         self.order: dict[str, int] = {}
         self.held_elsewhere: Callable[[str, str], bool] = _nowhere
@@ -103,7 +103,6 @@ class Counters:
     def sample(self, names: Iterable[str] = tuple(SUMS)) -> None:
         """This step is sampled: make the tables of these sums."""
         self.counting = True
-        self.samples += 1
         n, kinds = len(self.slots), {name: SUMS[name] for name in names}
         self.sums = {name: torch.zeros(n, *shape, dtype=d, device=self.device) for name, (shape, d) in kinds.items()}
         self._noted.clear()
@@ -136,7 +135,7 @@ class Counters:
             return x
         rows = x.reshape(-1, x.shape[-1])
         size = len(rows) // PARTS
-        return rows.narrow(0, self.samples % PARTS * size, size)
+        return rows.narrow(0, self.turn % PARTS * size, size)
 
     def note(self, slot: int, amax: Tensor) -> None:
         """A layer may run more than once: an Inf seen in its first call must outlive the second."""

@@ -91,6 +91,7 @@ class Monitor:
     def begin_step(self, step: int) -> None:
         if self.recording:
             self._suspicious, self._watched = False, step
+            self._counters.turn = step // self._config.record_every
             self._observer.attach()
         else:
             self._counters.sample(["counts"])
