@@ -193,13 +193,19 @@ class Precision:
         if skips is False:
             return lambda: Blame("")
         if unreduced:
-            names, own = list(unreduced), torch.stack([*unreduced.values()])
+            names = sorted(unreduced, key=self._place)
+            own = torch.stack([unreduced[name] for name in names])
             return lambda: self._first(self._blame(names, own, fault, losses))
         if skips:  # a norm can overflow FP32 where every element is finite: those are no Inf in the gradient
             truly = torch.tensor([not bool(grad.isfinite().all()) for _, grad in named])
             norms = torch.where(truly, norms, norms.nan_to_num(posinf=torch.finfo(norms.dtype).max))
         names = [name for name, _ in named]
         return lambda: self._first(self._blame(names, norms, fault, losses))
+
+    def _place(self, name: str) -> int:
+        """Where a parameter, or the first one of ``group.*``, stands in the model; what is left over comes first."""
+        group = name.removesuffix("*")
+        return next((n for n, known in enumerate(self._names) if group and known.startswith(group)), -1)
 
     def _first(self, blame: Blame) -> Blame:
         """Of what each rank found, the earliest: by micro-batch, then by rank. A collective."""
@@ -227,9 +233,8 @@ class Precision:
         layer, _, leaf = names[place].rpartition(".")
         kind = "NaN" if norms[place].isnan() else "Inf"
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        return Blame(
-            f"{kind} in the gradient of {leaf}{more}", layer, "grad_weight", kind, "backward", -1, self.ranks.rank
-        )
+        what = "gradients" if leaf == "*" else f"gradient of {leaf}"  # FSDP reduces those of a block together
+        return Blame(f"{kind} in the {what}{more}", layer, "grad_weight", kind, "backward", -1, self.ranks.rank)
 
     @contextmanager
     def evaluating(self, *, policy_on: bool = True) -> Iterator[None]:

@@ -105,7 +105,7 @@ def replicate(model: nn.Module, mesh: DeviceMesh, unreduced: dict[str, Tensor], 
 def sum_gradients(model: nn.Module, groups: Mapping[str, FSDPModule], unreduced: dict[str, Tensor]) -> None:
     """Gradients are summed, not averaged, and each group notes the norm of what this rank adds, under its name."""
     for name, group in groups.items():
-        group.set_custom_reduce_scatter(NotedReduceScatter(name, unreduced))
+        group.set_custom_reduce_scatter(NotedReduceScatter(f"{name}.*" if name else "*", unreduced))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -137,7 +137,8 @@ class Spiky:
 
 
 SPIKES = (
-    "trainer.max_steps=60", "trainer.accumulate=1", "trainer.batch_size=16", "checkpoint.every=10", "trainer.on_spike=rollback",
+    "trainer.max_steps=60", "trainer.accumulate=1", "trainer.batch_size=16", "checkpoint.every=10",
+    "trainer.on_spike=rollback",
     "telemetry.every=1", "trainer.eval_every=0", "optim.lr=0.003", "checkpoint.keep=9",
 )  # fmt: skip
 

