@@ -5,6 +5,7 @@ import math
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mptrain import cli
+from mptrain.distributed.layout import DistConfig
 from mptrain.folder import claim
 from mptrain.report import inference, watch
 from mptrain.report.compare import NothingToCompare, compare
@@ -422,3 +424,29 @@ def test_watching_ends_when_nobody_is_at_work_any_more(tmp_path, capsys, command
     said = capsys.readouterr().out
     assert "running" in said
     assert said.count("worse by") >= 2  # before and after the last run ended
+
+
+# --- several processes
+
+
+def test_what_gradients_travel_in_is_a_variant_and_a_layout_a_group_of_its_own(tmp_path):
+    """Compressed runs are judged against FP32 of the same layout; runs of one process have a baseline of their own."""
+    laid = {"ddp": DistConfig(kind="ddp"), "fp8": DistConfig(kind="ddp", compress="fp8"), "single": DistConfig()}
+    for seed in range(3):
+        for name, precision in (
+            ("ddp", "fp32"),
+            ("ddp", "bf16"),
+            ("fp8", "bf16"),
+            ("single", "fp32"),
+            ("single", "bf16"),
+        ):
+            config = replace(settings(precision, seed), dist=laid[name])
+            losses = shifted(seed, 0.4 if name == "fp8" else 0.0) if precision != "fp32" else falling(STEPS, seed=seed)
+            write(tmp_path / f"{name}-{precision}-{seed}", config, losses)
+    groups = compare([tmp_path]).groups
+    assert [sorted(variant.label for variant in group.variants) for group in groups] in (
+        [["bf16", "bf16 compress=fp8", "fp32"], ["bf16", "fp32"]],
+        [["bf16", "fp32"], ["bf16", "bf16 compress=fp8", "fp32"]],
+    )
+    worse = [v.label for group in groups for v in group.variants if v.verdict and v.verdict.kind is Kind.worse]
+    assert worse == ["bf16 compress=fp8"]

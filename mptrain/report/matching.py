@@ -14,7 +14,8 @@ from typing import Any
 from mptrain.identity import STORAGE, numerics, short_hash
 from mptrain.report.runs import Run, leaf_names
 
-USUAL = {"weights": "fp32", "moments": "fp32", "inject": ""}  # said of a variant only where it is otherwise
+SENT = {"compress": "none", "gather": "compute"}  # of dist: what gradients and weights travel in
+USUAL = {"weights": "fp32", "moments": "fp32", "inject": "", **SENT}  # said of a variant only where it is otherwise
 SCHEDULE = ("max_steps", "batch_size", "accumulate", "clip", "eval_batches")  # of trainer: what a loss depends on
 
 
@@ -36,7 +37,7 @@ class Matched:
     def is_fp32(self) -> bool:
         s = self.settings
         plain = s["compute"] == "fp32" and s["quantization.scaling"] == "none" and s["loss_scale.kind"] == "none"
-        return plain and self.stored_fp32
+        return plain and self.stored_fp32 and s["compress"] == SENT["compress"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,11 @@ def trial(run: Run, corpus: str | None) -> dict[str, Any]:
     optim = {key: value for key, value in settings["optim"].items() if key not in STORAGE}
     trainer = {key: settings["trainer"].get(key) for key in SCHEDULE}
     data = {"corpus": corpus} if corpus else settings["data"]
-    return {"model": settings["model"], "data": data, "optim": optim, "trainer": trainer}
+    shared = {"model": settings["model"], "data": data, "optim": optim, "trainer": trainer}
+    dist = settings.get("dist", {})
+    if dist.get("kind", "single") == "single" and dist.get("tp", 1) == 1:
+        return shared
+    return shared | {"dist": {key: dist.get(key) for key in ("kind", "tp", "replicas")}}  # speeds are those of a layout
 
 
 def variant(run: Run) -> dict[str, Any]:
@@ -88,7 +93,8 @@ def variant(run: Run) -> dict[str, Any]:
     settings = run.config
     storage = {key: settings["optim"].get(key, "fp32") for key in STORAGE}
     inject = settings.get("debug", {}).get("inject", "")
-    return {**numerics(settings["precision"]), **storage, "debug": {"inject": inject}}
+    sent = {key: settings.get("dist", {}).get(key, usual) for key, usual in SENT.items()}
+    return {**numerics(settings["precision"]), **storage, **sent, "debug": {"inject": inject}}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
