@@ -109,7 +109,8 @@ class Checkpoints:
             return self.path(step)
         arguments = (writer, tensors, self._copied(held))
         alone = self._group is None  # then a process that ends waits for it; others could wait for the dead
-        self._thread = threading.Thread(target=self._write_aside, args=arguments, daemon=not alone)
+        aside = threading.Thread(target=self._write_aside, name="checkpoint", args=arguments, daemon=not alone)
+        self._thread = aside
         self._thread.start()
         return self.path(step)
 

@@ -25,17 +25,17 @@ class Keeper:
     def __init__(
         self, parts: dict[str, Stateful], own: dict[str, Stateful], ranks: Ranks, device: torch.device, sharded: Like
     ) -> None:
-        self._parts, self._own, self._ranks, self._device, self._sharded = parts, own, ranks, device, sharded
+        self.parts, self._own, self._ranks, self._device, self._sharded = parts, own, ranks, device, sharded
 
     def save(self, checkpoints: Checkpoints, step: int, about: dict[str, Any]) -> None:
         """Write the parts as they are after ``step``."""
-        checkpoints.save(step, self._parts, {**about, "step": step}, self._own)
+        checkpoints.save(step, self.parts, {**about, "step": step}, self._own)
 
     def resume(self, path: Path) -> int:
         """Put the parts in the state of a checkpoint; returns its step. ValueError if it is of another model."""
         state = load(path, self._device, self._ranks, self._sharded)
         own = {name: part for name, part in self._own.items() if name in state}  # of as many ranks as there are now
-        for name, part in {**self._parts, **own}.items():
+        for name, part in {**self.parts, **own}.items():
             try:
                 part.load_state_dict(state.get(name, {}) if name in OPTIONAL else state[name])
             except (RuntimeError, KeyError, ValueError) as error:

@@ -47,7 +47,7 @@ def test_dry_run_has_every_row(tmp_path, capfd, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["bench.json"], "checkpoints are taken away"
     printed = capfd.readouterr().out
     table = runpy.run_path(str(MEASURE))["bench_table"](found)
-    assert all(name in printed and name in table for name in rows)
+    assert all(name in printed and name in table for name, row in rows.items() if row["measured"] is not None)
 
 
 def _planted(rank, folder):

@@ -84,7 +84,7 @@ def resumed(name: str, folder: Path, step: int) -> Trainer:
 
 def states(run: Trainer):
     """A copy of everything a checkpoint of the run would hold now."""
-    return copy.deepcopy({name: part.state_dict() for name, part in run.parts().items()})
+    return copy.deepcopy({name: part.state_dict() for name, part in run.keeper().parts.items()})
 
 
 # ---- training goes on -----------------------------------------------------------------------------------------------

@@ -532,7 +532,7 @@ def test_looking_for_the_newest_waits_for_what_is_being_saved(tmp_path):
     for step in range(1, 6):
         save(checkpoints, step, size=300_000)
         assert check(checkpoints.newest(), 300_000) == step
-        assert not [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+        assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
     save(checkpoints, 6)
     checkpoints.set_aside(5)
     assert names(tmp_path) == ["aside-1-step-00000006"]
