@@ -137,13 +137,16 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(tmp_path, number):
     assert len(kept) == (number is signal.SIGKILL)  # Ctrl-C saves a checkpoint and goes on in the same files
 
 
+RANKS = ["dist=ddp", "hydra.launcher.tasks_per_node=2", "trainer.accumulate=2"]
+
+
 @pytest.mark.parametrize(
     "launcher",
     [
         ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", "precision=bf16"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", "precision=bf16", *RANKS],
     ],
-    ids=["joblib", "submitit"],
+    ids=["joblib", "submitit, two ranks a job"],
 )
 def test_other_launchers_do_the_same(tmp_path, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].partition('=')[2].partition('_')[0]}_launcher")
@@ -153,6 +156,8 @@ def test_other_launchers_do_the_same(tmp_path, launcher):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(runs_in(tmp_path / "s")) == (1 if "precision=bf16" in launcher else 2)
+    ranks = {json.loads(path.read_text())["ranks"] for path in (tmp_path / "s").glob("*/run.json")}
+    assert ranks == ({2} if "dist=ddp" in launcher else {1})
     assert "report:" in done.stdout
 
 

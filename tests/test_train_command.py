@@ -289,3 +289,19 @@ def test_throughput_leaves_out_the_warm_up():
     assert meter.tokens_per_s() == 50.0
     assert meter.tokens_per_s(first=4) == 100.0
     assert meter.tokens_per_s(last=1) == 25.0
+
+
+def test_deterministic_is_what_a_cpu_is_anyway(monkeypatch, tmp_path):
+    """On a GPU it chooses other algorithms; here a run is the same with it, and the next run does not inherit it."""
+    for name in ("true", "false"):
+        train(
+            monkeypatch,
+            tmp_path,
+            "precision=fp8",
+            "baseline=none",
+            f"deterministic={name}",
+            f"run_dir={tmp_path / name}",
+        )
+        assert torch.are_deterministic_algorithms_enabled() is (name == "true")
+    losses = [[row.get("train/loss_step") for row in rows_of(tmp_path / name)] for name in ("true", "false")]
+    assert losses[0] == losses[1]
