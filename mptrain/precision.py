@@ -158,7 +158,8 @@ class Precision:
         asked = torch.tensor(float(stop), dtype=torch.float64).to(norms.device, non_blocking=True)
         squares = norms.double().square()  # in FP64 no square of a finite norm overflows
         if self._counted is not None:  # each element once, however many ranks hold it
-            squares = squares.where(self._counted[indices], 0.0)
+            every = len(indices) == len(self._counted)  # the usual case, without a copy of indices to the device
+            squares = squares.where(self._counted if every else self._counted[indices], 0.0)
         total = squares.sum()
         found = ~total.isfinite() if own is None else ~total.isfinite() | own
         told = self.ranks.sum(torch.stack([total, found.double(), asked]))
@@ -193,14 +194,16 @@ class Precision:
         if skips is False:
             return lambda: Blame("")
         if unreduced:
-            names = sorted(unreduced, key=self._place)
-            own = torch.stack([unreduced[name] for name in names])
-            return lambda: self._first(self._blame(names, own, fault, losses))
+            return lambda: self._first(self._blame_unreduced(unreduced, fault, losses))
         if skips:  # a norm can overflow FP32 where every element is finite: those are no Inf in the gradient
             truly = torch.tensor([not bool(grad.isfinite().all()) for _, grad in named])
             norms = torch.where(truly, norms, norms.nan_to_num(posinf=torch.finfo(norms.dtype).max))
         names = [name for name, _ in named]
         return lambda: self._first(self._blame(names, norms, fault, losses))
+
+    def _blame_unreduced(self, unreduced: dict[str, Tensor], fault: Tensor, losses: list[Tensor]) -> Blame:
+        names = sorted(unreduced, key=self._place)
+        return self._blame(names, torch.stack([unreduced[name] for name in names]), fault, losses)
 
     def _place(self, name: str) -> int:
         """Where a parameter, or the first one of ``group.*``, stands in the model; what is left over comes first."""

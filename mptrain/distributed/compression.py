@@ -33,6 +33,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 
 from mptrain.distributed import Ranks
 from mptrain.distributed.exchange import Exchange
+from mptrain.distributed.layout import COMPRESSIONS
 from mptrain.distributed.lowrank import LowRank
 from mptrain.distributed.reduction import plain
 from mptrain.distributed.residuals import Residuals, used_here
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket  # torch.distributed does not export it to checkers
 
 Mean = torch.futures.Future[Tensor]
-KINDS = ("none", "bf16", "fp16", "fp8", "powersgd")
+KINDS = COMPRESSIONS
 
 
 class Compression:
