@@ -16,6 +16,7 @@ from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS
 from mptrain.distributed.reduction import Send, plain, summed
 from mptrain.formats import Format
 from mptrain.loggers import NullSink, Sinks
+from mptrain.memory.live import buckets_of
 from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.precision import Precision
 from mptrain.prepare import Prepared
@@ -44,7 +45,8 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
     peak = peak_tflops(device, "fp8" if config.precision.quantized else str(config.precision.compute))
     share = prepared.layout.share(config.trainer.batch_size, config.trainer.accumulate, ranks.rank)
     optimizer = build_optimizer(config.optim, model)
-    return Trainer(
+    average = Average(model, config.optim.ema_decay) if config.optim.ema_decay else None
+    trainer = Trainer(
         config.trainer,
         model=model,
         precision=precision,
@@ -54,7 +56,7 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
         sink=sink,
         monitor=Monitor(model, precision, config.telemetry, config.trainer.max_steps) if recorded else None,
         throughput=Throughput(prepared.units_per_step),
-        average=Average(model, config.optim.ema_decay) if config.optim.ema_decay else None,
+        average=average,
         drill=drill,
         seed=config.seed,
         every=config.telemetry.every,
@@ -74,6 +76,9 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
         flops_per_token=model.flops_per_token(),
         peak_flops_per_s=None if peak is None else peak * 1e12 * ranks.size,
     )
+    buckets = buckets_of(model, torch.device("meta")) if config.dist.kind == "ddp" else []
+    trainer.memory.others = {"communication": buckets, "average": average.shadow if average else []}
+    return trainer
 
 
 @dataclass(frozen=True)

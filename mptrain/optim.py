@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -226,7 +227,8 @@ def _from_8bit(state: dict[str, Tensor], name: str) -> Tensor:
 def _map(signed: bool, device: torch.device) -> Tensor:
     from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
 
-    return torch.tensor(get_qmap_signed() if signed else get_qmap_unsigned(), dtype=torch.float32, device=device)
+    with unset_fake_temporarily():  # kept for real steps to come, also where a plan asks first
+        return torch.tensor(get_qmap_signed() if signed else get_qmap_unsigned(), dtype=torch.float32, device=device)
 
 
 class Average:

@@ -147,21 +147,24 @@ class Trainer:
         watching = self.monitor if self.monitor is not None and self.monitor.due(step) else None
         if watching:
             watching.begin_step(step)
-        with self._around(step):
+        with self.memory.due(len(self.throughput.seconds), self.model, self.optimizer):
             audited = self.audit is not None and self.audit.result is None
             seen = watching is not None and watching.recording
             if self.compression is not None:
                 self.compression.sampling = seen
-            loss = self._audited() if audited else self._gradients(self.wrapped if seen else self.run_model)
-        self._settle()
-        rate = self.schedule.at(self.ledger.applied)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if watching:
-            watching.see_gradients()
-        self._draw(self.share.size * self.share.accumulate)
-        self._at("waiting for the others' gradients")
-        outcome = self.precision.step(self.optimizer, self.config.clip, stop=self.interrupts.stopped_by is not None)
+            with self._drilled(step):
+                loss = self._audited() if audited else self._gradients(self.wrapped if seen else self.run_model)
+            self._settle()
+            rate = self.schedule.at(self.ledger.applied)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            if watching:
+                watching.see_gradients()
+            self._draw(self.share.size * self.share.accumulate)
+            self._at("waiting for the others' gradients")
+            self.memory.updating()
+            stop = self.interrupts.stopped_by is not None
+            outcome = self.precision.step(self.optimizer, self.config.clip, stop=stop)
         if watching:
             sample = watching.end_step(step, self.optimizer, outcome)
         self.optimizer.zero_grad(set_to_none=True)
@@ -175,12 +178,11 @@ class Trainer:
         self.throughput.add(time.perf_counter() - start)
         self.sink.tick(step)
 
-    def _around(self, step: int) -> AbstractContextManager[object]:
-        """What one step out of many runs in: a fire drill, or else the meter of memory."""
-        if self.drill is not None and self.drill.step == step:
-            return self.drill.planted(self.model)
-        metered = self.memory.due(len(self.throughput.seconds))
-        return self.memory.measured(self.model, self.optimizer) if metered else NOTHING
+    def _drilled(self, step: int) -> AbstractContextManager[object]:
+        """One step may be a fire drill."""
+        if self.drill is None or self.drill.step != step:
+            return NOTHING
+        return self.drill.planted(self.model)
 
     def _tell(self, sample: Sample) -> None:
         """Hand on what the monitor saw. The ledger hears of it before it enters the step."""

@@ -13,6 +13,7 @@ import time
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @functools.cache
@@ -71,10 +72,15 @@ def _scaled_mm_now(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     if a.device.type == "cpu" and a.dtype == dtype:
-        inverse = 1.0 / scale_a.item() / scale_b.item()  # in FP64: the product of two FP32 scales can overflow
+        inverse = 1.0 / _number(scale_a) / _number(scale_b)  # in FP64: the product of two FP32 scales can overflow
         if bias is None:
             return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=inverse)
         return torch.addmm(bias.to(dtype), a, b, alpha=inverse)
     # No alpha on a GPU without reading the scale back; an FP32 carrier holds the sum until both scales are applied.
     wide = torch.mm(a.float(), b.float()).div_(scale_a).div_(scale_b)
     return (wide if bias is None else wide.add_(bias)).to(dtype)
+
+
+def _number(scale: Tensor) -> float:
+    """The scale; 1 of a fake tensor, of which a plan of memory wants no value."""
+    return 1.0 if isinstance(scale, FakeTensor) else scale.item()

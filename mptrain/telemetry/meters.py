@@ -1,30 +1,25 @@
 """Throughput and memory, measured the same way for every precision.
 
 Memory is the allocator's peak on a GPU. A CPU has no such allocator, and RSS holds the interpreter, libraries and
-freed pages, so there it is the peak of live tensor bytes over one whole training step, tracked storage by storage.
+freed pages, so there it is the peak of live tensor bytes over one whole training step: :mod:`mptrain.memory.live`.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from mptrain import kernels
 from mptrain.distributed import local
+from mptrain.memory import live
 
 GIB = 2**30
 MEMORY_STEP = 1  # the second step: optimizer state exists, and warm-up is not over
-ROLES = ("weights", "gradients", "moments", "activations", "workspace")
+REBUILT_STEP = 2  # DDP makes its buckets anew in the second step's forward (torch 2.13, static_graph)
 WARMUP_STEPS = 3  # kernels chosen, optimizer state allocated, memory measured: none of it is the speed of training
 
 # Dense peak rates in TFLOP/s, vendor figures. MFU is against the peak of the format the GEMMs really ran in.
@@ -79,69 +74,21 @@ class Throughput:
         return self.tokens_per_step / statistics.median(timed) if timed else float("nan")
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of live tensor storages while active, by role; ``resident`` (role -> tensors) counts from the start.
-
-    Every storage an operator returns is counted once, until Python and autograd let go of it, as ``workspace`` until
-    :meth:`claim` says what it is. Work space inside an operator is not seen.
-    """
-
-    def __init__(self, resident: Mapping[str, Iterable[Tensor]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-        self._total = self._most = 0
-        self._role: dict[int, str] = {}
-        for role, tensors in resident.items():
-            for tensor in tensors:
-                self._track(tensor, role)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and not hasattr(leaf, "placements"):  # the parts of a sharded one come by here
-                self._track(leaf, "workspace")
-        return out
-
-    def claim(self, tensor: Tensor, role: str) -> None:
-        """What was work space is known to be of this role."""
-        storage = tensor.untyped_storage()
-        if self._role.get(storage._cdata) == "workspace":
-            self._role[storage._cdata] = role
-            self.live["workspace"] -= storage.nbytes()
-            self.live[role] += storage.nbytes()
-            if self._total == self._most:
-                self.peak = self.live.copy()
-
-    def _track(self, tensor: Tensor, role: str) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._role:
-            return
-        size = storage.nbytes()
-        self._role[key] = role
-        self.live[role] += size
-        self._total += size
-        if self._total > self._most:
-            self._most, self.peak = self._total, self.live.copy()
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self.live[self._role.pop(key)] -= size
-        self._total -= size
-
-
 class PeakMemory:
     """The peak of a run in GiB: the allocator's on a GPU, of live tensors over one early step on a CPU; NaN before.
 
-    ``roles_gib``: what was alive at the peak. Activations are what autograd saved for backward, low-precision copies
-    of the weights among it; workspace is everything else. On a GPU both are one, the rest of the allocator's peak.
+    ``roles_gib``: what was alive at the peak, by the roles of :mod:`mptrain.memory.live`; ``window``: when in the step
+    that was. ``others``: role -> tensors that live from step to step beside the model's and the optimizer's. On a GPU all
+    that is not weights, gradients and moments is one, the rest of the allocator's peak.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.others: Mapping[str, Iterable[Tensor]] = {}
+        self._meter: live.LiveBytes | None = None
         self.peak_gib = float("nan")
         self.roles_gib: dict[str, float] = {}
+        self.window = ""
 
     def start(self) -> None:
         if self._device.type == "cuda":
@@ -151,42 +98,34 @@ class PeakMemory:
         if self._device.type != "cuda":
             return
         self.peak_gib = torch.cuda.max_memory_allocated(self._device) / GIB
-        sizes = {role: sum(t.nbytes for t in tensors) / GIB for role, tensors in resident(model, optimizer).items()}
+        sizes = {
+            role: sum(t.nbytes for t in tensors) / GIB for role, tensors in live.resident(model, optimizer).items()
+        }
         sizes["gradients"] = sum(local(p.detach()).nbytes for p in model.parameters() if p.requires_grad) / GIB
         self.roles_gib = sizes | {"activations and workspace": max(0.0, self.peak_gib - sum(sizes.values()))}
 
-    def due(self, steps_done: int) -> bool:
-        """Is the next step to be run under :meth:`measured`? One is, on a CPU, as soon as it can be."""
-        return steps_done >= MEMORY_STEP and self._device.type == "cpu" and math.isnan(self.peak_gib)
+    def due(
+        self, steps_done: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> AbstractContextManager[None]:
+        """What the next step is to be run in: on a CPU :meth:`measured` for one, as soon as it can be."""
+        first = REBUILT_STEP if self.others.get("communication") else MEMORY_STEP
+        if steps_done < first or self._device.type != "cpu" or not math.isnan(self.peak_gib):
+            return nullcontext()
+        return self.measured(model, optimizer)
 
     @contextmanager
     def measured(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Around the forward and backward of a step on a CPU: live bytes, by :class:`LiveBytes`."""
-        meter = LiveBytes(resident(model, optimizer))
-
-        def saved(tensor: Tensor) -> Tensor:
-            meter.claim(tensor, "activations")
-            return tensor
-
-        def accumulated(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                meter.claim(local(parameter.grad), "gradients")
-
-        trained = [p for p in model.parameters() if p.requires_grad]
-        hooks = [p.register_post_accumulate_grad_hook(accumulated) for p in trained]  # type: ignore[no-untyped-call]
-        try:
-            with kernels.onlooker(), meter, torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.roles_gib = {role: meter.peak[role] / GIB for role in ROLES}
+        """Around a step on a CPU: live bytes, by :class:`mptrain.memory.live.LiveBytes`. Call :meth:`updating` within."""
+        with live.watched({**live.resident(model, optimizer), **self.others}, model) as meter:
+            self._meter = meter
+            yield
+        self._meter = None
+        totals = {window: live.by_role(peak) for window, peak in meter.peaks.items()}
+        self.window, roles = max(totals.items(), key=lambda item: sum(item[1].values()))
+        self.roles_gib = {role: size / GIB for role, size in roles.items() if size}
         self.peak_gib = sum(self.roles_gib.values())
 
-
-def resident(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
-    """What lives from step to step, by role."""
-    state = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    weights = [local(p.detach()) for p in model.parameters()]
-    return {"weights": [*weights, *model.buffers()], "gradients": gradients, "moments": state}
+    def updating(self) -> None:
+        """The gradients are there, and the optimizer's part of the step begins."""
+        if self._meter is not None:
+            self._meter.at(live.UPDATE)
