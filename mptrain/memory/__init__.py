@@ -1,0 +1,1 @@
+"""Memory planned before it is allocated: training and inference, bytes by role."""
