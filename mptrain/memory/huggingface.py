@@ -32,7 +32,7 @@ def read(path: Path) -> Architecture:
         raise ValueError(f"{path} is not whole JSON ({error}): set --model to another, or fetch it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping of settings: set --model to a model's config.json")
-    return from_config(values, str(path))
+    return from_config({"_name_or_path": path.absolute().parent.name} | values, str(path))
 
 
 def from_config(values: Mapping[str, Any], where: str) -> Architecture:
@@ -79,6 +79,7 @@ class _Reader:
             raise ValueError(f"{self.where}: {small}={small_size} must divide {large}={large_size}")
 
     def name(self) -> str:
+        """What the config calls itself, or the folder it is in."""
         named = self.values.get("_name_or_path")
         return named if isinstance(named, str) and named else str(self.values["model_type"])
 

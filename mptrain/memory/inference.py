@@ -1,7 +1,7 @@
 """Memory of inference by role: weights, KV cache, activations of a prefill, and what the runtime takes beside them.
 
 Weights and KV cache are exact. Activations are the largest set of tensors alive at once in a pass over ``prefill``
-tokens, by a formula; attention is fused (no scores in memory) and logits are computed for each sequence's last token
+tokens, by a formula; kernels are fused (attention has no scores in memory) and logits are computed for each sequence's last token
 only, as serving engines do. The overhead of the runtime (CUDA context, libraries' workspaces, fragmentation) is an
 assumption, and a setting. Several GPUs means tensor parallelism: weights and KV heads are cut between them, while
 activations and the latents of latent attention, which belong to all heads, are whole on each.
@@ -142,8 +142,11 @@ def kv_bytes(model: Architecture, tokens: int, kv_format: str) -> int:
 def activations(model: Architecture, request: Request, width: int) -> int:
     """The largest set of tensors alive at once, ``width`` bytes an element, logits in FP32 beside their own format.
 
-    Attention: residual, its norm, queries, keys, values, result. MLP: residual, its norm, gate, up and their product
-    (two wide tensors without a gate); of experts, for each that a token takes, with its copy of the token and result.
+    Four of the hidden size: the embeddings, a layer's input, the residual, its norm. With them in attention: queries,
+    keys, values, result; in an MLP: gate, up and their product (two wide tensors without a gate); of experts, that for
+    each that a token takes, with its copy of the token and result. Kernels are fused: norms, activation functions and
+    experts written as single operations of torch take more. To the byte what transformers' Llama and Qwen2 keep alive,
+    but for indices and tables of the rotary embedding.
     """
     tokens = max(request.batch, min(request.batch * request.input_tokens, request.prefill))
     size = model.latent
@@ -159,7 +162,7 @@ def activations(model: Architecture, request: Request, width: int) -> int:
         routed = experts.active * (wide * experts.ffn + 2 * model.hidden)
         mlps = [routed + wide * experts.shared * experts.ffn, *(mlps if experts.dense_layers else [])]
     logits = request.batch * model.vocabulary * (width + 4)
-    return max(tokens * (2 * model.hidden + max(attention, *mlps)) * width, logits + tokens * model.hidden * width)
+    return max(tokens * (4 * model.hidden + max(attention, *mlps)) * width, logits + tokens * model.hidden * width)
 
 
 def largest_batch(model: Architecture, format_name: str, request: Request, gpus: int, memory: int) -> int:

@@ -3,59 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from mptrain.files import json_text
 from mptrain.memory import catalogue, huggingface, inference_table
-from mptrain.memory.architecture import Architecture
-from mptrain.memory.article import Article, article
-from mptrain.memory.inference import KV_FORMATS, InferencePlan, Request, kv_bytes, largest_batch, plan, plan_count
+from mptrain.memory.inference import KV_FORMATS, Request
+from mptrain.memory.serving import Subject, Target, as_json, row_of, why_nowhere
 from mptrain.memory.units import gib, parse_bytes
-from mptrain.memory.weights import FORMATS, KEEP, WIDE, weight_format
+from mptrain.memory.weights import FORMATS, KEEP, WIDE
 from mptrain.settings import require
 
 DEFAULT_FORMATS = ("bf16", "fp8", "int4")
 MOST_GPUS = 100_000
 EPILOG = "Sizes need a unit: 80GiB is 2^30 bytes each, 80GB 10^9."
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is planned: an architecture, or a bare count of parameters. ``stated``, ``activated``: as published."""
-
-    name: str
-    source: str
-    stated: int
-    activated: int = 0
-    architecture: Architecture | None = None
-
-
-@dataclass(frozen=True)
-class Target:
-    """GPUs of ``memory`` bytes each (0: none asked for); ``gpus`` 0: as many as it takes."""
-
-    name: str = ""
-    memory: int = 0
-    gpus: int = 0
-
-
-@dataclass(frozen=True)
-class Row:
-    """A plan and where it fits. ``gpus`` 0: on no number of them; ``largest`` -1: not asked, or not known."""
-
-    plan: InferencePlan
-    gpus: int = 0
-    by_bytes: int = 0
-    largest: int = -1
-    article: Article | None = None
-
-    @property
-    def per_gpu(self) -> int:
-        return self.plan.per_gpu(self.gpus) if self.gpus else 0
 
 
 def run(argv: list[str]) -> int:
@@ -73,9 +36,9 @@ def run(argv: list[str]) -> int:
         return 0
     subject, target = _subject(asked), _target(asked)
     request = _request(asked, subject)
-    rows = [_row(subject, name, request, target, asked.convention) for name in dict.fromkeys(asked.format)]
+    rows = [row_of(subject, name, request, target, asked.convention) for name in dict.fromkeys(asked.format)]
     if target.memory and not any(row.gpus and row.largest != 0 for row in rows):
-        raise ValueError(_nowhere(rows, target))
+        raise ValueError(why_nowhere(rows, target))
     if asked.json:
         print(json_text(as_json(subject, target, rows), indent=1))
     else:
@@ -100,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-format", metavar="F", help=text)
     parser.add_argument("--batch", type=int, metavar="N", help="sequences at once (default: 1)")
     for name in ("input", "output"):
-        parser.add_argument(f"--{name}-tokens", type=int, metavar="N", help="of each sequence (default: 2048)")
+        parser.add_argument(
+            f"--{name}-tokens", type=int, metavar="N", help="of each sequence (default: 2048, or half of the positions)"
+        )
     parser.add_argument("--prefill", type=int, metavar="N", help="most tokens in one pass (default: 8192)")
     text = "of CUDA context, libraries, fragmentation on each GPU, an assumption (default: 1GiB)"
     parser.add_argument("--overhead", metavar="SIZE", help=text)
@@ -142,6 +107,10 @@ def _request(asked: argparse.Namespace, subject: Subject) -> Request:
     if useless:
         option = useless[0].replace("_", "-")
         raise ValueError(f"--{option} needs --model=NAME: --parameters says nothing of layers, heads and tokens")
+    model = subject.architecture
+    if model is not None and model.learned_positions:
+        for name in ("input_tokens", "output_tokens"):
+            given.setdefault(name, max(1, min(2048, model.context // 2)))
     if asked.overhead is not None:
         given["overhead"] = parse_bytes(asked.overhead, "--overhead")
     return Request(**given)
@@ -163,75 +132,3 @@ def _target(asked: argparse.Namespace) -> Target:
         if gpu and memory > gpu.memory:
             raise ValueError(f"--fit={asked.fit} is more than the {gib(gpu.memory)} ({gpu.stated}) that {gpu.name} has")
     return Target(name, memory, asked.gpus or (0 if gpu else 1))
-
-
-def _row(subject: Subject, name: str, request: Request, target: Target, convention: str) -> Row:
-    model = subject.architecture
-    if model is None:
-        row = Row(plan_count(subject.stated, name, request))
-    else:
-        mixed = None
-        if convention == "article":
-            fmt = weight_format(name, request.group_size)
-            mixed = article(model, subject.stated, subject.activated, fmt, request)
-            if not request.kv_format and fmt.element.name.removesuffix("_e4m3") in KV_FORMATS:
-                request = replace(request, kv_format=fmt.element.name.removesuffix("_e4m3"))
-        row = Row(plan(model, name, request), article=mixed)
-    if not target.memory:
-        return row
-    gpus = target.gpus or row.plan.gpus_needed(target.memory) or 0
-    found = row.plan.gpus_by_bytes(target.memory) or 0
-    largest = largest_batch(model, name, request, gpus, target.memory) if model and gpus else -1
-    if row.plan.per_gpu(gpus or 1) > target.memory:
-        gpus = 0
-    return replace(row, gpus=gpus, by_bytes=found, largest=largest)
-
-
-def _nowhere(rows: list[Row], target: Target) -> str:
-    """Why nothing fits, and what to change."""
-    best = min(rows, key=lambda row: row.plan.total)
-    made, request = best.plan, best.plan.request
-    where = (
-        f"{target.gpus} x {target.name}" if target.gpus else f"any number of {target.name} up to {made.splits()[-1]}"
-    )
-    least = gib(made.per_gpu(target.gpus or made.splits()[-1]))
-    what = f"--batch={request.batch} of {request.tokens:,} tokens" if "kv_cache" in made.roles else made.model
-    options = "--gpus, " if target.gpus else "--gpu, "
-    if best.largest > 0:
-        return (
-            f"{what} does not fit {where} ({gib(target.memory)} each): {made.format} takes {least} on each; "
-            f"lower --batch to {best.largest}, or change {options}--format, --kv-format or the tokens"
-        )
-    return (
-        f"{what} does not fit {where} ({gib(target.memory)} each): {made.format} takes {least} on each; "
-        f"change {options}--format, --kv-format, --overhead or the tokens"
-    )
-
-
-def as_json(subject: Subject, target: Target, rows: list[Row]) -> dict[str, Any]:
-    """All of it; sizes are bytes."""
-    model = subject.architecture
-    found: dict[str, Any] = {"model": subject.name, "source": subject.source, "parameters": subject.stated}
-    if model:
-        found |= {"parameters": model.parameters, "activated": model.activated, "groups": model.by_group()}
-        found |= {"architecture": asdict(model), "attention": model.attention}
-    if target.memory:
-        found["gpu"] = asdict(target)
-    found["request"] = asdict(rows[0].plan.request)
-    found["plans"] = [_row_json(row, model) for row in rows]
-    return found
-
-
-def _row_json(row: Row, model: Architecture | None) -> dict[str, Any]:
-    made = row.plan
-    found: dict[str, Any] = {"format": made.format, "roles": made.roles, "total": made.total}
-    if model:
-        tokens = made.request.tokens
-        found |= {"kv_format": made.kv_format, "kv_bytes_per_sequence": kv_bytes(model, tokens, made.kv_format)}
-    if row.gpus:
-        found |= {"gpus": row.gpus, "gpus_by_bytes": row.by_bytes, "per_gpu": row.per_gpu}
-    if row.largest >= 0:
-        found["largest_batch"] = row.largest
-    if row.article:
-        found["article"] = {**asdict(row.article), "total_gb_and_gib_mixed": f"{row.article.total:.2f}"}
-    return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
@@ -12,11 +10,9 @@ from rich.text import Text
 
 from mptrain.memory.catalogue import Gpu, Model
 from mptrain.memory.inference import kv_bytes
+from mptrain.memory.serving import Row, Subject, Target
 from mptrain.memory.units import gib, in_gb, in_gib
 from mptrain.memory.weights import weight_format
-
-if TYPE_CHECKING:
-    from mptrain.memory.inference_command import Row, Subject, Target
 
 GAP = 2
 DROPPED = ("bytes", "scales", "overhead", "per GPU", "source", "KV B/token")  # in this order
@@ -108,7 +104,7 @@ def _columns(target: Target, rows: list[Row]) -> Columns:
         columns["GPUs"] = [str(row.gpus) if row.gpus else "none" for row in rows]
         columns["per GPU"] = [in_gib(row.per_gpu) if row.gpus else "-" for row in rows]
         if plans[0].heads:
-            columns["largest\nbatch"] = [f"{row.largest:,}" if row.largest >= 0 else "-" for row in rows]
+            columns["largest\nbatch"] = [f"{row.largest:,}" if row.gpus or target.gpus else "-" for row in rows]
     return columns
 
 
@@ -156,7 +152,7 @@ def _notes(subject: Subject, target: Target, rows: list[Row]) -> list[str]:
     kv = ", ".join(dict.fromkeys(row.plan.kv_format for row in rows))
     notes.append(
         f"KV cache in {kv} (--kv-format). Assumed: --overhead {gib(request.overhead)} a GPU, --prefill "
-        f"{request.prefill:,} tokens in a pass, fused attention, logits of last tokens only"
+        f"{request.prefill:,} tokens in a pass, fused kernels, logits of last tokens only"
     )
     context = subject.architecture.context
     if context and request.tokens > context:
@@ -170,7 +166,8 @@ def _target_note(target: Target, rows: list[Row]) -> str:
     made = rows[0].plan
     note = f"{target.name}: {gib(target.memory)} each, by tensor parallelism"
     if made.heads:
-        note += f" (a divisor of {made.heads} heads" + ("" if made.kv_heads else ", the latents whole on each") + ")"
+        whole = "activations" if made.kv_heads else "activations and the latents"
+        note += f" (a divisor of {made.heads} heads; {whole} whole on each)"
     other = [f"{row.plan.format} {row.by_bytes}" for row in rows if row.by_bytes and row.by_bytes != row.gpus]
     if other and not target.gpus:
         note += f"; the bytes alone: {', '.join(other)}"
