@@ -191,6 +191,7 @@ def test_a_sliding_window_bounds_the_cache(kind, one_thread):
 LLAMA = {"model_type": "llama", **SMALL}
 REFUSED = {
     "unknown": (LLAMA | {"model_type": "lama"}, "model_type 'lama' is not supported: did you mean 'llama'?"),
+    "odd": (LLAMA | {"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
     "no type": ({"hidden_size": 4}, "has no model_type"),
     "missing": ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "has no vocab_size"),
     "negative": (LLAMA | {"hidden_size": -32}, "hidden_size=-32 must be a whole number from 1"),

@@ -82,6 +82,25 @@ def test_no_number_is_cut_at_any_width(width, monkeypatch, capsys):
     assert ("682,321,622,272" in row) == (width == 140)
 
 
+@pytest.mark.parametrize(
+    "words", [["--model", "gpt2", "--batch", "999999999"], [*R1, "--convention", "article"], ["--list"]]
+)
+def test_nor_in_a_terminal_of_60_columns(words, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    text = planned(capsys, *words)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 60 + 20 * ("https://" in text), "only a link may be longer"
+
+
+def test_a_name_of_the_catalogue_is_no_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert as_json(capsys, "--model", "gpt2")["parameters"] == 124_439_808
+    assert "no config.json can be read" in refusal(capsys, "--model", "./gpt2/")
+    (tmp_path / "mine").mkdir()
+    assert "no config.json can be read at mine/config.json" in refusal(capsys, "--model", "mine")
+
+
 def test_the_catalogue_is_listed(monkeypatch, capsys):
     text = planned(capsys, "--list")
     for model in catalogue.models():

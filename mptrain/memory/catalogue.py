@@ -35,7 +35,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Gpu:
-    """``memory``: bytes of the vendor's figure, ``stated``; drivers report 0.6 to 7 % more, and reserve some of it."""
+    """``memory``: bytes of the vendor's figure, ``stated``; drivers report 0.6 to 7.4 % more, some of it reserved."""
 
     name: str
     memory: int
@@ -46,19 +46,23 @@ class Gpu:
 @cache
 def model(name: str) -> Model:
     """The model of that name, in any case. ValueError with the nearest one."""
-    known = {path.stem: path for path in sorted((HERE / "models").glob("*.yaml"))}
+    known = model_names()
     if name.lower() not in known:
         raise ValueError(
-            f"--model={name} is neither a file or folder nor in the catalogue{did_you_mean(name.lower(), [*known])}"
+            f"--model={name} is neither a file or folder nor in the catalogue{did_you_mean(name.lower(), known)}"
         )
-    values = _values(known[name.lower()])
+    values = _values(HERE / "models" / f"{name.lower()}.yaml")
     made = huggingface.from_config({"_name_or_path": name.lower(), **values["config"]}, f"{name.lower()}.yaml")
     return Model(name.lower(), values["source"], str(values["parameters"]), values.get("activated", ""), made)
 
 
+def model_names() -> list[str]:
+    return sorted(path.stem for path in (HERE / "models").glob("*.yaml"))
+
+
 def models() -> list[Model]:
     """All of them, the smallest of each family first."""
-    found = [model(path.stem) for path in (HERE / "models").glob("*.yaml")]
+    found = [model(name) for name in model_names()]
     return sorted(found, key=lambda one: (one.name.rpartition("-")[0] or one.name, one.architecture.parameters))
 
 

@@ -40,7 +40,7 @@ def from_config(values: Mapping[str, Any], where: str) -> Architecture:
     kind = values.get("model_type")
     if kind is None:
         raise ValueError(f"{where} has no model_type: it is not the config.json of a model")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type {kind!r} is not supported{did_you_mean(str(kind), sorted(FAMILIES))}")
     made = FAMILIES[kind](_Reader(values, where))
     if made.parameters > MOST_PARAMETERS:

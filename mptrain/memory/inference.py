@@ -1,10 +1,11 @@
 """Memory of inference by role: weights, KV cache, activations of a prefill, and what the runtime takes beside them.
 
-Weights and KV cache are exact. Activations are the largest set of tensors alive at once in a pass over ``prefill``
-tokens, by a formula; kernels are fused (attention has no scores in memory) and logits are computed for each sequence's last token
-only, as serving engines do. The overhead of the runtime (CUDA context, libraries' workspaces, fragmentation) is an
-assumption, and a setting. Several GPUs means tensor parallelism: weights and KV heads are cut between them, while
-activations and the latents of latent attention, which belong to all heads, are whole on each.
+Weights and KV cache are exact (a paged cache rounds each sequence up to its block, which is not counted). Activations
+are the largest set of tensors alive at once in a pass over ``prefill`` tokens, by a formula: kernels are fused
+(attention has no scores in memory) and logits are those of each sequence's last token, as in serving engines. The
+overhead of the runtime (CUDA context, libraries' workspaces, fragmentation) is an assumption, and a setting. Several
+GPUs means tensor parallelism: weights and KV heads are cut between them, while activations and the latents of latent
+attention, which belong to all heads, are whole on each.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ def _subject(asked: argparse.Namespace) -> Subject:
     if asked.parameters is not None:
         count = catalogue.parse_count(asked.parameters)
         return Subject(f"{count:,} parameters", "", count)
-    path = Path(asked.model)
-    if path.exists() or path.suffix == ".json" or len(path.parts) > 1:
+    path, named = Path(asked.model), asked.model.lower() in catalogue.model_names()
+    if path.suffix == ".json" or len(path.parts) > 1 or (path.exists() and not named):
         made = huggingface.read(path)
         return Subject(made.name, str(path), made.parameters, made.activated, made)
     model = catalogue.model(asked.model)

@@ -34,7 +34,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Row:
-    """A plan and where it fits. ``gpus``: how many hold it, of those ``tried``, 0 if they do not; ``by_bytes``: how many
+    """A plan and where it fits. ``gpus``: how many hold it, of those ``tried``, 0 if they do not; ``by_bytes``: that
     if any cut were possible; ``largest``: batch on those tried, -1 if not asked or not known."""
 
     plan: InferencePlan
