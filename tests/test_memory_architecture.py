@@ -189,6 +189,16 @@ def test_a_sliding_window_bounds_the_cache(kind, one_thread):
 
 
 LLAMA = {"model_type": "llama", **SMALL}
+
+
+def test_an_old_config_without_later_settings_means_what_it_meant():
+    assert not {"num_key_value_heads", "head_dim", "tie_word_embeddings"} & LLAMA.keys()
+    ours = from_config(LLAMA, "old")
+    assert ours.parameters == count(built("llama", SMALL))
+    assert ours.attention == "multi-head"
+    assert from_config(LLAMA | {"num_key_value_heads": None, "head_dim": None}, "old") == ours
+
+
 REFUSED = {
     "unknown": (LLAMA | {"model_type": "lama"}, "model_type 'lama' is not supported: did you mean 'llama'?"),
     "odd": (LLAMA | {"model_type": ["llama"]}, "model_type ['llama'] is not supported"),

@@ -210,10 +210,12 @@ def test_batches_and_gpus_are_the_largest_and_the_fewest(seed):
     )
     made = plan(model, name, request)
     assert made.per_gpu(1) == made.total == sum(made.roles.values())
-    needed = made.gpus_needed(memory)
-    fitting = [n for n in range(1, model.heads + 1) if model.heads % n == 0 and made.per_gpu(n) <= memory]
-    assert needed == (fitting[0] if fitting else None)
-    assert all(made.per_gpu(a) > made.per_gpu(b) for a, b in pairwise(made.splits()))
+    splits = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
+    for few, more in pairwise(splits):
+        assert made.per_gpu(few) > made.per_gpu(more)
+        assert made.gpus_needed(made.per_gpu(few)) == few, "to the byte"
+        assert made.gpus_needed(made.per_gpu(few) - 1) == more
+    assert made.gpus_needed(made.per_gpu(splits[-1]) - 1) is None
     gpus = draw.choice([1, 2, 4, 8, 16])
     largest = largest_batch(model, name, request, gpus, memory)
     if largest:
