@@ -78,7 +78,7 @@ def test_no_number_is_cut_at_any_width(width, monkeypatch, capsys):
     row = next(line for line in text.splitlines() if re.match(r"fp8 +\d", line))
     for shown in ("627.41", "4.021", "635.46", "16"):
         assert shown in row.split()
-    assert ("left out at this width: scales, overhead, bytes" in text) == (width == 80)
+    assert ("left out at this width: of which scales, overhead, bytes" in text) == (width == 80)
     assert ("682,321,622,272" in row) == (width == 140)
 
 

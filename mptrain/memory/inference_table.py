@@ -15,7 +15,8 @@ from mptrain.memory.units import gib, in_gb, in_gib
 from mptrain.memory.weights import weight_format
 
 GAP = 2
-DROPPED = ("bytes", "scales", "overhead", "per GPU", "source", "KV B/token", "attention", "of a token")  # in this order
+SCALES = "of which\nscales"
+DROPPED = ("bytes", SCALES, "overhead", "per GPU", "source", "KV B/token", "attention", "of a token")  # in this order
 Columns = dict[str, list[str]]
 
 
@@ -98,7 +99,7 @@ def _columns(target: Target, rows: list[Row]) -> Columns:
     plans = [row.plan for row in rows]
     columns: Columns = {"format": [made.format for made in plans]}
     columns["weights"] = [in_gib(made.weights.total) for made in plans]
-    columns["scales"] = [in_gib(made.weights.scales) if made.weights.scales else "-" for made in plans]
+    columns[SCALES] = [in_gib(made.weights.scales) if made.weights.scales else "-" for made in plans]
     for role, head in (("kv_cache", "KV cache"), ("activations", "activations"), ("overhead", "overhead")):
         if role in plans[0].roles:
             columns[head] = [in_gib(made.roles[role]) for made in plans]
