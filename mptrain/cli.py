@@ -176,6 +176,17 @@ def export(argv: list[str]) -> int:
     return 0
 
 
+def plan(argv: list[str]) -> int:
+    """Memory before a run: training by role, or ``plan --inference``: weights, KV cache, GPUs (``--help``)."""
+    if "--inference" in argv:
+        from mptrain.memory import inference_command
+
+        return inference_command.run([word for word in argv if word != "--inference"])
+    from mptrain.memory import command
+
+    return command.run(argv)
+
+
 def bench(argv: list[str]) -> int:
     """``bench cpu``, ``telemetry``, ``dist`` or ``gpu``: cost against targets, peers and limits (``--help``)."""
     if argv[:1] == ["cpu"]:
@@ -255,6 +266,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect,
     "compare": compare,
     "export": export,
+    "plan": plan,
     "bench": bench,
     "probe": probe,
     "run": run,

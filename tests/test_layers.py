@@ -54,7 +54,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     ),
     "sweep": ANY,
     "folder": ("config", "files", "identity", "settings"),
-    "memory": ("policy", "formats", "settings"),
+    "memory": ("policy", "formats", "settings", "files"),
     "quantization": ("convert", "formats", "kernels", "policy", "settings", "registry"),
     "report": (
         "baseline", "identity", "checkpoint", "files", "formats", "kernels.bins", "policy", "settings", "telemetry",
@@ -92,11 +92,11 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "triton": ("kernels.triton",),
     "safetensors": ("checkpoint", "storage", "export", "quantization"),
     "submitit": ("sweep",),
-    "yaml": ("policy", "config", "build", "cli", "report"),
+    "yaml": ("policy", "config", "build", "cli", "report", "memory"),
     "numpy": ("data", "kernels.exhaustive", "report", "quantization"),
     "scipy": ("report",),
     "sklearn": ("data.digits",),
-    "rich": ("loggers", "wandb_logger", "build", "run", "cli", "report", "sweep"),
+    "rich": ("loggers", "wandb_logger", "build", "run", "cli", "report", "sweep", "memory"),
     "ml_dtypes": ("kernels.exhaustive",),
     "transformers": ("quantization",),
 }

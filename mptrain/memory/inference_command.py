@@ -1,0 +1,134 @@
+"""``mptrain plan --inference``: what a model takes to be served, in each format, and on how many GPUs."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from mptrain.files import json_text
+from mptrain.memory import catalogue, huggingface, inference_table
+from mptrain.memory.inference import KV_FORMATS, Request
+from mptrain.memory.serving import Subject, Target, as_json, row_of, why_nowhere
+from mptrain.memory.units import gib, parse_bytes
+from mptrain.memory.weights import FORMATS, KEEP, WIDE
+from mptrain.settings import require
+
+DEFAULT_FORMATS = ("bf16", "fp8", "int4")
+MOST_GPUS = 100_000
+EPILOG = "Sizes need a unit: 80GiB is 2^30 bytes each, 80GB 10^9."
+
+
+def run(argv: list[str]) -> int:
+    """The command. ValueError for what cannot be planned or fits nowhere, naming the option to change."""
+    asked = _parser().parse_args(argv)
+    console = Console()
+    if asked.list:
+        models, gpus = catalogue.models(), catalogue.gpus()
+        if asked.json:
+            print(
+                json_text({"models": [asdict(one) for one in models], "gpus": [asdict(one) for one in gpus]}, indent=1)
+            )
+        else:
+            inference_table.print_catalogue(console, models, gpus)
+        return 0
+    subject, target = _subject(asked), _target(asked)
+    request = _request(asked, subject)
+    rows = [row_of(subject, name, request, target, asked.convention) for name in dict.fromkeys(asked.format)]
+    if target.memory and not any(row.gpus and row.largest != 0 for row in rows):
+        raise ValueError(why_nowhere(rows, target))
+    if asked.json:
+        print(json_text(as_json(subject, target, rows), indent=1))
+    else:
+        inference_table.print_plan(console, subject, target, rows)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mptrain plan --inference", description=__doc__, epilog=EPILOG, allow_abbrev=False
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="NAME|PATH", help="of the catalogue, or a config.json, or its folder")
+    what.add_argument("--parameters", metavar="N", help="only a number of parameters: 1e9, 7B")
+    what.add_argument("--list", action="store_true", help="the catalogue of models and GPUs, and no plan")
+    text = f"one or more of {' '.join(FORMATS)} (default: {' '.join(DEFAULT_FORMATS)})"
+    parser.add_argument("--format", nargs="+", action="extend", metavar="F", help=text)
+    parser.add_argument("--keep", metavar="REGEX", help=f"layers or groups not quantized, full match (default: {KEEP})")
+    parser.add_argument("--keep-format", metavar="F", help=f"of those, norms, biases: {' '.join(WIDE)} (default: bf16)")
+    parser.add_argument("--group-size", type=int, metavar="N", help="weights a scale, for int4 (default: 128) and int8")
+    text = f"of the KV cache: {' '.join(KV_FORMATS)} (default: what is computed in)"
+    parser.add_argument("--kv-format", metavar="F", help=text)
+    parser.add_argument("--batch", type=int, metavar="N", help="sequences at once (default: 1)")
+    for name in ("input", "output"):
+        parser.add_argument(
+            f"--{name}-tokens", type=int, metavar="N", help="of each sequence (default: 2048, or half of the positions)"
+        )
+    parser.add_argument("--prefill", type=int, metavar="N", help="most tokens in one pass (default: 8192)")
+    text = "of CUDA context, libraries, fragmentation on each GPU, an assumption (default: 1GiB)"
+    parser.add_argument("--overhead", metavar="SIZE", help=text)
+    parser.add_argument("--gpu", metavar="NAME", help="how many of these, and the largest batch on them (--list)")
+    parser.add_argument(
+        "--fit", metavar="SIZE", help="memory of one GPU that may be used, instead of all that --gpu has"
+    )
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="so many (default: as few as it takes; one with --fit alone)"
+    )
+    text = "article: beside it the planning article's sums, which mix GB and GiB"
+    parser.add_argument("--convention", choices=("exact", "article"), default="exact", help=text)
+    parser.add_argument("--json", action="store_true", help="print bytes as JSON instead of a table")
+    parser.set_defaults(format=None)
+    return parser
+
+
+def _subject(asked: argparse.Namespace) -> Subject:
+    asked.format = asked.format or list(DEFAULT_FORMATS)
+    if asked.parameters is not None:
+        count = catalogue.parse_count(asked.parameters)
+        return Subject(f"{count:,} parameters", "", count)
+    path, named = Path(asked.model), asked.model.lower() in catalogue.model_names()
+    if path.suffix == ".json" or len(path.parts) > 1 or (path.exists() and not named):
+        made = huggingface.read(path)
+        return Subject(made.name, str(path), made.parameters, made.activated, made)
+    model = catalogue.model(asked.model)
+    made = model.architecture
+    active = catalogue.parse_count(model.activated) if model.activated else made.activated
+    return Subject(model.name, model.source, catalogue.parse_count(model.parameters), active, made)
+
+
+def _request(asked: argparse.Namespace, subject: Subject) -> Request:
+    """The options that were given; ValueError for those that a bare count of parameters has no use for."""
+    names = ("batch", "input_tokens", "output_tokens", "prefill", "kv_format", "keep")
+    given = {name: getattr(asked, name) for name in (*names, "keep_format", "group_size")}
+    given = {name: value for name, value in given.items() if value is not None}
+    useless = [name for name in names if name in given and subject.architecture is None]
+    if useless:
+        option = useless[0].replace("_", "-")
+        raise ValueError(f"--{option} needs --model=NAME: --parameters says nothing of layers, heads and tokens")
+    model = subject.architecture
+    if model is not None and model.learned_positions:
+        for name in ("input_tokens", "output_tokens"):
+            given.setdefault(name, max(1, min(2048, model.context // 2)))
+    if asked.overhead is not None:
+        given["overhead"] = parse_bytes(asked.overhead, "--overhead")
+    return Request(**given)
+
+
+def _target(asked: argparse.Namespace) -> Target:
+    if asked.gpus is not None:
+        require(1 <= asked.gpus <= MOST_GPUS, "--gpus", asked.gpus, f"from 1 to {MOST_GPUS:,}")
+        if asked.gpu is None and asked.fit is None:
+            raise ValueError(f"--gpus={asked.gpus} needs their memory: set --gpu=H100 or --fit=80GiB")
+    if asked.gpu is None and asked.fit is None:
+        return Target()
+    gpu = catalogue.gpu(asked.gpu) if asked.gpu else None
+    name = f"{gpu.name} {gpu.stated}" if gpu else "GPU"
+    memory = gpu.memory if gpu else 0
+    if asked.fit is not None:
+        memory = parse_bytes(asked.fit, "--fit")
+        require(memory > 0, "--fit", asked.fit, "above 0 B, e.g. 80GiB")
+        if gpu and memory > gpu.memory:
+            raise ValueError(f"--fit={asked.fit} is more than the {gib(gpu.memory)} ({gpu.stated}) that {gpu.name} has")
+    return Target(name, memory, asked.gpus or (0 if gpu else 1))
