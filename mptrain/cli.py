@@ -187,6 +187,13 @@ def plan(argv: list[str]) -> int:
     return command.run(argv)
 
 
+def quantize(argv: list[str]) -> int:
+    """A trained model, or a Hugging Face one, in INT8, INT4 or FP8: ``mptrain quantize RUN --to int8``."""
+    from mptrain.quantization import command
+
+    return command.run(argv)
+
+
 def bench(argv: list[str]) -> int:
     """``bench cpu``, ``telemetry``, ``dist`` or ``gpu``: cost against targets, peers and limits (``--help``)."""
     if argv[:1] == ["cpu"]:
@@ -267,6 +274,7 @@ COMMANDS: dict[str, Command] = {
     "compare": compare,
     "export": export,
     "plan": plan,
+    "quantize": quantize,
     "bench": bench,
     "probe": probe,
     "run": run,

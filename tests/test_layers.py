@@ -24,6 +24,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "registry": ("settings",),
     "machine": (),
     "interrupts": (),
+    "quiet": (),
     "models": ("registry", "settings"),
     "data": ("files", "registry", "settings"),
     "policy": ("formats", "settings"),
@@ -33,7 +34,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "distributed": ("convert", "kernels", "formats", "settings"),
     "outcome": ("scaling",),
     "emulation": ("kernels", "formats", "policy", "distributed"),
-    "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation"),
+    "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation", "quiet"),
     "backends.base": ("convert", "kernels.counters", "policy", "distributed"),  # backends themselves only by name
     "precision": (
         "policy", "scaling", "backends.base", "convert", "kernels.counters", "outcome", "distributed", "settings",
@@ -42,6 +43,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "optim": ("settings", "distributed"),
     "telemetry": (
         "kernels", "formats", "distributed", "outcome", "scaling", "settings", "policy", "convert", "precision",
+        "memory.live",
     ),
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings", "interrupts", "protocols",
         "validation", "keeping", "spikes", "trainer_config",
@@ -55,7 +57,12 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "sweep": ANY,
     "folder": ("config", "files", "identity", "settings"),
     "memory": ("policy", "formats", "settings", "files"),
-    "quantization": ("convert", "formats", "kernels", "policy", "settings", "registry"),
+    "memory.live": ("kernels", "distributed"),  # what the meter of a real step shares with a plan
+    "memory.cuda": ("emulation", "formats", "policy"),
+    "memory.trace": ("backends.base", "distributed", "emulation", "kernels", "optim", "policy", "precision"),
+    "quantization": (
+        "convert", "files", "machine", "settings", "quiet", "trained", "models", "data",
+    ),
     "report": (
         "baseline", "identity", "checkpoint", "files", "formats", "kernels.bins", "policy", "settings", "telemetry",
         "registry",
@@ -63,7 +70,8 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "config": (
         "registry", "settings", "policy", "optim", "trainer_config", "data", "models", "telemetry", "distributed",
     ),
-    "export": ("models", "checkpoint", "settings"),
+    "trained": ("models", "checkpoint", "files", "settings"),
+    "export": ("models", "files", "trained"),
     "doctor": ("backends.base", "config", "machine", "precision", "telemetry"),  # one step, no run
     "storage": (),
     "spikes": (),
@@ -96,7 +104,7 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "numpy": ("data", "kernels.exhaustive", "report", "quantization"),
     "scipy": ("report",),
     "sklearn": ("data.digits",),
-    "rich": ("loggers", "wandb_logger", "build", "run", "cli", "report", "sweep", "memory"),
+    "rich": ("loggers", "wandb_logger", "build", "run", "cli", "report", "sweep", "memory", "quantization"),
     "ml_dtypes": ("kernels.exhaustive",),
     "transformers": ("quantization",),
 }

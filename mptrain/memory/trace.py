@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -51,8 +51,8 @@ class Job:
     accumulate: int = 1
     checkpointing: bool = False
     gpu: bool = False
-    dist: DistConfig = DistConfig()
-    layout: Layout = Layout()
+    dist: DistConfig = field(default_factory=DistConfig)
+    layout: Layout = field(default_factory=Layout)
 
 
 def peaks(job: Job) -> Peaks:

@@ -78,8 +78,8 @@ class PeakMemory:
     """The peak of a run in GiB: the allocator's on a GPU, of live tensors over one early step on a CPU; NaN before.
 
     ``roles_gib``: what was alive at the peak, by the roles of :mod:`mptrain.memory.live`; ``window``: when in the step
-    that was. ``others``: role -> tensors that live from step to step beside the model's and the optimizer's. On a GPU all
-    that is not weights, gradients and moments is one, the rest of the allocator's peak.
+    that was. ``others``: role -> tensors that live from step to step beside the model's and the optimizer's. On a GPU
+    all that is not weights, gradients and moments is one, the rest of the allocator's peak.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -115,7 +115,7 @@ class PeakMemory:
 
     @contextmanager
     def measured(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Around a step on a CPU: live bytes, by :class:`mptrain.memory.live.LiveBytes`. Call :meth:`updating` within."""
+        """Around a step on a CPU: live bytes (:mod:`mptrain.memory.live`). Call :meth:`updating` within."""
         with live.watched({**live.resident(model, optimizer), **self.others}, model) as meter:
             self._meter = meter
             yield
