@@ -24,6 +24,7 @@ from mptrain.config import RunConfig
 from mptrain.distributed import Ranks, rank, world_size
 from mptrain.folder import describe, discard, folder_of, remember, remembered
 from mptrain.loggers import ConsoleSink, JsonLines, NullSink, RankLog, Sinks
+from mptrain.memory.training import TrainingPlan, plan, rank_job
 from mptrain.policy import PrecisionPolicy
 from mptrain.prepare import Prepared, prepare
 from mptrain.report.terminal import emulation_note, print_lines
@@ -84,8 +85,9 @@ def _build(
     fp32: Figures | None,
 ) -> Run:
     config, ranks = prepared.config, prepared.ranks
+    planned = _planned(prepared, console)
     if ranks.first:
-        _announce(console, prepared, folder, fp32)
+        _announce(console, prepared, folder, fp32, planned)
     if fp32 is None:
         fp32 = _probed(prepared, lambda text: console.print(text))
     checkpoints = Checkpoints(
@@ -109,7 +111,17 @@ def _build(
             sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console, config.logger.group))
         sinks.sinks.append(ConsoleSink(console, config.trainer.max_steps, since, prepared.data.unit))
         describe(folder, about(prepared, trainer))
-    return Run(prepared, trainer, sinks, console, folder, held, fp32)
+    return Run(prepared, trainer, sinks, console, folder, held, fp32, planned)
+
+
+def _planned(prepared: Prepared, console: Console) -> TrainingPlan | None:
+    """The memory of a step; None, with a line, for a model that cannot be traced. Nothing is sent between ranks."""
+    config, gpu = prepared.config, prepared.device.type == "cuda"
+    try:
+        return plan(rank_job(prepared.model_module, prepared.model_config, config, prepared.layout, gpu=gpu))
+    except (ValueError, RuntimeError) as error:  # a plan that fails must not cost the run
+        console.print(f"memory is not planned: {str(error).splitlines()[0]}", highlight=False, soft_wrap=True)
+        return None
 
 
 def _probed(prepared: Prepared, say: Callable[[str], None]) -> Figures:
@@ -174,7 +186,9 @@ def _newest(config: RunConfig, ranks: Ranks, console: Console) -> Path | None:
     return path
 
 
-def _announce(console: Console, prepared: Prepared, folder: Path, fp32: Figures | None) -> None:
+def _announce(
+    console: Console, prepared: Prepared, folder: Path, fp32: Figures | None, planned: TrainingPlan | None
+) -> None:
     """What is about to happen, before it does."""
     config, device = prepared.config, prepared.device
     backend = resolve(config.precision, device)
@@ -195,9 +209,21 @@ def _announce(console: Console, prepared: Prepared, folder: Path, fp32: Figures 
         share = prepared.layout.share(config.trainer.batch_size, config.trainer.accumulate, 0)
         each = f"{share.accumulate} x {share.batch_size} samples a step each"
         rows.append(("ranks", f"{prepared.ranks.size}: {prepared.layout}, {each}"))
+    if planned is not None:
+        rows.append(("memory", f"{planned.brief}{_too_much(planned, device)}"))
     rows.append(("training", f"{config.trainer.max_steps} steps of {units}{_minutes(prepared, fp32 is None)}"))
     rows.append(("run folder", str(folder)))
     print_lines(console, rows)
+
+
+def _too_much(planned: TrainingPlan, device: torch.device) -> str:
+    """A word if the GPU has less than is planned."""
+    if device.type != "cuda":
+        return ""
+    there = torch.cuda.get_device_properties(device).total_memory
+    if planned.total <= there:
+        return ""
+    return f": more than the {there / 2**30:.1f} GiB of this GPU (mptrain plan ... --fit says what would help)"
 
 
 def _minutes(prepared: Prepared, probed: bool) -> str:

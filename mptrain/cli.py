@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -195,24 +196,13 @@ def quantize(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """``bench cpu``, ``telemetry``, ``dist`` or ``gpu``: cost against targets, peers and limits (``--help``)."""
-    if argv[:1] == ["cpu"]:
-        from mptrain.bench import cpu
-
-        return cpu.run(argv[1:])
-    if argv[:1] == ["gpu"]:
-        from mptrain.bench import gpu
-
-        return gpu.run(argv[1:])
-    if argv[:1] == ["telemetry"]:
-        from mptrain.bench import telemetry
-
-        return telemetry.run(argv[1:])
-    if argv[:1] == ["dist"]:
-        from mptrain.bench import dist
-
-        return dist.run(argv[1:])
-    raise ValueError("bench needs a subject: mptrain bench cpu, bench telemetry, bench dist, or bench gpu")
+    """``bench cpu``, ``telemetry``, ``dist``, ``plan`` or ``gpu``: cost against targets, peers and limits (``--help``)."""
+    subjects = ("cpu", "telemetry", "dist", "plan", "gpu")
+    if not argv or argv[0] not in subjects:
+        known = ", ".join(f"bench {name}" for name in subjects)
+        raise ValueError(f"bench needs a subject: mptrain {known}")
+    code: int = importlib.import_module(f"mptrain.bench.{argv[0]}").run(argv[1:])
+    return code
 
 
 def probe(argv: list[str]) -> int:

@@ -8,6 +8,7 @@ at a time, between reading what is stored and storing it again.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch.optim.adamw import adamw
 
 from mptrain.distributed import like, local
 from mptrain.distributed.optimizer import ShardedOptimizer, is_sharded
+from mptrain.quiet import quiet_import
 from mptrain.settings import require
 
 WEIGHTS = ("fp32", "bf16", "bf16_stochastic", "bf16_remainder")
@@ -108,6 +110,9 @@ class StoredAdamW(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.weights, self._int8 = weights, moments == "int8"
+        if self._int8:
+            with quiet_import():
+                importlib.import_module("torchao.optim.quant_utils")
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if weights != "fp32":
                 self._begin(parameter)

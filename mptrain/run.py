@@ -19,6 +19,8 @@ from mptrain.baseline import Figures
 from mptrain.distributed.watchdog import RankLost, Watchdog
 from mptrain.kernels.counters import N_COUNTS
 from mptrain.loggers import Sinks
+from mptrain.memory.grading import Grade, graded
+from mptrain.memory.training import TrainingPlan
 from mptrain.prepare import Prepared
 from mptrain.report.terminal import print_comparison, print_end
 from mptrain.telemetry.coverage import summary_of
@@ -38,6 +40,7 @@ class Run:
     folder: Path
     held: list[TextIO]  # the lock on the folder, on the first rank
     fp32: Figures
+    planned: TrainingPlan | None = None
 
     def train(self) -> dict[str, Any]:
         """Fit, summarize, compare with FP32, close the sinks; returns the summary (also in ``summary.json``).
@@ -50,8 +53,11 @@ class Run:
                 peaks_gib = self.prepared.ranks.gather(self.trainer.memory.peak_gib)
             if not self.prepared.ranks.first:
                 return {}
+            grade = self._grade()
             self.trainer.memory.peak_gib = max(peaks_gib)
-            summary = self.summary()
+            if grade is not None:
+                self.sinks.metrics(self.trainer.step_number, grade.metrics())
+            summary = self.summary() | {"plan": None if grade is None else grade.plain()}
             self.sinks.summary(summary)
         except BaseException:
             if self.prepared.ranks.size == 1 and self.trainer.checkpoints is not None:
@@ -121,6 +127,10 @@ class Run:
             "torch": torch.__version__,
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+    def _grade(self) -> Grade | None:
+        """The plan of memory beside what was measured on this rank."""
+        return None if self.planned is None else graded(self.planned, self.trainer.memory.roles_gib)
 
     def _mfu_frac(self) -> float:
         """Model FLOPs a second over the rate of the formats that the audited step ran in; NaN if not known."""

@@ -40,7 +40,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
         "policy", "scaling", "backends.base", "convert", "kernels.counters", "outcome", "distributed", "settings",
     ),
     "checkpoint": ("storage", "distributed"),
-    "optim": ("settings", "distributed"),
+    "optim": ("settings", "distributed", "quiet"),
     "telemetry": (
         "kernels", "formats", "distributed", "outcome", "scaling", "settings", "policy", "convert", "precision",
         "memory.live",
@@ -60,6 +60,9 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "memory.live": ("kernels", "distributed"),  # what the meter of a real step shares with a plan
     "memory.cuda": ("emulation", "formats", "policy"),
     "memory.trace": ("backends.base", "distributed", "emulation", "kernels", "optim", "policy", "precision"),
+    "memory.training": ("backends.base", "distributed"),
+    "memory.fit": ("distributed", "formats", "policy"),
+    "memory.command": ANY,
     "quantization": (
         "convert", "files", "machine", "settings", "quiet", "trained", "models", "data",
     ),

@@ -11,22 +11,19 @@ operands of workspace too much. FP8 by torchao is torchao's own layer.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mptrain.emulation.fp8 import EmulatedLinear
 from mptrain.emulation.mode import WIDE
 from mptrain.formats import Format
+from mptrain.memory.live import CODES, Bytes
 from mptrain.policy import BackendName, LossScale, PrecisionPolicy, Scaling
-
-TRANSPOSED = 1
-"""Bytes a weight that Transformer Engine's transposed FP8 copy takes, from forward to backward (on Hopper, whose FP8
-GEMMs read only operands that are contiguous along the dimension they sum over)."""
 
 CONTEXT_BYTES = 600 * 2**20
 """Assumed: a CUDA context with torch's kernels and cuBLAS's workspace (32 MiB on Hopper); nvidia-smi shows 450 to 700
@@ -57,7 +54,7 @@ def _wide(value: Any) -> Any:
 def backend_on_gpu(policy: PrecisionPolicy) -> str:
     """The backend that ``auto`` takes on a GPU with FP8 units, Transformer Engine being installed."""
     if policy.backend is not BackendName.auto:
-        return policy.backend.value
+        return str(policy.backend.value)
     if not policy.quantized:
         return "autocast"
     return "native" if policy.quantization.scaling is Scaling.rowwise else "te"
@@ -73,8 +70,10 @@ def stand_in(policy: PrecisionPolicy) -> PrecisionPolicy:
     return replace(unscaled, compute=compute, backend=BackendName.autocast)
 
 
-def transposed_bytes(model: nn.Module, policy: PrecisionPolicy) -> int:
-    """What Transformer Engine keeps beside our stand-in's weights."""
-    if not policy.quantized or backend_on_gpu(policy) != "te":
-        return 0
-    return TRANSPOSED * sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, EmulatedLinear))
+def with_transposed(peak: Bytes, policy: PrecisionPolicy) -> Bytes:
+    """``peak`` with what Transformer Engine holds beside each weight in FP8: its transpose, as long as that (on Hopper
+    FP8 GEMMs read only operands that are contiguous along the dimension they sum over)."""
+    if policy.quantized and backend_on_gpu(policy) == "te":
+        codes = sum(size for (role, by), size in peak.items() if role == "weight copies" and by.endswith(CODES))
+        return peak + Counter({("weight copies", "transposed" + CODES): codes})
+    return peak

@@ -34,6 +34,8 @@ FORWARD, EARLY, LATE, UPDATE = "forward", "early backward", "late backward", "op
 WINDOWS = (FORWARD, EARLY, LATE, UPDATE)
 """Of a step; backward is late once half of the gradients are there. In each of them memory grows evenly with depth."""
 
+CODES = " (8 bits)"  # behind the name of an operator that made such
+
 Bytes = Counter[tuple[str, str]]  # (role, the operator that made it) -> bytes
 
 
@@ -81,7 +83,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(not hasattr(t, "placements") and t.untyped_storage()._cdata == storage._cdata for t in given):
             return  # it was there before: the batch, a bucket of DDP's
-        self._track(storage, self._role_of(func, given, made), func.overloadpacket.__name__)
+        made_by = func.overloadpacket.__name__ + (CODES if made.element_size() == 1 else "")
+        self._track(storage, self._role_of(func, given, made), made_by)
 
     def claim(self, tensor: Tensor, role: str) -> None:
         """What was work space is known to be of this role."""

@@ -7,6 +7,7 @@ blocks. The third depth must be met to the byte, else the whole model is traced 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,15 +26,15 @@ from mptrain.backends.base import resolve
 from mptrain.distributed import ALONE, Ranks, World, wrap
 from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS, DistConfig, Layout
 from mptrain.emulation.gemm import carrier_dtype
-from mptrain.memory.cuda import CudaCasts, stand_in, transposed_bytes
+from mptrain.memory.cuda import CudaCasts, stand_in, with_transposed
 from mptrain.memory.live import UPDATE, Bytes, buckets_of, resident, watched
 from mptrain.optim import Average, OptimConfig, build_optimizer
 from mptrain.policy import PrecisionPolicy, Scaling
 from mptrain.precision import Precision
 
 CPU = torch.device("cpu")
-DEPTHS = (4, 6, 8)  # even: half of the gradients are then there at the same place of a block
-DEEP = 16  # blocks; what has fewer is traced whole
+DEPTHS = (2, 4, 6)  # even: half of the gradients are then there at the same place of a block
+DEEP = 8  # blocks; what has fewer is traced whole
 
 Peaks = dict[str, Bytes]  # window of the step -> what is alive at its peak
 
@@ -55,15 +56,19 @@ class Job:
     layout: Layout = field(default_factory=Layout)
 
 
-def peaks(job: Job) -> Peaks:
-    """What is alive at the peak of each window of a training step, on one rank."""
+def peaks(job: Job, *, check: bool = True) -> Peaks:
+    """What is alive at the peak of each window of a training step, on one rank. ``check``: meet the third depth."""
     depth = getattr(job.config, "n_layer", 0)
     if depth <= DEEP:
         return trace(job)
-    first, second, third = (trace(replace(job, config=replace(job.config, n_layer=n))) for n in DEPTHS)
-    if _carried_on(first, second, DEPTHS[2]) != third:
+    first, second = _at(job, DEPTHS[0]), _at(job, DEPTHS[1])
+    if check and _carried_on(first, second, DEPTHS[2]) != _at(job, DEPTHS[2]):
         return trace(job)
     return _carried_on(first, second, depth)
+
+
+def _at(job: Job, depth: int) -> Peaks:
+    return trace(replace(job, config=replace(job.config, n_layer=depth)))
 
 
 def _carried_on(first: Peaks, second: Peaks, depth: int) -> Peaks:
@@ -78,9 +83,15 @@ def _carried_on(first: Peaks, second: Peaks, depth: int) -> Peaks:
 
 
 def trace(job: Job) -> Peaks:
-    """The same without a short cut."""
-    policy = stand_in(job.policy) if job.gpu else job.policy
-    resolve(policy, CPU)
+    """The same without a short cut. Traces are kept: FP32 and TF32 are one step on a GPU."""
+    policy = replace(stand_in(job.policy) if job.gpu else job.policy, name="")
+    found = _traced(replace(job, policy=policy))
+    return {window: with_transposed(peak, job.policy) if job.gpu else peak for window, peak in found.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def _traced(job: Job) -> Peaks:
+    resolve(job.policy, CPU)
     kernels.implementation(CPU)  # both are found out once a process, on real tensors
     carrier_dtype("cpu")
     with ExitStack() as stack:
@@ -90,15 +101,14 @@ def trace(job: Job) -> Peaks:
         stack.enter_context(_real_meshes())
         if job.gpu:
             stack.enter_context(CudaCasts())
-        return _step(job, policy, ranks, mesh)
+        return _step(job, ranks, mesh)
 
 
-def _step(job: Job, policy: PrecisionPolicy, ranks: Ranks, mesh: Any) -> Peaks:
+def _step(job: Job, ranks: Ranks, mesh: Any) -> Peaks:
     model: nn.Module = job.model.build(job.config)
-    precision = Precision(policy, ranks=ranks).prepare(model)
+    precision = Precision(job.policy, ranks=ranks).prepare(model)
     if job.checkpointing:
         model.recompute = precision.recompute  # type: ignore[assignment]
-    extra = transposed_bytes(model, job.policy) if job.gpu else 0
     if mesh is not None:
         _lay_out(job, model, precision, mesh)
     optimizer = build_optimizer(job.optim, model)
@@ -119,15 +129,13 @@ def _step(job: Job, policy: PrecisionPolicy, ranks: Ranks, mesh: Any) -> Peaks:
         optimizer.zero_grad(set_to_none=True)
 
     model.train()
-    if (mesh is None or buckets) and policy.quantization.scaling is not Scaling.delayed:
+    if (mesh is None or buckets) and job.policy.quantization.scaling is not Scaling.delayed:
         _first_state(model, optimizer)
     else:  # FSDP, amax histories: they find their buffers in the first step
         step(lambda: None)
     lives = {**resident(model, optimizer), "average": average, "communication": buckets}
     with watched(lives, model) as meter:
         step(lambda: meter.at(UPDATE))
-    for peak in meter.peaks.values():
-        peak["weight copies", "transposed"] += extra
     return {window: Counter({key: size for key, size in peak.items() if size}) for window, peak in meter.peaks.items()}
 
 
@@ -184,7 +192,7 @@ def _real_meshes() -> Iterator[None]:
         with unset_fake_temporarily():
             init(mesh, *args, **kwargs)
 
-    DeviceMesh.__init__ = real  # type: ignore[method-assign]
+    DeviceMesh.__init__ = real  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import NamedTuple
 
 from mptrain.report import axes, words
 from mptrain.report.axes import Axis, Style
@@ -24,6 +25,9 @@ FILLS = (
     ("#e69f00", "<circle cx='3' cy='3' r='1.2' fill='#ffffff'/>"),
     ("#ffffff", "<circle cx='3' cy='3' r='1.3' fill='#222222'/>"),
     ("#d9d9d9", ""),
+    ("#ffffff", "<path d='M0 3H6M3 0V6' stroke='#cc79a7' stroke-width='1.2'/>"),
+    ("#999999", "<path d='M0 0L6 6' stroke='#ffffff' stroke-width='1.4'/>"),
+    ("#f0e442", "<path d='M0 6L6 0' stroke='#222222' stroke-width='0.9'/>"),
 )
 
 
@@ -131,24 +135,42 @@ def _limit(x: float, y: float) -> str:
     return axes.marker("diamond", x, y, 3.6, INK, fill="#ffffff")
 
 
+class Stack(NamedTuple):
+    """One bar of several pieces: as what it is drawn, what stands behind it, and what it consists of."""
+
+    drawn: Style
+    label: str
+    said: str
+    memory: Memory
+
+
 def memory_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
     """Peaks in GiB, by role where they are known, with their ratio. ValueError if no variant has one."""
-    pairs = list(zip(variants, styles, strict=True))
-    rows = [(v, s) for v, s in pairs if v.memory.peak_gib is not None and math.isfinite(v.memory.peak_gib)]
+    rows = []
+    for variant, drawn in zip(variants, styles, strict=True):
+        memory = variant.memory
+        if memory.peak_gib is not None and math.isfinite(memory.peak_gib):
+            ratio = "" if memory.ratio is None else f", {words.ratio(memory.ratio)}"
+            rows.append(Stack(drawn, variant.label, f"{words.gib(memory.peak_gib)} GiB{ratio}", memory))
     if not rows:
         raise ValueError("no variant has a peak of memory")
-    left, bottom = _left([drawn for _, drawn in rows]), TOP + PITCH * len(rows)
-    roles = list(dict.fromkeys(role for variant, _ in rows for role in variant.memory.roles_gib))
-    key = f"{zlib.crc32(repr([(v.label, v.memory) for v, _ in rows]).encode()):08x}"  # ids are the whole page's
-    most = max(max(v.memory.peak_gib or 0.0, sum(v.memory.roles_gib.values())) for v, _ in rows)
+    return stacks_svg(rows)
+
+
+def stacks_svg(rows: Sequence[Stack], limit_gib: float = 0.0) -> str:
+    """Peaks in GiB by role; ``limit_gib``: what there is, a line across."""
+    left, bottom = _left([row.drawn for row in rows]), TOP + PITCH * len(rows)
+    roles = list(dict.fromkeys(role for row in rows for role in row.memory.roles_gib))
+    key = f"{zlib.crc32(repr([(row.label, row.memory) for row in rows]).encode()):08x}"  # ids are the whole page's
+    most = max(limit_gib, *(max(r.memory.peak_gib or 0.0, sum(r.memory.roles_gib.values())) for r in rows))
     x = Axis(0.0, most or 1.0, left, WHOLE - SAID)
     parts = [_patterns(key), *_x_axis(x, bottom, " GiB")]
-    for index, (variant, drawn) in enumerate(rows):
+    for index, row in enumerate(rows):
         y = TOP + PITCH * (index + 0.5)
-        said = f"{words.gib(variant.memory.peak_gib)} GiB"
-        said += "" if variant.memory.ratio is None else f", {words.ratio(variant.memory.ratio)}"
-        row = [_name(drawn, x, y), *_stack(variant.memory, roles, key, x, y), text(x.end + 10, y + 4, said)]
-        parts.append(axes.group_of(row, f"{variant.label}: {said}", _row(variant)))
+        drawn = [_name(row.drawn, x, y), *_stack(row.memory, roles, key, x, y), text(x.end + 10, y + 4, row.said)]
+        parts.append(axes.group_of(drawn, f"{row.label}: {row.said}", f"data-variant='{escape(row.label)}'"))
+    if limit_gib:
+        parts.append(line(x.at(limit_gib), TOP - 6, x.at(limit_gib), bottom + 4, INK, 1.4, "4 2"))
     place, y = left, bottom + 46
     for index, role in enumerate(roles):
         if place + 50 + axes.text_width(role) > WHOLE:

@@ -74,6 +74,11 @@ def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("underflow", uncounted if underflow is None else f"{underflow:.3%} of elements became zero"),
         ("skipped steps", str(summary["skipped_steps"])),
     ]
+    if summary.get("plan"):
+        planned, off = summary["plan"]["planned_gib"], summary["plan"]["plan_error_frac"]
+        rows.append(
+            ("memory plan", f"{planned:.3f} GiB, {abs(off):.1%} {'over' if off > 0 else 'under'} what was measured")
+        )
     if "gemm_flops" in summary:
         rows.append(("GEMM FLOPs", summary["gemm_flops"]))
         rows += [("not as asked", problem) for problem in summary["audit"][:SHOWN]]

@@ -1,0 +1,124 @@
+"""``mptrain plan``: the memory of a training run before anything is allocated, in all precisions side by side."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mptrain.config import RunConfig, composed, parse_open
+from mptrain.distributed.layout import Layout
+from mptrain.files import json_text, write_whole
+from mptrain.formats import Format
+from mptrain.memory import catalogue
+from mptrain.memory.fit import Remedy, largest_batch, largest_sequence, remedies
+from mptrain.memory.trace import Job
+from mptrain.memory.training import TrainingPlan, plan, rank_job
+from mptrain.memory.training_table import print_fit, print_plans, print_remedies
+from mptrain.memory.units import gib, parse_bytes
+from mptrain.policy import PrecisionPolicy
+from mptrain.report.plan_page import page
+from mptrain.settings import require
+
+BESIDE = ("fp32", "tf32", "bf16", "fp16", "fp8")
+
+
+def run(argv: list[str]) -> int:
+    """ValueError for settings that cannot work, and if no batch fits."""
+    asked = _parsed(argv)
+    config = composed(asked.overrides)
+    card = catalogue.gpu(asked.gpu) if asked.gpu else None
+    gpu = card is not None or config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    capacity = parse_bytes(asked.fit, "--fit") if asked.fit else card.memory if card else 0
+    job = _job(config, asked.ranks, gpu=gpu)
+    console = Console()
+    with console.status("tracing a step in each precision"):
+        plans = [plan(one, check=one is job) for one in _side_by_side(job)]
+    mine = plans[0]
+    where = f"a rank of {job.layout}" if asked.ranks > 1 else "one process"
+    device = asked.gpu or ("a CUDA GPU" if gpu else "this CPU")
+    title = f"training {_name(config)} on {device}, {where}: {_sizes(job)}"
+    print_plans(console, title, plans)
+    said: dict[str, Any] = {"title": title, "plans": [_plain(one) for one in plans]}
+    tried: list[Remedy] = []
+    if capacity:
+        said |= _fitted(console, job, plans, capacity)
+        with console.status("looking for what would save memory"):
+            tried = remedies(job, mine) if mine.total > capacity else []
+        if tried:
+            print_remedies(console, tried, capacity)
+        said["remedies"] = [asdict(one) | {"plan": _plain(one.plan)} for one in tried]
+    if asked.json:
+        write_whole(asked.json, json_text(said, indent=1) + "\n")
+    if asked.html:
+        write_whole(asked.html, page(title, plans, capacity))
+    if capacity and not any(said["largest_batch"].values()):
+        rest = any(one.plan.total <= capacity for one in tried)
+        more = "see what would make it fit, above" if rest else "take more or larger devices: --ranks, dist=fsdp"
+        raise ValueError(f"no batch of any size fits {gib(capacity)}: one sample needs more in every precision; {more}")
+    return 0
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="mptrain plan", description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE", help="as for train.py, e.g. model=gpt-small")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes, for dist=ddp, fsdp, dist.tp=2")
+    parser.add_argument("--gpu", default="", metavar="NAME", help="plan for this GPU (names: --inference --list)")
+    parser.add_argument(
+        "--fit", default="", metavar="SIZE", help="memory to fit, e.g. 80GiB: the largest batch, and how"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all of it, in bytes")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also draw it")
+    parser.epilog = "mptrain plan --inference --help: what a trained model needs"
+    asked = parser.parse_args(argv)
+    require(1 <= asked.ranks <= 1 << 17, "--ranks", asked.ranks, "from 1 to 131072")
+    return asked
+
+
+def _job(config: RunConfig, ranks: int, *, gpu: bool) -> Job:
+    """The data is read only if the model takes sizes from it that the settings leave open."""
+    module, model_config = parse_open("mptrain.models", "model", config.model)
+    names = ("vocab_size",) if module.INPUT == "tokens" else ("image_size", "channels", "classes")
+    if not all(getattr(model_config, name, 1) for name in names):
+        block = getattr(model_config, "block_size", 0)
+        data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=block)
+        sizes = data_module.build(data_config).sizes
+        module, model_config = parse_open("mptrain.models", "model", config.model, **sizes)
+    return rank_job(module, model_config, config, Layout.of(config.dist, ranks), gpu=gpu)
+
+
+def _side_by_side(job: Job) -> list[Job]:
+    """The precision asked for first. BF16 weights are only for precisions that multiply by BF16."""
+    policies = [PrecisionPolicy.named(name) for name in BESIDE if name != job.policy.name]
+    if job.optim.weights != "fp32":
+        policies = [policy for policy in policies if policy.compute is Format.bf16]
+    return [job, *(replace(job, policy=policy) for policy in policies)]
+
+
+def _fitted(console: Console, job: Job, plans: list[TrainingPlan], capacity: int) -> dict[str, Any]:
+    length = getattr(job.config, "block_size", 0)
+    with console.status("looking for the largest batch and the longest sequence"):
+        batches = {one.policy.name: largest_batch(one, capacity) for one in _side_by_side(job)}
+        sequence = largest_sequence(job, capacity) if length and job.model.INPUT == "tokens" else 0
+    print_fit(console, capacity, plans, batches, sequence)
+    return {"capacity": capacity, "largest_batch": batches, "largest_block_size": sequence}
+
+
+def _name(config: RunConfig) -> str:
+    given = {key: value for key, value in config.model.items() if key in ("n_layer", "n_embd", "config")}
+    return " ".join([str(config.model["kind"]), *(f"{key}={value}" for key, value in given.items())])
+
+
+def _sizes(job: Job) -> str:
+    length = getattr(job.config, "block_size", 0)
+    unit = f" x {length:,} tokens" if length else ""
+    rounds = f", {job.accumulate} micro-batches" if job.accumulate > 1 else ""
+    return f"batch {job.batch_size}{unit}{rounds}{', checkpointing' if job.checkpointing else ''}"
+
+
+def _plain(made: TrainingPlan) -> dict[str, Any]:
+    return asdict(made) | {"live": made.live, "total": made.total}
