@@ -196,7 +196,7 @@ def quantize(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """``bench cpu``, ``telemetry``, ``dist``, ``plan`` or ``gpu``: cost against targets, peers and limits (``--help``)."""
+    """``bench cpu``, ``telemetry``, ``dist``, ``plan`` or ``gpu``: against targets, peers and limits (``--help``)."""
     subjects = ("cpu", "telemetry", "dist", "plan", "gpu")
     if not argv or argv[0] not in subjects:
         known = ", ".join(f"bench {name}" for name in subjects)

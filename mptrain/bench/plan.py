@@ -73,11 +73,7 @@ def grade(overrides: list[str]) -> Grade:
 def row_of(name: str, overrides: list[str]) -> Row:
     gpu = torch.cuda.is_available()
     found = grade([*overrides, *(ON_GPU if gpu else ())])
-    metrics = found.metrics()
-    roles = {
-        key: value for key, value in metrics.items() if key not in ("memory/planned_gib", "memory/plan_error_frac")
-    }
-    worst = max(roles, key=lambda key: abs(roles[key])).removeprefix("memory/plan_error_").removesuffix("_frac")
+    apart = {role: abs(share) for role, share in found.by_role().items()}
     return Row(
         name,
         BOUND_GPU if gpu else BOUND_CPU,
@@ -85,7 +81,7 @@ def row_of(name: str, overrides: list[str]) -> Row:
         measured=100 * abs(found.off_frac),
         planned_mib=1024 * sum(found.planned_gib.values()),
         peak_mib=1024 * sum(found.measured_gib.values()),
-        largest_role=worst.replace("_", " "),
+        largest_role=max(apart, key=lambda role: apart[role]),
     )
 
 

@@ -23,14 +23,16 @@ class Grade:
     def off_frac(self) -> float:
         return sum(self.planned_gib.values()) / sum(self.measured_gib.values()) - 1.0
 
+    def by_role(self) -> dict[str, float]:
+        """Planned minus measured, as a share of the measured peak."""
+        whole, planned, measured = sum(self.measured_gib.values()), self.planned_gib, self.measured_gib
+        return {role: (planned.get(role, 0.0) - measured.get(role, 0.0)) / whole for role in planned | measured}
+
     def metrics(self) -> dict[str, float]:
-        """Of each role the difference as a share of the measured peak."""
-        whole = sum(self.measured_gib.values())
+        """What a run logs."""
         found = {"memory/planned_gib": sum(self.planned_gib.values()), "memory/plan_error_frac": self.off_frac}
-        for role in self.planned_gib | self.measured_gib:
-            difference = self.planned_gib.get(role, 0.0) - self.measured_gib.get(role, 0.0)
-            found[f"memory/plan_error_{role.replace(' ', '_')}_frac"] = difference / whole
-        return found
+        roles = {f"memory/plan_error_{role.replace(' ', '_')}_frac": share for role, share in self.by_role().items()}
+        return found | roles
 
     def plain(self) -> dict[str, Any]:
         """For summary.json."""

@@ -2,7 +2,8 @@
 
 The step is the second one of a run, so that the optimizer has its state. A deep model is traced at three small depths
 and carried on: in each window of the step (see :mod:`mptrain.memory.live`) every byte grows evenly with the number of
-blocks. The third depth must be met to the byte, else the whole model is traced (80 blocks: some 10 s).
+blocks (of an odd number, backward's halves meet in the middle of a block, where no peak is). The third depth must be
+met to the byte, else the whole model is traced (80 blocks: some 10 s).
 """
 
 from __future__ import annotations
