@@ -18,8 +18,8 @@ from mptrain.memory import catalogue
 from mptrain.memory.fit import Remedy, largest_batch, largest_sequence, remedies
 from mptrain.memory.trace import Job
 from mptrain.memory.training import TrainingPlan, plan, rank_job
-from mptrain.memory.training_table import print_fit, print_plans, print_remedies
-from mptrain.memory.units import gib, parse_bytes
+from mptrain.memory.training_table import print_fit, print_plans, print_remedies, told
+from mptrain.memory.units import parse_bytes
 from mptrain.policy import PrecisionPolicy
 from mptrain.report.plan_page import page
 from mptrain.settings import require
@@ -59,7 +59,9 @@ def run(argv: list[str]) -> int:
     if capacity and not any(said["largest_batch"].values()):
         rest = any(one.plan.total <= capacity for one in tried)
         more = "see what would make it fit, above" if rest else "take more or larger devices: --ranks, dist=fsdp"
-        raise ValueError(f"no batch of any size fits {gib(capacity)}: one sample needs more in every precision; {more}")
+        raise ValueError(
+            f"no batch of any size fits {told(capacity)}: one sample needs more in every precision; {more}"
+        )
     return 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mptrain.distributed.layout import DistConfig, Layout
 from mptrain.formats import Format
 from mptrain.memory.trace import Job
-from mptrain.memory.training import TrainingPlan, plan
+from mptrain.memory.training import MOST_TOKENS, TrainingPlan, plan
 from mptrain.policy import PrecisionPolicy
 
 MOST = 1 << 20  # samples, tokens of a sequence
@@ -26,32 +26,35 @@ class Remedy:
     saved: int
 
 
-def largest(total: Callable[[int], int], capacity: int, *, step: int = 1) -> int:
-    """The largest multiple of ``step`` (up to 2^20) whose ``total`` bytes fit ``capacity``; 0 if ``step`` does not.
+def largest(total: Callable[[int], int], capacity: int, *, step: int = 1, most: int = MOST) -> int:
+    """The largest multiple of ``step`` up to ``most`` whose ``total`` bytes fit ``capacity``; 0 if ``step`` does not.
 
-    ``total`` grows about evenly, so the line through two of its values says where to look next: 3 to 6 looks.
+    ``total`` grows about evenly, so the line through two of its values says where to look next (3 to 6 looks); every
+    third look halves what is left, for a total that does not.
     """
-    good, bad = 0, MOST + step
-    known = {step: total(step)}
-    if known[step] > capacity:
+    low = total(step)
+    if low > capacity:
         return 0
-    good, at = step, 2 * step
+    good, bad, size, looks = step, most // step * step + step, low, 0
+    at = 2 * step
     while bad - good > step:
-        at = min(max(at, good + step), bad - step, MOST // step * step)
-        known[at] = total(at)
-        good, bad = (at, bad) if known[at] <= capacity else (good, at)
-        if good == MOST // step * step:
-            break
-        (a, low), (b, high) = sorted(known.items())[0], (at, known[at])
-        slope = max(1.0, (high - low) / max(1, b - a))
-        ahead = int((capacity - known[good]) / slope) // step * step
-        at = good + max(step, ahead)
+        at = min(max(at, good + step), bad - step)
+        found = total(at)
+        slope = max(1e-9, (found - low) / (at - step))
+        if found <= capacity:
+            good, size = at, found
+        else:
+            bad = at
+        looks += 1
+        ahead = (bad - good) / 2 if looks % 3 == 0 else (capacity - size) / slope
+        at = good + max(step, int(min(ahead, bad - good)) // step * step)
     return good
 
 
 def largest_batch(job: Job, capacity: int) -> int:
     """Samples in a micro-batch of one rank; 0 if not even one fits."""
-    return largest(lambda size: plan(replace(job, batch_size=size), check=False).total, capacity)
+    most = MOST_TOKENS // max(1, getattr(job.config, "block_size", 1))
+    return largest(lambda size: plan(replace(job, batch_size=size), check=False).total, capacity, most=min(MOST, most))
 
 
 def largest_sequence(job: Job, capacity: int, step: int = 64) -> int:
@@ -60,7 +63,7 @@ def largest_sequence(job: Job, capacity: int, step: int = 64) -> int:
     def total(length: int) -> int:
         return plan(replace(job, config=replace(job.config, block_size=length)), check=False).total
 
-    return largest(total, capacity, step=step)
+    return largest(total, capacity, step=step, most=min(MOST, MOST_TOKENS // job.batch_size))
 
 
 def remedies(job: Job, now: TrainingPlan) -> list[Remedy]:

@@ -49,10 +49,10 @@ def print_fit(
 ) -> None:
     """The largest micro-batch of each precision, the longest sequence of the first."""
     mine = plans[0]
-    fits = "fits" if mine.total <= capacity else f"does not fit, by {gib(mine.total - capacity)}"
-    console.print(Text(f"{mine.precision}, {gib(mine.total)}, {fits} in {gib(capacity)}", "bold"))
-    told = [f"{name} {size:,}" if size else f"{name} none" for name, size in batches.items()]
-    console.print(Text(f"largest trainer.batch_size of a rank: {', '.join(told)}"))
+    fits = "fits" if mine.total <= capacity else f"does not fit, by {told(mine.total - capacity)}"
+    console.print(Text(f"{mine.precision}, {told(mine.total)}, {fits} in {told(capacity)}", "bold"))
+    found = [f"{name} {size:,}" if size else f"{name} none" for name, size in batches.items()]
+    console.print(Text(f"largest trainer.batch_size of a rank: {', '.join(found)}"))
     if sequence:
         console.print(Text(f"longest model.block_size at batch {mine.batch_size}: {sequence:,} ({mine.precision})"))
 
@@ -64,8 +64,13 @@ def print_remedies(console: Console, tried: Sequence[Remedy], capacity: int) -> 
         table.add_column(name, justify="right" if name in ("saves", "total") else "left", overflow="fold")
     for one in tried:
         fits = "yes" if one.plan.total <= capacity else "no"
-        table.add_row(one.settings, gib(one.saved), gib(one.plan.total), fits, one.cost)
+        table.add_row(one.settings, told(one.saved), told(one.plan.total), fits, one.cost)
     console.print(table)
+
+
+def told(size: int) -> str:
+    """In GiB, or in MiB where that says more."""
+    return gib(size) if size >= FEW else f"{size / 2**20:,.2f} MiB"
 
 
 def _unit(plans: Sequence[TrainingPlan]) -> str:
