@@ -58,7 +58,8 @@ class Job:
 def peaks(job: Job) -> Peaks:
     """What is alive at the peak of each window of a training step, on one rank."""
     depth = getattr(job.config, "n_layer", 0)
-    if depth <= DEEP:
+    evenly = getattr(job.model, "grows_evenly", None)  # a kind whose blocks differ says how
+    if depth <= DEEP or (evenly is not None and not evenly(job.config, DEPTHS[0], DEPTHS[1] - DEPTHS[0])):
         return trace(job)
     first, second, third = (trace(replace(job, config=replace(job.config, n_layer=n))) for n in DEPTHS)
     if _carried_on(first, second, DEPTHS[2]) != third:

@@ -28,16 +28,17 @@ def register() -> None:
 
 
 def run_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """``hidden`` [rows, width] through the experts ``chosen`` [rows, k] for each row, summed with ``weights`` [rows, k].
+    """``hidden`` [rows, width] through the experts ``chosen`` [rows, k] for each row, summed by ``weights`` [rows, k].
 
     ``experts``: a module of transformers with all experts' weights in one parameter for each product.
     """
     k = chosen.shape[-1]
     order = chosen.flatten().argsort(stable=True)  # pairs of row and expert, expert by expert
-    parts = hidden[order // k].split(_shares(chosen, experts.num_experts))
+    shares = _shares(chosen, experts.num_experts)
+    parts = hidden[order // k].split_with_sizes(shares)
     x = _products(experts, "gate_up_proj" if experts.has_gate else "up_proj", parts)
     x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
-    x = _products(experts, "down_proj", x.split([len(part) for part in parts]))
+    x = _products(experts, "down_proj", x.split_with_sizes(shares))
     if experts.has_post_expert_norm:
         x = experts.post_expert_norm(x)
     x = x * weights.flatten()[order, None]

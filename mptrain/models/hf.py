@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,9 @@ def _described(path: str, vocab_size: int, n_layer: int) -> Any:
     settings = _read(path)
     made = _huggingface.class_of(settings, where)
     if made.sub_configs:
-        raise ValueError(f"{where}: a {settings['model_type']} is made of several models: only a single one can be built")
+        raise ValueError(
+            f"{where}: a {settings['model_type']} is made of several models: only a single one can be built"
+        )
     keys = {name: made.attribute_map.get(name, name) for name in ("num_hidden_layers", "vocab_size")}
     whole = _huggingface.config_of(settings, where)
     _require_causal(whole, where)
@@ -69,8 +71,8 @@ def _described(path: str, vocab_size: int, n_layer: int) -> Any:
         size = getattr(whole, name, None)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{where}: {keys[name]}={size} must be a whole number above 0")
-    if vocab_size > 0:
-        settings[keys["vocab_size"]] = vocab_size
+    if 0 < vocab_size != whole.vocab_size:  # other tokens: the file's padding is none of them
+        settings |= {keys["vocab_size"]: vocab_size, "pad_token_id": None}
     if 0 < n_layer != whole.num_hidden_layers:
         settings = _of_depth(settings, whole.num_hidden_layers, n_layer) | {keys["num_hidden_layers"]: n_layer}
     return _huggingface.config_of(settings, where)
@@ -80,7 +82,7 @@ def _require_causal(described: Any, where: str) -> None:
     with _huggingface.silent():
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-        known, masked = (type(described) in kinds for kinds in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING))
+        known, masked = type(described) in MODEL_FOR_CAUSAL_LM_MAPPING, type(described) in MODEL_FOR_MASKED_LM_MAPPING
     sees_all = described.is_encoder_decoder or (masked and not getattr(described, "is_decoder", False))  # as BERT does
     if sees_all or not known:
         raise ValueError(f"{where}: a {described.model_type} is no causal language model")
@@ -88,9 +90,11 @@ def _require_causal(described: Any, where: str) -> None:
 
 def _of_depth(settings: dict[str, Any], depth: int, n_layer: int) -> dict[str, Any]:
     """Settings whose lists of one value a layer are cut to the first ``n_layer``, of ``depth``."""
-    lists = {key: value for key, value in settings.items() if isinstance(value, list) and len(value) == depth}
+    of_layers = [key for key in settings if key != "architectures" and "token" not in key]
+    lists = {key: settings[key] for key in of_layers if isinstance(settings[key], list) and len(settings[key]) == depth}
     if lists and n_layer > depth:
-        raise ValueError(f"hf: n_layer={n_layer}: {', '.join(lists)} in the file say {depth}; try model.n_layer={depth}")
+        named = ", ".join(lists)
+        raise ValueError(f"hf: n_layer={n_layer}: the file has {named} for {depth} layers; try model.n_layer={depth}")
     return settings | {key: value[:n_layer] for key, value in lists.items()}
 
 
@@ -157,8 +161,12 @@ class HuggingFace(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The decoder layers."""
         depth = self.config.n_layer
-        lists = (m for m in self.net.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-        return next(lists)
+        for module in self.net.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth:
+                return module
+        raise ValueError(
+            f"model.config={self.config.config}: a {self.net.config.model_type} has no list of {depth} layers"
+        )
 
     @property
     def embed(self) -> nn.Module:
@@ -214,15 +222,18 @@ class HuggingFace(nn.Module):
         products in full, as if no layer were causal or had a window. What linear attention does beside its matrix
         products is not counted.
         """
-        config, weights = self.net.config, 0.0
+        config = self.net.config
+        weights: float = 0.0
         for module in self.blocks.modules():
             own = dict(module.named_parameters(recurse=False))
             if hasattr(module, "is_transposed"):  # experts, in one parameter for each product
-                met = config.num_experts_per_tok / module.num_experts  # type: ignore[operator]
+                met = config.num_experts_per_tok / int(module.num_experts)  # type: ignore[arg-type]
                 weights += met * sum(p.numel() for p in own.values() if p.ndim == 3)
             elif "weight" in own and own["weight"].ndim == 2:
                 weights += own["weight"].numel()
-        return 6.0 * (weights + self.head.weight.numel()) + _attention_flops(config, self.config.block_size)  # type: ignore[operator]
+        head: Any = self.head
+        weights += head.weight.numel()
+        return 6.0 * weights + _attention_flops(config, self.config.block_size)
 
     def example(self, rows: int) -> dict[str, Tensor]:
         """A random batch of about ``rows`` tokens, as ``forward`` takes it."""
@@ -238,8 +249,8 @@ def _attention_flops(config: Any, length: int) -> float:
     width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     widths = (getattr(config, "qk_head_dim", None) or width) + (getattr(config, "v_head_dim", None) or width)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    layers = sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
-    return 6.0 * layers * heads * widths * length
+    layers: int = sum(kind.endswith("attention") and kind != "linear_attention" for kind in kinds)
+    return 6.0 * float(layers * heads * widths * length)
 
 
 @contextmanager
@@ -267,6 +278,19 @@ def build(config: Config) -> HuggingFace:
         net = _made(config)
     _huggingface.as_linear(net)
     return HuggingFace(config, net).to("meta")
+
+
+def grows_evenly(config: Config, start: int, step: int) -> bool:
+    """Does every ``step`` layers after the first ``start`` hold what the ones before held, and attend as they did?"""
+    try:
+        replace(config, n_layer=start)
+    except ValueError:  # the file describes each layer, in a way that cannot be cut
+        return False
+    with torch.device("meta"):
+        model = build(config)
+    kinds = getattr(model.net.config, "layer_types", None) or [""] * config.n_layer
+    layers = [(kind, [p.shape for p in layer.parameters()]) for kind, layer in zip(kinds, model.blocks, strict=True)]
+    return layers[start:-step] == layers[start + step :]
 
 
 def sizes(settings: dict[str, Any], state: dict[str, Tensor]) -> dict[str, int]:
