@@ -7,6 +7,7 @@ finds them; the experts of a mixture share one parameter, and compute in the pre
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,11 @@ class Config:
         if self.block_size > room:
             raise ValueError(f"hf: block_size={self.block_size}: {self.config} has {room} positions; try "
                              f"model.block_size={room}")  # fmt: skip
+
+    @property
+    def digest(self) -> str:
+        """A hash of the file's settings: equal paths need not be equal models."""
+        return hashlib.sha256(json.dumps(_read(self.config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _described(path: str, vocab_size: int, n_layer: int) -> Any:
