@@ -83,7 +83,8 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     if config.debug.inject:
         Drill.parse(config.debug.inject).check(shell)
     fp32_gemm = machine.choose_fp32_gemm(shell, device)
-    mark = identity.fingerprint(config, data.fingerprint, machine.describe(device), torch.__version__, fp32_gemm)
+    seen = data.fingerprint + getattr(model_config, "digest", "")  # of what the model is built from
+    mark = identity.fingerprint(config, seen, machine.describe(device), torch.__version__, fp32_gemm)
     return Prepared(config, device, data, model_module, model_config, shell, fp32_gemm, mark, layout, ranks)
 
 

@@ -18,6 +18,7 @@ CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 OPTIONS = [path for path in FILES if path.parent.name != "ablation"]  # sweeps, no settings: tests/test_sweep.py
 NEEDS = {
+    "hf": ["model.config=config.json"],
     "tokens": ["data.train=a.bin", "data.validation=b.bin"],
     "gpt-small-h100": ["data.train=a", "data.validation=b"],
 }
@@ -31,7 +32,9 @@ def composed(*overrides, name="config", folder=CONF, search=()):
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
-def test_every_option_composes_and_shows_its_command_first(option):
+def test_every_option_composes_and_shows_its_command_first(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text('{"model_type": "gpt2"}')
     group, name = option.parent.name, option.stem
     settings = composed(f"{group}={name}", *NEEDS.get(name, []))
     assert isinstance(settings, RunConfig)

@@ -26,6 +26,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "interrupts": (),
     "quiet": (),
     "models": ("registry", "settings"),
+    "models._huggingface": ("quiet",),
     "data": ("files", "registry", "settings"),
     "policy": ("formats", "settings"),
     "scaling": ("policy", "formats"),
@@ -109,7 +110,7 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "sklearn": ("data.digits",),
     "rich": ("loggers", "wandb_logger", "build", "run", "cli", "report", "sweep", "memory", "quantization"),
     "ml_dtypes": ("kernels.exhaustive",),
-    "transformers": ("quantization",),
+    "transformers": ("quantization", "models._huggingface", "models._experts", "models.hf"),
 }
 
 

@@ -32,7 +32,9 @@ def test_python_blocks_run(block, capsys, one_thread):
 
 
 @pytest.mark.parametrize("line", TRAININGS)
-def test_training_commands_compose(line):
+def test_training_commands_compose(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("PATH").write_text('{"model_type": "gpt2"}')  # what a command names so
     words = shlex.split(line)[1:]
     config.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):

@@ -69,16 +69,15 @@ def shard(
     narrow = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduce, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
     groups: dict[str, FSDPModule] = {}
-    for name, block in model.named_children():
-        if name == "blocks":
-            for number, part in enumerate(block.children()):
-                if gathered is not None:
-                    fully_shard(_uncast(part), mesh=mesh, mp_policy=wide)
-                groups[f"{name}.{number}"] = fully_shard(part, mesh=mesh, mp_policy=narrow)
+    names = {module: name for name, module in model.named_modules()}
+    for block in getattr(model, "blocks", ()):
+        if gathered is not None:
+            fully_shard(_uncast(block), mesh=mesh, mp_policy=wide)
+        groups[names[block]] = fully_shard(block, mesh=mesh, mp_policy=narrow)
     head = getattr(model, "head", None)
     tied = head is not None and any(m is not head and _holds(m, head.weight) for m in model.modules())
     if isinstance(head, nn.Linear) and not tied:
-        groups["head"] = fully_shard(head, mesh=mesh, mp_policy=narrow)
+        groups[names[head]] = fully_shard(head, mesh=mesh, mp_policy=narrow)
     groups[""] = fully_shard(model, mesh=mesh, mp_policy=wide)
     if hasattr(model, "measure"):
         register_fsdp_forward_method(model, "measure")

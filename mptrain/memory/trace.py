@@ -60,7 +60,8 @@ class Job:
 def peaks(job: Job, *, check: bool = True) -> Peaks:
     """What is alive at the peak of each window of a training step, on one rank. ``check``: meet the third depth."""
     depth = getattr(job.config, "n_layer", 0)
-    if depth <= DEEP:
+    evenly = getattr(job.model, "grows_evenly", None)  # a kind whose blocks differ says how
+    if depth <= DEEP or (evenly is not None and not evenly(job.config, DEPTHS[0], DEPTHS[1] - DEPTHS[0])):
         return trace(job)
     first, second = _at(job, DEPTHS[0]), _at(job, DEPTHS[1])
     if check and _carried_on(first, second, DEPTHS[2]) != _at(job, DEPTHS[2]):

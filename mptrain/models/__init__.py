@@ -6,6 +6,8 @@ Such a file holds ``INPUT`` (what the model takes: ``tokens`` or ``images``, to 
 The file's ``sizes(settings, state)`` are the settings that the data decides, read off the weights of a trained model.
 It may have ``measure(**batch)``: what validation reports beside the loss, by name, ``loss`` first.
 
+A file whose blocks may differ from each other has ``grows_evenly(config, start, step)``: whether, after the first
+``start``, each ``step`` blocks are like the ones before (a plan of memory then looks at few of them).
 A file may have ``hugging_face(config, state)``: config.json and tensors of the model's twin in Hugging Face's
 transformers, from the Config and the state_dict of a model; ``mptrain export`` writes them.
 """

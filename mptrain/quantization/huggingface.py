@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mptrain.files import object_in
-from mptrain.quiet import quiet_import
+from mptrain.models._huggingface import as_linear as as_linear
+from mptrain.models._huggingface import config_of, require_installed, weightless
+from mptrain.models._huggingface import silent as _silent
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -55,7 +54,7 @@ def shell(folder: Path) -> nn.Module:
     """The model that ``config.json`` describes, with Conv1D layers made linear; its weights are on meta."""
     config = _config(folder)
     kind = _class_of(folder, config)
-    with _silent(), _weightless():
+    with _silent(), weightless():
         model: nn.Module = kind(config)
     as_linear(model)
     return model.eval()
@@ -77,26 +76,6 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}: only safetensors are read")
 
 
-def as_linear(model: nn.Module) -> int:
-    """Put an ``nn.Linear`` with the transposed weight in the place of each Conv1D of transformers (GPT-2's); how many.
-
-    The weights are the same numbers; a product may differ in its last bits, for it may be summed in another order.
-    """
-    count = 0
-    for name, module in [*model.named_modules()]:
-        if type(module).__name__ != "Conv1D" or not type(module).__module__.startswith("transformers."):
-            continue
-        weight, bias = module.weight, module.bias
-        linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")  # so that no weights are drawn
-        linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
-        linear.bias = bias
-        linear.train(module.training)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear)
-        count += 1
-    return count
-
-
 def _require_whole(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"no file at {path}")
@@ -109,24 +88,11 @@ def _require_whole(path: Path) -> None:
 
 def _config(folder: Path) -> Any:
     """transformers' configuration. ValueError if its model_type is not one it knows."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError(
-            f"{folder} is a Hugging Face model and transformers is not installed: pip install transformers"
-        )
+    require_installed(str(folder))
     settings = object_in(folder / "config.json")
     if "quantization_config" in settings:
         raise ValueError(f"{folder} is quantized already (its config.json has a quantization_config): use the original")
-    with quiet_import():
-        import transformers
-    kind = settings.get("model_type", "none")
-    if kind not in transformers.CONFIG_MAPPING:
-        known = f"transformers {transformers.__version__} does not know"
-        raise ValueError(f"{folder}/config.json: model_type={kind} is an architecture that {known}")
-    try:
-        with _silent():
-            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a field of a wrong type runs into
-        raise ValueError(f"{folder}/config.json does not describe a {kind}: {str(error).splitlines()[0]}") from error
+    return config_of(settings, f"{folder}/config.json")
 
 
 def _class_of(folder: Path, config: Any) -> Any:
@@ -146,38 +112,3 @@ def _class_of(folder: Path, config: Any) -> Any:
         if type(config) in auto:
             return auto[type(config)]
     raise ValueError(f"{folder}/config.json names no architecture: set architectures, e.g. LlamaForCausalLM")
-
-
-@contextmanager
-def _weightless() -> Iterator[None]:
-    """Parameters go to meta as they are made, so that a shell needs no memory and no time to draw weights; buffers stay
-    (``torch.device("meta")`` would leave rotary tables empty, which are in no file)."""
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        original(module, name, parameter)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without transformers' progress bars and advice, which are put back as they were."""
-    with quiet_import():
-        from transformers.utils import logging
-
-        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(level)
-            if bars:
-                logging.enable_progress_bar()

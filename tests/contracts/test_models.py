@@ -1,6 +1,8 @@
 """Every architecture in mptrain/models and every size in conf/model keeps the same promises. Adding a file tests it."""
 
 import dataclasses
+import functools
+import json
 import math
 from pathlib import Path
 
@@ -33,6 +35,10 @@ BAD_SETTINGS = [
     ("llama", {"n_kv_head": 3}, "model.n_kv_head=2"),
     ("llama", {"n_kv_head": 16}, "model.n_kv_head=8"),
     ("llama", {"rope_theta": 0.0}, "rope_theta=0.0"),
+    ("hf", {}, "model.config=PATH"),
+    ("hf", {"config": "x", "n_layer": -1}, "n_layer=-1 must be at least 0; try model.n_layer=0"),
+    ("hf", {"config": "x", "vocab_size": -2}, "try model.vocab_size=-1"),
+    ("hf", {"config": "x", "block_size": 0}, "try model.block_size=256"),
     ("vit", {"n_embd": 126}, "model.n_embd=128"),
     ("vit", {"patch_size": 0}, "patch_size=0 must be positive; try model.patch_size=2"),
     ("vit", {"image_size": 9, "patch_size": 4}, "model.patch_size=3"),
@@ -45,14 +51,35 @@ SIZES = {  # what the data decides, as small as can be
     "images": {"image_size": SIZE, "channels": CHANNELS, "classes": CLASSES},
 }
 CHOICES = {"tokens": VOCAB, "images": CLASSES}  # of the label
+HF = {  # of a Llama; a GPT-2 takes what it knows of them
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 384, "max_position_embeddings": 256},
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def config_json(tmp_path_factory):
+    """Writes the file that a tiny model of kind hf is built from."""
+    global write_config
+    folder = tmp_path_factory.mktemp("hf")
+
+    def write(model_type="llama", tied=False, n_embd=256, **others):
+        sizes = {"vocab_size": 7, "hidden_size": n_embd, "num_hidden_layers": 3, "tie_word_embeddings": tied}
+        path = folder / "config.json"
+        path.write_text(json.dumps({"model_type": model_type, **HF, **sizes}))
+        return str(path)
+
+    write_config = write
 
 
 def tiny(kind, **settings):
     """A model of two layers (where a kind has layers to choose) and the Config's other defaults.
 
-    ``settings`` that a kind does not have are left out.
+    ``settings`` that a kind does not have are left out; those of hf's file go into it.
     """
     module = models.load(kind)
+    if kind == "hf":
+        settings["config"] = write_config(**settings)
     fields = {field.name for field in dataclasses.fields(module.Config)}
     sizes = {**SIZES[module.INPUT], "n_layer": 2, **settings}
     torch.manual_seed(0)
@@ -156,7 +183,7 @@ def test_random_cotangents_reach_every_parameter(kind):
 
 
 def test_directional_derivative_matches_the_gradient(kind):
-    model = tiny(kind).double()
+    model = tiny(kind, model_type="gpt2").double()  # of hf: its Llama's norms compute in FP32 in any format
     inputs, labels = batch_of(kind)
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     model(inputs, labels).backward()
@@ -172,6 +199,11 @@ def test_directional_derivative_matches_the_gradient(kind):
     assert (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5 == pytest.approx(slope, rel=1e-5)
 
 
+def layer_of(ran):
+    """transformers binds what a layer takes beside its input."""
+    return ran.args[0] if isinstance(ran, functools.partial) else ran
+
+
 def test_recompute_runs_each_block_in_training_only_and_changes_no_gradient(kind):
     plain, hooked = tiny(kind), tiny(kind)
     inputs, labels = batch_of(kind)
@@ -184,7 +216,7 @@ def test_recompute_runs_each_block_in_training_only_and_changes_no_gradient(kind
     hooked.recompute = recompute
     for model in (plain, hooked):
         model(inputs, labels).backward()
-    assert seen == list(hooked.blocks)
+    assert [layer_of(ran) for ran in seen] == list(hooked.blocks)
     for (name, p), q in zip(plain.named_parameters(), hooked.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), name
     hooked.eval()(inputs)
@@ -253,7 +285,7 @@ def test_impossible_settings_name_one_that_works(kind, settings, says):
 def test_an_unknown_kind_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'llama'"):
         models.load("lama")
-    with pytest.raises(ValueError, match="known: gpt, llama, vit"):
+    with pytest.raises(ValueError, match="known: gpt, hf, llama, vit"):
         models.load("_decoder")
 
 
@@ -265,8 +297,11 @@ def test_yaml_builds_and_has_the_published_size(path):
     assert next(iter(settings)) == "kind"
     module = models.load(settings.pop("kind"))
     of_data = " data=digits" if module.INPUT == "images" else ""
-    assert lines[0] == f"# python train.py{of_data} model={path.stem}"
+    needed = " model.config=PATH" if settings.get("config") == "???" else ""
+    assert lines[0] == f"# python train.py{of_data} model={path.stem}{needed}"
     assert settings.get("block_size", 256) == 256
+    if needed:
+        settings["config"] = write_config()
     vocab_size, block_size, parameters = PARAMETERS.get(path.stem, (256, 256, None))
     sizes = {"tokens": {"vocab_size": vocab_size, "block_size": block_size}, "images": SIZES["images"]}
     with torch.device("meta"):
