@@ -58,9 +58,9 @@ def run(argv: list[str]) -> int:
         write_whole(asked.html, page(title, plans, capacity))
     if capacity and not any(said["largest_batch"].values()):
         rest = any(one.plan.total <= capacity for one in tried)
-        more = "see what would make it fit, above" if rest else "take more or larger devices: --ranks, dist=fsdp"
+        more = "see above what would make it fit" if rest else "take more or larger devices: --ranks, dist=fsdp"
         raise ValueError(
-            f"no batch of any size fits {told(capacity)}: one sample needs more in every precision; {more}"
+            f"no batch fits {told(capacity)}: one sample needs more in every precision; {more}"
         )
     return 0
 
