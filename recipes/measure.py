@@ -93,8 +93,27 @@ def bench_table(kept: dict[str, Any]) -> str:
     )
 
 
+def plan_table(kept: dict[str, Any]) -> str:
+    """Markdown of ``mptrain bench plan --json``: of each precision the cell that is furthest off, and how many are met."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in kept["rows"]:
+        rows.setdefault(row["name"].split(", ")[1], []).append(row)
+    lines = ["| precision | cells | within the bound | furthest apart | of |", "|---|---|---|---|---|"]
+    for name, cells in rows.items():
+        worst = max(cells, key=lambda row: row["measured"])
+        met = sum(row["verdict"] == "met" for row in cells)
+        bound = f"{met} of {len(cells)} (at most {worst['target']:g} %)"
+        peak = f"{worst['name']}, {worst['peak_mib']:.1f} MiB"
+        lines.append(f"| {name} | {len(cells)} | {bound} | {worst['measured']:.2g} % | {peak} |")
+    about = kept["machine"]
+    where = f"`{about['command']}` on {about['cpu']} ({about['isa']}), torch {about['torch']}, {about['date'][:10]}"
+    said = "{gpt, llama} x {activations kept, checkpointing} x {AdamW, 8-bit moments}; planned against measured peak"
+    return "\n".join(lines) + f"\n\n{where}: {said}."
+
+
 TABLES = {"gpt-nano-cpu.json": precisions_table}
 TABLES |= dict.fromkeys(("bench-cpu.json", "bench-telemetry.json", "bench-dist.json"), bench_table)
+TABLES |= {"bench-plan.json": plan_table}
 
 
 def with_tables(text: str) -> str:
