@@ -55,7 +55,10 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "sweep": ANY,
     "folder": ("config", "files", "identity", "settings"),
     "memory": ("policy", "formats", "settings"),
-    "quantization": ("convert", "formats", "kernels", "policy", "settings", "registry"),
+    "quantization": (
+        "convert", "formats", "kernels", "policy", "settings", "registry", "machine", "report.comparison",
+        "report.deployment", "report.inference",
+    ),
     "report": (
         "baseline", "identity", "checkpoint", "files", "formats", "kernels.bins", "policy", "settings", "telemetry",
         "registry",

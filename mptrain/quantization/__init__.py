@@ -1,0 +1,1 @@
+"""Post-training quantization by torchao: methods, evaluation, quantization-aware fine-tuning, deployment matrix."""
