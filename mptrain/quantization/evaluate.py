@@ -41,8 +41,8 @@ def evaluate(
 ) -> Evaluation:
     """``model`` beside ``reference`` on validation ``batches`` with their ``targets`` or ``labels``.
 
-    ``repeats``: timed forwards of each at one sample and at the batch, 0 for no latencies and no layers. ``weights_db``:
-    SQNR of weights by layer, where known. ValueError without a batch.
+    ``repeats``: timed forwards of each at one sample and at the batch, 0 for no latencies and no layers.
+    ``weights_db``: SQNR of weights by layer, where known. ValueError without a batch.
     """
     chosen = list(batches)
     if not chosen:
@@ -100,8 +100,9 @@ class Judged:
         self.images = answers.ndim == 1
         answers = answers.to(logits.device).reshape(logits.shape[:2])
         size = max(1, AT_A_TIME // math.prod(logits.shape[1:]))
-        for ours, other, right in zip(*(x.split(size) for x in (logits, theirs, answers)), strict=True):
-            self._add(ours, other.to(ours.device), right)
+        for begin in range(0, len(logits), size):
+            part = slice(begin, begin + size)
+            self._add(logits[part], theirs[part].to(logits.device), answers[part])
         self.predictions += answers.numel()
 
     def _add(self, logits: Tensor, theirs: Tensor, answers: Tensor) -> None:
@@ -238,9 +239,7 @@ Watch = Callable[[str, tuple[Tensor, ...], Tensor], None]
 def _watched(model: nn.Module, names: Sequence[str], watch: Watch, batch: Batch) -> None:
     """One forward in which every one of the named layers is looked at."""
     handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda layer, found, out, name=name: watch(name, found, out)  # type: ignore[misc]
-        )
+        model.get_submodule(name).register_forward_hook(lambda layer, found, out, name=name: watch(name, found, out))
         for name in names
     ]
     try:

@@ -14,8 +14,8 @@ from mptrain.report.comparison import Interval
 
 @dataclass(frozen=True)
 class LayerError:
-    """SQNR of a layer's output (inf: equal). ``own_db``: given the reference's input, so the error is this layer's alone;
-    ``output_db``: as it is in the deployed model, with what the layers before it did; ``weight_db``: of its weight."""
+    """SQNR of a layer's output (inf: equal). ``own_db``: given the reference's input, so the error is this layer's
+    alone; ``output_db``: in the deployed model, with what the layers before it did; ``weight_db``: of its weight."""
 
     layer: str
     own_db: float

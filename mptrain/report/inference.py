@@ -63,7 +63,7 @@ def proportion(successes: int, n: int) -> Interval:
 
 
 def paired_proportions(gained: int, lost: int, n: int) -> Interval:
-    """Of the difference of two shares of the same n cases: ``gained`` are right in ours alone, ``lost`` in theirs alone.
+    """Of the difference of two shares of the same n cases; ``gained``: right in ours alone, ``lost``: in theirs alone.
 
     Agresti and Min (2005): Wald's interval with half a case more in each of the four cells. Wald's own is of no width
     where no case changed, and too narrow where few did, which is the rule among good models.
