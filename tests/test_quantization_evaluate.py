@@ -13,7 +13,7 @@ from torch import nn
 
 from mptrain.models import gpt, vit
 from mptrain.quantization import evaluate as evaluation
-from mptrain.quantization.evaluate import evaluate, layer_errors, perplexity, sqnr_db
+from mptrain.quantization.evaluate import evaluate, layer_errors, sqnr_db
 from mptrain.report import inference
 from mptrain.report.comparison import Interval
 
@@ -74,7 +74,7 @@ def test_figures_of_text_are_those_of_the_formulas():
     assert found.kl_worst == pytest.approx(rows[:, 2].max(), rel=1e-6)
     assert found.same_frac == pytest.approx(rows[:, 3].mean())
     assert found.losses == pytest.approx(samples[:, 0], rel=1e-6)
-    assert perplexity(found.loss).high == pytest.approx(math.exp(found.loss.high))
+    assert inference.perplexity(found.loss).high == pytest.approx(math.exp(found.loss.high))
     assert (found.top1, found.latencies, found.layers) == (None, [], [])
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mptrain.machine import describe
 from mptrain.report.comparison import Interval
 from mptrain.report.deployment import Evaluation, Latency, LayerError
-from mptrain.report.inference import mean_of, paired_proportions, proportion, transformed
+from mptrain.report.inference import mean_of, paired_proportions, proportion
 
 ANSWERS = ("targets", "labels")  # of a batch; without them a model gives logits
 AT_A_TIME = 1 << 22  # logits turned into float64 probabilities at a time: 32 MiB
@@ -152,11 +152,6 @@ def top1_delta(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     """Of the accuracies (0.01 is a point) on the same images; ``ours``, ``theirs``: 1.0 for an image that is right."""
     changes = [a - b for a, b in zip(ours, theirs, strict=True)]
     return paired_proportions(sum(c > 0 for c in changes), sum(c < 0 for c in changes), len(changes))
-
-
-def perplexity(loss: Interval) -> Interval:
-    """From a loss in nats a prediction; of a difference of losses: the ratio of perplexities."""
-    return transformed(loss, lambda nats: math.exp(min(nats, 700.0)))  # a float64 ends there
 
 
 def sizes_to_time(batch: Batch) -> list[Batch]:

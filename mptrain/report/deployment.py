@@ -7,9 +7,14 @@ but a ``speed_ratio`` above 1 is faster. None: not known, or not of this task.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
+from mptrain.files import number, object_in
 from mptrain.report.comparison import Interval
+
+FILE = "deploy.json"
 
 
 @dataclass(frozen=True)
@@ -62,3 +67,90 @@ class Evaluation:
     layers: list[LayerError] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     hits: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """One cell of the matrix: runs trained in one precision, deployed in one format; means over the runs.
+
+    ``metric``: perplexity, or top-1. ``own_delta``: to the same runs deployed in FP32; ``base_delta``: to FP32-trained
+    ones deployed in FP32. Relative to the perplexity, or in accuracy (0.01 is a point). Intervals are over runs (seeds)
+    where there are several, else over validation samples: ``method`` says which. ``mib``: of the stored tensors,
+    ``size_frac``: over those of the FP32 file. ``why``: it could not be deployed so; then all else is unknown.
+    """
+
+    trained: str
+    deployed: str
+    runs: int = 0
+    metric: Interval | None = None
+    own_delta: Interval | None = None
+    base_delta: Interval | None = None
+    kl_nats: float | None = None
+    same_frac: float | None = None
+    mib: float | None = None
+    size_frac: float | None = None
+    layers: int | None = None
+    worst_layer: str = ""
+    worst_db: float | None = None
+    speed_ratio: float | None = None
+    speed_low: float | None = None
+    speed_high: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Trained in x deployed in, as ``deploy.json`` holds it. ``metric``: ``perplexity`` or ``top-1``.
+
+    ``batch``: samples of the timed forward; ``machine``: what it ran on; ``notes``: what to know of the figures.
+    """
+
+    title: str
+    metric: str
+    unit: str
+    samples: int
+    batch: int
+    machine: str
+    cells: list[Deployed]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def trained(self) -> list[str]:
+        return list(dict.fromkeys(cell.trained for cell in self.cells))
+
+    @property
+    def deployed(self) -> list[str]:
+        return list(dict.fromkeys(cell.deployed for cell in self.cells))
+
+    def cell(self, trained: str, deployed: str) -> Deployed | None:
+        return next((c for c in self.cells if (c.trained, c.deployed) == (trained, deployed)), None)
+
+
+def read(path: Path) -> Matrix | None:
+    """The matrix in a ``deploy.json``; None if there is none, or what stands there is not one."""
+    values = object_in(path)
+    try:
+        cells = [_cell(cell) for cell in values.pop("cells")]
+        return Matrix(**values, cells=cells)
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _cell(values: dict[str, Any]) -> Deployed:
+    intervals = {
+        name: _interval(values[name])
+        for name in ("metric", "own_delta", "base_delta")
+        if isinstance(values.get(name), dict)
+    }
+    known = {f.name: f.default for f in fields(Deployed)}
+    floats = {
+        name: number(value)  # infinities are text in the file
+        for name, value in values.items()
+        if value is not None and name not in intervals and known[name] is None and name != "layers"
+    }
+    return Deployed(**(values | floats | intervals))
+
+
+def _interval(values: dict[str, Any]) -> Interval:
+    ends = {name: number(values[name]) for name in ("mean", "low", "high")}
+    return Interval(**ends, n=int(values["n"]), method=str(values["method"]))

@@ -8,7 +8,7 @@ the same condition over n, with the t quantile of the wanted power added to that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -74,10 +74,10 @@ def paired_proportions(gained: int, lost: int, n: int) -> Interval:
     return Interval((gained - lost) / n, middle - half, middle + half, n, "Agresti-Min")
 
 
-def transformed(interval: Interval, change: Callable[[float], float]) -> Interval:
-    """Of a rising function of the figure: perplexity from a loss in nats."""
-    ends = change(interval.mean), change(interval.low), change(interval.high)
-    return Interval(*ends, interval.n, interval.method)
+def perplexity(loss: Interval) -> Interval:
+    """From a loss in nats a prediction; from a difference of losses: the ratio of perplexities."""
+    mean, low, high = (math.exp(min(nats, 700.0)) for nats in (loss.mean, loss.low, loss.high))  # a float64 ends there
+    return Interval(mean, low, high, loss.n, loss.method)
 
 
 def _around(mean: float, error: float, freedom: float, n: int, method: str) -> Interval:
