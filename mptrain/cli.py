@@ -20,7 +20,7 @@ from mptrain.distributed.joining import left_cleanly
 from mptrain.doctor import audited_step
 from mptrain.files import json_text
 from mptrain.policy import PrecisionPolicy, conf_dir
-from mptrain.report import casts, figures, output, page, watch
+from mptrain.report import casts, deployment, figures, output, page, watch
 from mptrain.report import compare as comparing
 from mptrain.report import inspect as tables
 from mptrain.report.audit import print_audit
@@ -153,7 +153,9 @@ def compare(argv: list[str]) -> int:
     def once(console: Console) -> None:
         comparison = comparing.compare(asked.runs, asked.baseline, asked.margin)
         print_comparison_table(console, comparison)
-        output.write_asked(comparison, html=asked.html, markdown=asked.markdown, data=asked.json)
+        matrix = deployment.read(asked.runs[0] / deployment.FILE) if len(asked.runs) == 1 else None
+        files = {"html": asked.html, "markdown": asked.markdown, "data": asked.json}
+        output.write_asked(comparison, **files, deployed=matrix)
 
     if asked.watch:
         watch.follow(asked.runs, Console(), once)
