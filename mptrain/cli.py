@@ -178,6 +178,13 @@ def export(argv: list[str]) -> int:
     return 0
 
 
+def quantize(argv: list[str]) -> int:
+    """A trained model, or a Hugging Face one, in INT8, INT4 or FP8: ``mptrain quantize RUN --to int8``."""
+    from mptrain.quantization import command
+
+    return command.run(argv)
+
+
 def bench(argv: list[str]) -> int:
     """``bench cpu``, ``telemetry``, ``dist`` or ``gpu``: cost against targets, peers and limits (``--help``)."""
     if argv[:1] == ["cpu"]:
@@ -257,6 +264,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect,
     "compare": compare,
     "export": export,
+    "quantize": quantize,
     "bench": bench,
     "probe": probe,
     "run": run,

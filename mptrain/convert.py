@@ -42,12 +42,15 @@ class ConversionReport:
         return "; ".join(parts)
 
 
-def select(model: nn.Module, keep: str, *, multiple: int) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+def select(
+    model: nn.Module, keep: str, *, multiple: int, setting: str = "precision.keep"
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """The linear layers to convert, and the kept ones with the reason.
 
-    ``keep`` is a full-match regex (``blocks.2`` does not hit ``blocks.20``); ``multiple``: both dimensions of the
-    weight must be divisible by it (16 for FP8 GEMMs on tensor cores). A layer with several names goes by its first,
-    and is kept if any of them matches. A subclass that computes something else than ``nn.Linear`` is kept.
+    ``keep`` is a full-match regex (``blocks.2`` does not hit ``blocks.20``), set by ``setting``; ``multiple``: both
+    dimensions of the weight must be divisible by it (16 for FP8 GEMMs on tensor cores). A layer with several names goes
+    by its first, and is kept if any of them matches. A subclass that computes something else than ``nn.Linear`` is
+    kept.
     """
     pattern = re.compile(keep)
     chosen: dict[str, nn.Linear] = {}
@@ -59,7 +62,7 @@ def select(model: nn.Module, keep: str, *, multiple: int) -> tuple[dict[str, nn.
         if name == "":
             kept["(root)"] = "the model itself is the layer and cannot be swapped: wrap it in nn.Sequential"
         elif keep and any(pattern.fullmatch(alias) for alias in names):
-            kept[name] = "matches precision.keep"
+            kept[name] = f"matches {setting}"
         elif type(module).forward is not nn.Linear.forward:
             kept[name] = f"{type(module).__name__} has a forward of its own, which a swap would drop"
         elif "weight" not in module._parameters:

@@ -6,8 +6,6 @@ How an architecture is called and laid out there, its own module says (``hugging
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mptrain import checkpoint, models
-from mptrain.settings import from_plain
+from mptrain import files, models, trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,12 +27,9 @@ def export(source: Path, out: Path, dtype: str = "fp32", average: bool = False) 
     the optimizer's remainder). ValueError if something is missing or in the way, if the kind of
     model has no twin there, or if a weight is beyond ``dtype``; ``out`` is then as it was.
     """
-    _require_free(out)
-    run, path = _located(source)
-    state = checkpoint.load(path, torch.device("cpu"))
-    if average and "average" not in state:
-        raise ValueError(f"{path} has no running average (the run had optim.ema_decay=0): leave --average out")
-    settings, tensors = _translated(run, state["average" if average else "model"])
+    files.require_free(out)
+    run, path = trained.located(source)
+    settings, tensors = _translated(run, trained.weights(path, average))
     settings["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
     tensors = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
     _write(out, settings, tensors)
@@ -44,40 +38,15 @@ def export(source: Path, out: Path, dtype: str = "fp32", average: bool = False) 
     return f"{out}: {settings['architectures'][0]}, {millions:.1f} M parameters in {dtype}, the {what} of {path}"
 
 
-def _require_free(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} exists and is not an empty folder: choose another OUT, or remove it")
-
-
-def _located(source: Path) -> tuple[Path, Path]:
-    """The run's folder and the checkpoint that ``source`` means."""
-    source = source.resolve()
-    if not source.exists():
-        raise ValueError(f"nothing at {source}: give a run's folder, or a checkpoint RUN/checkpoints/NAME")
-    if not (source / "config.json").is_file():
-        run = source.parent.parent
-        if not (run / "config.json").is_file():
-            raise ValueError(f"{source} is no run's folder and in none's checkpoints: there is no config.json")
-        return run, source
-    newest = checkpoint.Checkpoints(source / "checkpoints", keep=1).newest()
-    if newest is None:
-        raise ValueError(f"{source} has no whole checkpoint: train with checkpoint.every=N, or let the run end")
-    return source, newest
-
-
 def _translated(run: Path, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors by Hugging Face's names. The vocabulary is the data's, so its size is the embedding's."""
-    settings = json.loads((run / "config.json").read_text())["model"]
-    kind = settings.pop("kind")
+    """config.json and tensors by Hugging Face's names."""
+    kind, config = trained.model_settings(run, state)
     module = models.load(kind)
     if not hasattr(module, "hugging_face"):
         having = [name for name in models.kinds() if hasattr(models.load(name), "hugging_face")]
         raise ValueError(
             f"model.kind={kind} has no twin in Hugging Face's transformers; these have: {', '.join(having)}"
         )
-    config = from_plain(module.Config, settings | {"vocab_size": len(state["embed.weight"])}, "model")
     found: tuple[dict[str, Any], dict[str, Tensor]] = module.hugging_face(config, state)
     return found
 
@@ -91,16 +60,6 @@ def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
 
 
 def _write(out: Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """All of the folder or nothing: it is made beside and renamed."""
-    desk = out.absolute().with_name(f"{out.absolute().name}.partial")
-    try:
-        if desk.exists():  # of a process killed while it wrote
-            shutil.rmtree(desk)
-        desk.mkdir(parents=True)
+    with files.whole_folder(out, SafetensorError) as desk:
         (desk / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         save_file(tensors, desk / "model.safetensors", metadata={"format": "pt"})
-        os.replace(desk, out)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{out} cannot be written ({error}): choose another OUT") from error
-    finally:
-        shutil.rmtree(desk, ignore_errors=True)

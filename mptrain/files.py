@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,33 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file in one step, see :func:`whole`."""
     with whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def require_free(out: Path) -> None:
+    """ValueError unless a folder can be made there: nothing is at ``out``, or an empty folder."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists and is not an empty folder: choose another OUT, or remove it")
+
+
+@contextmanager
+def whole_folder(out: Path, also: type[Exception] = OSError) -> Iterator[Path]:
+    """A folder beside ``out`` to write into, put in its place at the end: all of it or nothing.
+
+    An OSError, or the error ``also``, that is raised while it is written comes out as a ValueError that names ``out``.
+    """
+    desk = out.absolute().with_name(f"{out.absolute().name}.partial")
+    try:
+        if desk.exists():  # of a process killed while it wrote
+            shutil.rmtree(desk)
+        desk.mkdir(parents=True)
+        yield desk
+        os.replace(desk, out)
+    except (OSError, also) as error:
+        raise ValueError(f"{out} cannot be written ({error}): choose another OUT") from error
+    finally:
+        shutil.rmtree(desk, ignore_errors=True)
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

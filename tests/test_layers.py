@@ -24,6 +24,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "registry": ("settings",),
     "machine": (),
     "interrupts": (),
+    "quiet": (),
     "models": ("registry", "settings"),
     "data": ("files", "registry", "settings"),
     "policy": ("formats", "settings"),
@@ -33,7 +34,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "distributed": ("convert", "kernels", "formats", "settings"),
     "outcome": ("scaling",),
     "emulation": ("kernels", "formats", "policy", "distributed"),
-    "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation"),
+    "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation", "quiet"),
     "backends.base": ("convert", "kernels.counters", "policy", "distributed"),  # backends themselves only by name
     "precision": (
         "policy", "scaling", "backends.base", "convert", "kernels.counters", "outcome", "distributed", "settings",
@@ -56,8 +57,8 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "folder": ("config", "files", "identity", "settings"),
     "memory": ("policy", "formats", "settings"),
     "quantization": (
-        "convert", "formats", "kernels", "policy", "settings", "registry", "machine", "report.comparison",
-        "report.deployment", "report.inference",
+        "convert", "files", "machine", "settings", "quiet", "trained", "models", "data", "optim", "precision",
+        "report.comparison", "report.deployment", "report.inference", "report.deploy_table",
     ),
     "report": (
         "baseline", "identity", "checkpoint", "files", "formats", "kernels.bins", "policy", "settings", "telemetry",
@@ -66,7 +67,8 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "config": (
         "registry", "settings", "policy", "optim", "trainer_config", "data", "models", "telemetry", "distributed",
     ),
-    "export": ("models", "checkpoint", "settings"),
+    "trained": ("models", "checkpoint", "files", "settings"),
+    "export": ("models", "files", "trained"),
     "doctor": ("backends.base", "config", "machine", "precision", "telemetry"),  # one step, no run
     "storage": (),
     "spikes": (),
@@ -99,7 +101,7 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "numpy": ("data", "kernels.exhaustive", "report", "quantization"),
     "scipy": ("report",),
     "sklearn": ("data.digits",),
-    "rich": ("loggers", "wandb_logger", "build", "run", "cli", "report", "sweep"),
+    "rich": ("loggers", "wandb_logger", "build", "run", "cli", "report", "sweep", "quantization"),
     "ml_dtypes": ("kernels.exhaustive",),
     "transformers": ("quantization",),
 }

@@ -12,8 +12,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -28,6 +26,7 @@ from mptrain.distributed import Agree
 from mptrain.formats import Format
 from mptrain.kernels.counters import Counters
 from mptrain.policy import PrecisionPolicy, Quantization, Scaling
+from mptrain.quiet import quiet_import
 
 
 class Backend:
@@ -118,25 +117,9 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """torchao logs at import that its CUDA extensions did not load and, on torch 2.13, a deprecation inside torch."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _torchao_config(config: Quantization, *, emulate: bool) -> Any:
     """torchao's description of the policy. Rowwise scales are rounded down to powers of two, as its recipe does."""
-    with _quiet_import():
+    with quiet_import():
         from torchao.float8.config import CastConfig, Float8LinearConfig, ScalingGranularity
     rowwise = config.scaling is Scaling.rowwise
     granularity = ScalingGranularity.AXISWISE if rowwise else ScalingGranularity.TENSORWISE
@@ -152,7 +135,7 @@ def _torchao_config(config: Quantization, *, emulate: bool) -> Any:
 @functools.cache
 def _linear_class() -> Any:
     """torchao's layer with our books around it. Made on first use, because importing torchao takes seconds."""
-    with _quiet_import():
+    with quiet_import():
         from torchao.float8.float8_linear import Float8Linear
 
     class NativeLinear(Float8Linear):  # type: ignore[misc]

@@ -3,6 +3,7 @@
 Such a file holds ``INPUT`` (what the model takes: ``tokens`` or ``images``, to be matched by the data's), a dataclass
 ``Config`` and ``build(config)``. The model's ``forward(**batch)`` is the mean loss in nats. It has ``recompute``,
 ``reset_parameters()``, ``flops_per_token()`` (or per image: what the data's throughput counts) and ``example(rows)``.
+The file's ``sizes(settings, state)`` are the settings that the data decides, read off the weights of a trained model.
 It may have ``measure(**batch)``: what validation reports beside the loss, by name, ``loss`` first.
 
 A file may have ``hugging_face(config, state)``: config.json and tensors of the model's twin in Hugging Face's

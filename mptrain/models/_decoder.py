@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,12 @@ def require_vocabulary(kind: str, vocab_size: int) -> None:
     """ValueError when nobody filled in the vocabulary (0 in a Config means: take it from the data)."""
     if vocab_size <= 0:
         raise ValueError(f"{kind}: vocab_size={vocab_size}: without data to set it, try model.vocab_size=256 (bytes)")
+
+
+def sizes(settings: dict[str, Any], state: dict[str, Tensor]) -> dict[str, int]:
+    """What the data decided of a model with these weights: the vocabulary."""
+    del settings
+    return {"vocab_size": len(state["embed.weight"])}
 
 
 class Decoder(Transformer):

@@ -6,7 +6,9 @@ number: FP8 GEMMs on tensor cores take multiples of 16. It classifies as well (B
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +123,17 @@ class ViT(Transformer):
         batch = max(1, rows // config.patches)
         images = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
         return {"images": images, "labels": torch.randint(config.classes, (batch,), device=device)}
+
+
+def sizes(settings: dict[str, Any], state: dict[str, Tensor]) -> dict[str, int]:
+    """What the data decided of a model with these weights: its images and their classes."""
+    patch_size = settings.get("patch_size", Config.patch_size)
+    side = math.isqrt(len(state["position.weight"]))
+    return {
+        "image_size": side * patch_size,
+        "channels": state["embed.weight"].shape[1] // patch_size**2,
+        "classes": len(state["head.weight"]),
+    }
 
 
 def build(config: Config) -> ViT:

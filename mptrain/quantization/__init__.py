@@ -1,1 +1,8 @@
-"""Post-training quantization by torchao: methods, evaluation, quantization-aware fine-tuning, deployment matrix."""
+"""Post-training quantization of trained models and of Hugging Face's, through torchao: quantized, verified, written."""
+
+from mptrain.quantization.apply import load_quantized, quantize_model
+from mptrain.quantization.artifact import load, save
+from mptrain.quantization.report import Layer, Report
+from mptrain.quantization.source import Source, open_source
+
+__all__ = ["Layer", "Report", "Source", "load", "load_quantized", "open_source", "quantize_model", "save"]

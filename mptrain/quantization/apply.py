@@ -1,0 +1,262 @@
+"""A model quantized in place, and proof that it was: some of torchao's conversions silently do nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mptrain.convert import select
+from mptrain.quantization import huggingface, methods
+from mptrain.quantization.methods import Method
+from mptrain.quantization.packing import INT4, flattened, is_quantized
+from mptrain.quantization.report import BYTES_FP32, Layer, Report, reasons
+from mptrain.quiet import quiet_import
+
+SHORTEST_ROW = 32
+"""Inputs of a layer that is worth it: in shorter rows scale and zero point weigh more than a sixth of the codes."""
+SLACK = 1.02  # of a rounding error, for the arithmetic in FP32 around it
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    method: str | Method,
+    *,
+    group_size: int | None = None,
+    keep: str = "",
+    batches: Iterable[Mapping[str, Tensor]] = (),
+) -> Report:
+    """Quantize the linear layers of ``model`` in place. The report says of every weight what became of it, and why.
+
+    ``keep``: full-match regex of module names left as they are; a head tied to its embedding always is. ``batches``:
+    what a calibrated method sees, as the model's forward takes it. Conv1D layers of transformers become linear ones.
+    ValueError, naming what to change, if the method is missing here, if no layer can be quantized, or if what torchao
+    made of one is not what was asked for: the model is then no good.
+    """
+    if isinstance(method, str):
+        method = methods.named(method)
+    size = method.group(group_size)
+    why = method.missing(next(model.parameters()).device)
+    if why:
+        raise ValueError(why)
+    if not method.cast and any(is_quantized(parameter) for parameter in model.parameters()):
+        raise ValueError("this model is quantized already: quantize the original")
+    huggingface.as_linear(model)
+    if method.cast:
+        return _cast(model, method, keep)
+    chosen, kept = selected(model, method, size, keep)
+    if not chosen:
+        why = reasons(kept) or "it has no linear layers"
+        raise ValueError(f"{method.name} would quantize nothing: {why}")
+    before = {name: layer.weight.detach() for name, layer in chosen.items()}
+    _require_finite(before)
+    _convert(model, method, size, chosen, batches)
+    made = {name: _verified(name, model.get_submodule(name), weight, method) for name, weight in before.items()}
+    if all(layer.sqnr_db == math.inf for layer in made.values()):
+        raise ValueError(
+            f"{method.name} changed no weight by a bit: either it did not quantize, or the weights are what an earlier "
+            "quantization left; start from the original"
+        )
+    return _report(model, method, size, made, kept)
+
+
+def load_quantized(
+    folder: str | Path, method: str = "int8", *, group_size: int | None = None, keep: str = "", device: str = "cpu"
+) -> nn.Module:
+    """The model of a Hugging Face folder, quantized: ``load_quantized("folder", "int8")``. In eval mode.
+
+    ValueError if the folder is not whole, its architecture unknown, or nothing can be quantized.
+    """
+    model = huggingface.opened(Path(folder)).to(device)
+    quantize_model(model, method, group_size=group_size, keep=keep)
+    return model
+
+
+def selected(
+    model: nn.Module, method: Method, size: int | None, keep: str
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """The linear layers to quantize in groups of ``size`` (None: rows), and the kept ones with the reason."""
+    linear, kept = select(model, keep, multiple=1, setting="--keep")
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    chosen = {}
+    for name, layer in linear.items():
+        others = [other for other in owners[id(layer.weight)] if other != name]
+        why = f"its weight is also that of {others[0]} (tied)" if others else _misfit(layer, method, size)
+        if why:
+            kept[name] = why
+        else:
+            chosen[name] = layer
+    return chosen, kept
+
+
+def _misfit(layer: nn.Linear, method: Method, size: int | None) -> str:
+    """Why the method cannot have the layer; empty: it can."""
+    inputs = layer.in_features
+    if inputs < SHORTEST_ROW:
+        return f"in_features={inputs} are too few for a scale: rows of {SHORTEST_ROW} and more are worth it"
+    if size is not None and inputs % size:
+        fitting = max((d for d in range(methods.SMALLEST_GROUP, size) if inputs % d == 0), default=0)
+        hint = f"--group-size {fitting} would" if fitting else "no group size would"
+        return f"in_features={inputs} is no multiple of --group-size {size}; {hint}"
+    if inputs % method.multiple or layer.out_features % method.multiple:
+        return f"{layer.out_features}x{inputs} is not divisible by {method.multiple}, which FP8 GEMMs need"
+    return ""
+
+
+def _require_finite(weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} holds Inf or NaN and has no scale: quantize an earlier checkpoint, or --keep it")
+
+
+def _convert(
+    model: nn.Module,
+    method: Method,
+    size: int | None,
+    chosen: dict[str, nn.Linear],
+    batches: Iterable[Mapping[str, Tensor]],
+) -> None:
+    """torchao's conversion of the chosen layers and no others. A module in two places is converted once."""
+    with quiet_import():
+        from torchao.quantization import quantize_
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        return name in chosen and not is_quantized(module.weight)  # type: ignore[arg-type]
+
+    config = method.config(size)
+    if not method.calibrated:
+        quantize_(model, config, filter_fn=wanted)
+        return
+    with quiet_import():
+        from torchao.prototype.smoothquant import SmoothQuantConfig
+    quantize_(model, SmoothQuantConfig(config, "prepare", alpha=method.smooth), filter_fn=wanted)
+    seen = 0
+    for batch in batches:
+        model(**batch)
+        seen += 1
+    if not seen:
+        raise ValueError(f"{method.name} must see activations: give quantize_model batches=, or use --to int8-dynamic")
+    quantize_(model, SmoothQuantConfig(config, "convert", alpha=method.smooth), filter_fn=wanted)
+    places = [*model.named_modules(remove_duplicate=False)]
+    for name, old in chosen.items():  # it swapped the layers, in the first place of each
+        for alias, module in places:
+            if module is old:
+                parent, _, leaf = alias.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, model.get_submodule(name))
+
+
+def _verified(name: str, layer: nn.Module, before: Tensor, method: Method) -> Layer:
+    """What the layer holds now. ValueError unless it is the tensor and the codes that were asked for, and each weight
+    is within half a step of what it was."""
+    weight: Any = layer.weight
+    kind = type(weight).__name__
+    if kind != method.tensor:
+        raise ValueError(
+            f"{method.name} left {name} as it was (a {kind}, not {method.tensor}): "
+            f"keep it with --keep {name}, or use another method"
+        )
+    bits = 4 if getattr(weight, "target_dtype", None) is INT4 else 8 * weight.qdata.element_size()
+    if weight.qdata.dtype is not method.dtype or bits != method.weight_bits or weight.qdata.shape != before.shape:
+        found = f"{bits} bits of {weight.qdata.dtype}, {list(weight.qdata.shape)}"
+        raise ValueError(f"{method.name} made {found} of {name}: mptrain does not know this torchao, install 0.18")
+    now = weight.dequantize().float()
+    pre_scale = getattr(weight, "act_pre_scale", None)
+    factor = torch.ones(()) if pre_scale is None else pre_scale.float()  # activations are multiplied by it first
+    now, was = now * factor, before.float()
+    worst = ((now - was).abs() / (_half_step(weight, was) * factor.abs())).max().item()
+    if not worst <= SLACK:
+        raise ValueError(f"{method.name} moved a weight of {name} by {worst:.3g} half steps: it is not that layer")
+    parts, _ = flattened(f"{name}.weight", weight)
+    size = sum(part.nbytes for part in parts.values())
+    named = f"int{bits}" if weight.qdata.dtype is torch.int8 else "fp8_e4m3"
+    return Layer(name, named, before.numel(), size, BYTES_FP32 * before.numel(), sqnr_db(was, now))
+
+
+def _half_step(weight: Any, was: Tensor) -> Tensor:
+    """How far rounding may move each weight: half a scale; in E4M3 half a last place, where it is subnormal 2^-10 of
+    the scale. The largest weight of a group clips by another half, which is within the same bound."""
+    blocks: Tensor = weight.scale.float()
+    if blocks.numel() == 1:
+        blocks = blocks.reshape([1] * was.dim())
+    for dim, (whole, parts) in enumerate(zip(was.shape, blocks.shape, strict=True)):
+        blocks = blocks.repeat_interleave(whole // parts, dim=dim)
+    if weight.qdata.dtype is torch.int8:
+        return blocks / 2
+    return torch.maximum(was.abs() * 2.0**-4, blocks * 2.0**-10)
+
+
+def sqnr_db(was: Tensor, now: Tensor) -> float:
+    """Signal over quantization noise, in dB; infinite for the same values."""
+    with quiet_import():
+        from torchao.quantization import compute_error
+    return math.inf if torch.equal(was, now) else float(compute_error(was, now))
+
+
+def _cast(model: nn.Module, method: Method, keep: str) -> Report:
+    """Parameters and what is saved beside them; buffers that are not saved stay as the model made them."""
+    if keep:
+        raise ValueError(f"{method.name} is a change of the whole model: leave --keep out")
+    made = {}
+    for name, owner, key, tensor in _tensors(model):
+        if not tensor.is_floating_point():
+            continue
+        cast = tensor.detach().to(method.dtype)
+        if (cast.isinf() & tensor.isfinite()).any():
+            raise ValueError(f"{name} holds {tensor.abs().max():.3g}, beyond {method.name}: use --to bf16")
+        if tensor.dim() > 1:
+            error = sqnr_db(tensor.detach().float(), cast.float())
+            label = name.removesuffix(".weight")
+            made[label] = Layer(label, method.name, cast.numel(), cast.nbytes, BYTES_FP32 * cast.numel(), error)
+        if key in owner._parameters:
+            tensor.data = cast  # the same parameter: ties stay
+        else:
+            setattr(owner, key, cast)
+    return _report(model, method, None, made, {})
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """(name, module, name in it, tensor) of all that a state_dict holds; a tied one once."""
+    saved = set(model.state_dict())
+    seen: set[int] = set()
+    found = []
+    for prefix, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            name = f"{prefix}.{key}" if prefix else key
+            if tensor is not None and name in saved and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found.append((name, module, key, tensor))
+    return found
+
+
+def _report(model: nn.Module, method: Method, size: int | None, made: dict[str, Layer], kept: dict[str, str]) -> Report:
+    report = Report(method.name, size)
+    for name, module, key, tensor in _tensors(model):
+        label = name.removesuffix(".weight")
+        if label in made:
+            report.layers.append(made[label])
+        elif tensor.dim() < 2:
+            report.rest_elements += tensor.numel()
+            report.rest_bytes += tensor.nbytes
+        else:
+            count, bits = tensor.numel(), 8 * tensor.element_size()
+            named = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(
+                tensor.dtype, f"{bits} bits"
+            )
+            why = kept.get(label) or _not_linear(module, key)
+            report.layers.append(Layer(label, named, count, tensor.nbytes, BYTES_FP32 * count, kept=why))
+    return report
+
+
+def _not_linear(module: nn.Module, key: str) -> str:
+    if isinstance(module, nn.Embedding):
+        return "an embedding: it is looked up"
+    return f"{key} of {type(module).__name__}, which is no linear layer"

@@ -1,0 +1,125 @@
+"""``mptrain quantize``: a run's model, or a Hugging Face one, as a folder for ``mptrain.quantization.load``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mptrain import machine
+from mptrain.files import json_text, require_free, write_whole
+from mptrain.quantization import artifact
+from mptrain.quantization.apply import quantize_model
+from mptrain.quantization.methods import METHODS, Method, named
+from mptrain.quantization.report import Layer, Report, reasons
+from mptrain.quantization.source import Source, open_source
+from mptrain.settings import require
+
+SHOWN = 12
+"""Rows of the table without --all."""
+CALIBRATION_ROWS = 8
+"""Samples of a batch that a calibrated method sees."""
+
+
+def run(argv: list[str]) -> int:
+    """Quantize, verify, write. ValueError, naming what to change, if not all of it could be done."""
+    asked = _parser().parse_args(argv)
+    method = named(asked.to)
+    if method.name == "fp32":
+        raise ValueError("--to fp32 quantizes nothing: name another method, or use mptrain export")
+    require(asked.calibrate > 0, "--calibrate", asked.calibrate, "at least one batch, e.g. 4")
+    device = machine.pick_device(asked.device)
+    why = method.missing(device)
+    if why:
+        raise ValueError(why)
+    source = open_source(asked.source, asked.average)
+    out = asked.out or source.out.with_name(f"{source.out.name}-{method.name}")
+    require_free(out)
+    batches = list(_calibration(source, method, asked.calibrate)) if method.calibrated else []
+    source.model.to(device)
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    report = quantize_model(source.model, method, group_size=asked.group_size, keep=asked.keep, batches=batches)
+    artifact.save(out, source, report)
+    print_report(Console(), source, report, asked.all)
+    print(f"{out}: {artifact.size_bytes(out):,} bytes; mptrain.quantization.load({str(out)!r}) is the model")
+    if asked.json:
+        write_whole(asked.json, json_text(_plain(report, source, out), indent=1) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mptrain quantize", description=__doc__)
+    what = "a run's folder, a checkpoint in one, a Hugging Face model's folder, or a .safetensors file in one"
+    parser.add_argument("source", type=Path, metavar="SOURCE", help=what)
+    words = "; ".join(f"{name}: {method.what}" for name, method in METHODS.items() if name != "fp32")
+    parser.add_argument("--to", required=True, metavar="METHOD", help=words)
+    parser.add_argument("--group-size", type=int, metavar="N", help="numbers that share a scale (INT4: 128)")
+    parser.add_argument("--keep", default="", metavar="REGEX", help="layers left as they are (full match)")
+    parser.add_argument("--average", action="store_true", help="the running average of a run's weights")
+    parser.add_argument("--calibrate", type=int, default=4, metavar="N", help="batches of a run's data to see")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="the folder to make (default: beside the model)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures of every layer")
+    parser.add_argument("--all", action="store_true", help=f"every layer, not only the worst {SHOWN}")
+    return parser
+
+
+def _calibration(source: Source, method: Method, batches: int) -> Iterator[dict[str, Tensor]]:
+    """Training samples of a run: what the model is judged by must not have set its scales."""
+    if source.data is None:
+        raise ValueError(
+            f"{method.name} must see activations and {source.description} comes without data: use --to int8-dynamic, "
+            "or quantize_model(model, method, batches=...)"
+        )
+    data = source.dataset()
+    for step in range(batches):
+        yield data.batch(step, batch_size=CALIBRATION_ROWS, seed=0)
+
+
+def print_report(console: Console, source: Source, report: Report, every: bool) -> None:
+    """The quantized layers worst first, what was kept and why, and the totals."""
+    worst = sorted(report.quantized, key=lambda layer: -math.inf if layer.sqnr_db is None else layer.sqnr_db)
+    shown = worst if every else worst[:SHOWN]
+    groups = f", groups of {report.group_size}" if report.group_size else ""
+    console.print(f"{source.description}: {report.method}{groups}", highlight=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layer, worst first", overflow="fold")
+    for head in ("format", "weights", "bytes", "of FP32", "SQNR dB"):
+        table.add_column(head, justify="right" if head != "format" else "left", no_wrap=True)
+    for layer in shown:
+        table.add_row(*_cells(layer))
+    console.print(table)
+    if len(shown) < len(worst):
+        console.print(f"{len(worst) - len(shown)} more layers: --all", highlight=False)
+    if report.kept:
+        kept = sum(layer.bytes for layer in report.kept)
+        why = reasons({layer.name: layer.kept for layer in report.kept})
+        console.print(f"kept, {kept:,} bytes: {why}", highlight=False, soft_wrap=True, markup=False)
+    share = f"{len(report.quantized)} layers are {100 * report.quantized_frac:.2f} % of their FP32 bytes"
+    whole = f"the model {report.bytes:,} of {report.bytes_fp32:,} bytes ({100 * report.frac:.1f} %)"
+    console.print(f"{share}; {whole}", highlight=False, soft_wrap=True)
+
+
+def _cells(layer: Layer) -> tuple[str, ...]:
+    error = "exact" if layer.sqnr_db == math.inf else f"{layer.sqnr_db:.1f}"
+    share = f"{100 * layer.bytes / layer.bytes_fp32:.2f} %"
+    return layer.name, layer.format, f"{layer.elements:,}", f"{layer.bytes:,}", share, error
+
+
+def _plain(report: Report, source: Source, out: Path) -> dict[str, object]:
+    totals = {
+        "source": source.description,
+        "out": str(out),
+        "file_bytes": artifact.size_bytes(out),
+        "bytes": report.bytes,
+        "bytes_fp32": report.bytes_fp32,
+        "quantized_frac": report.quantized_frac,
+    }
+    return asdict(report) | totals

@@ -1,0 +1,162 @@
+"""Model folders of Hugging Face: opened, built empty, their Conv1D layers made linear. transformers comes lazily."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from mptrain.files import object_in
+from mptrain.quiet import quiet_import
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def is_one(folder: Path) -> bool:
+    """Is it a model's folder in Hugging Face's layout?"""
+    return bool({"model_type", "architectures"} & object_in(folder / "config.json").keys())
+
+
+def opened(folder: Path, file: Path | None = None) -> nn.Module:
+    """The FP32 model of a folder in eval mode, its weights from ``file`` where one is named.
+
+    ValueError for an unknown architecture, a missing or torn file, or weights that the model wants and are not there.
+    """
+    config = _config(folder)
+    for path in [file] if file else weight_files(folder):
+        _require_whole(path)
+    kind = _class_of(folder, config)
+    given: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    try:
+        with _silent():
+            if file is None:
+                model, info = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, **given)
+            else:
+                model, info = kind.from_pretrained(None, state_dict=load_file(file), **given)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{file or folder} lacks {missing[0]}{more}: it is not of the model in {folder}/config.json")
+    made: nn.Module = model.eval()
+    return made
+
+
+def shell(folder: Path) -> nn.Module:
+    """The model that ``config.json`` describes, with Conv1D layers made linear and whatever weights."""
+    config = _config(folder)
+    with _silent():
+        model: nn.Module = _class_of(folder, config)(config)
+    as_linear(model)
+    return model.eval()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. ValueError if there are none, or one that the index names is not there."""
+    if (folder / INDEX).is_file():
+        try:
+            shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX} is torn: fetch it again") from error
+        for shard in shards:
+            if not (folder / shard).is_file():
+                raise ValueError(f"{folder} lacks {shard}, a shard of {len(shards)} that {INDEX} names: fetch it again")
+        return [folder / shard for shard in shards]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}: only safetensors are read")
+
+
+def as_linear(model: nn.Module) -> int:
+    """Put an ``nn.Linear`` with the transposed weight in the place of each Conv1D of transformers (GPT-2's); how many.
+
+    The weights are the same numbers; a product may differ in its last bits, for it may be summed in another order.
+    """
+    count = 0
+    for name, module in [*model.named_modules()]:
+        if type(module).__name__ != "Conv1D" or not type(module).__module__.startswith("transformers."):
+            continue
+        weight, bias = module.weight, module.bias
+        linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+        linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
+        linear.bias = bias
+        linear.train(module.training)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
+        count += 1
+    return count
+
+
+def _require_whole(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"no file at {path}")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def _config(folder: Path) -> Any:
+    """transformers' configuration. ValueError if its model_type is not one it knows."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(
+            f"{folder} is a Hugging Face model and transformers is not installed: pip install transformers"
+        )
+    settings = object_in(folder / "config.json")
+    if "quantization_config" in settings:
+        raise ValueError(f"{folder} is quantized already (its config.json has a quantization_config): use the original")
+    with quiet_import():
+        import transformers
+    kind = settings.get("model_type", "none")
+    if kind not in transformers.CONFIG_MAPPING:
+        known = f"transformers {transformers.__version__} does not know"
+        raise ValueError(f"{folder}/config.json: model_type={kind} is an architecture that {known}")
+    try:
+        with _silent():
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a field of a wrong type runs into
+        raise ValueError(f"{folder}/config.json does not describe a {kind}: {str(error).splitlines()[0]}") from error
+
+
+def _class_of(folder: Path, config: Any) -> Any:
+    import transformers
+
+    named = (config.architectures or [""])[0]
+    if named:
+        found = getattr(transformers, named, None)
+        if found is None:
+            raise ValueError(
+                f"{folder}/config.json: transformers {transformers.__version__} has no architecture {named}"
+            )
+        return found
+    for auto in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
+        if type(config) in auto:
+            return auto[type(config)]
+    raise ValueError(f"{folder}/config.json names no architecture: set architectures, e.g. LlamaForCausalLM")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without transformers' progress bars and advice, which are put back as they were."""
+    with quiet_import():
+        from transformers.utils import logging
+
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()

@@ -1,0 +1,203 @@
+"""What a model can be quantized to: a row for each method, with torchao's description of it.
+
+torchao's own choices stand: a scale is amax / 127.5 (INT8) or amax / 7.5 (INT4) in FP32, so the largest positive weight
+clips by half a step; the zero points of symmetric codes are zeros, kept because its tensors have them.
+``set_inductor_config`` is off everywhere: it changes settings of the whole process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mptrain.quantization.packing import INT4
+from mptrain.quiet import quiet_import
+from mptrain.settings import did_you_mean, require
+
+NEEDS = (0, 18)  # of torchao: before it, these configurations make other tensors
+SMALLEST_GROUP = 8
+"""Numbers that share a scale: with fewer, scales and zero points weigh more than the codes of INT4."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to store the weights of a model's linear layers.
+
+    ``dtype``: of the codes as they are stored, or what a cast makes of the whole model. ``tensor``: the class of
+    torchao that a weight becomes; empty for a cast. ``group_default``: numbers that share a scale, None: a row of the
+    weight does. ``calibrated``: needs batches to see what activations look like. ``smooth``: SmoothQuant's alpha where
+    activations are observed (None moves nothing from activations to weights).
+    """
+
+    name: str
+    what: str
+    weight_bits: int
+    dtype: torch.dtype
+    tensor: str = ""
+    make: Callable[[int | None], Any] | None = None
+    grouped: bool = False
+    group_default: int | None = None
+    multiple: int = 1
+    calibrated: bool = False
+    smooth: float | None = None
+
+    @property
+    def cast(self) -> bool:
+        """Is it a change of the whole model's dtype, without scales?"""
+        return self.make is None
+
+    def group(self, asked: int | None) -> int | None:
+        """The size of the groups, from what was asked for. ValueError if the method cannot have it."""
+        if asked is None:
+            return self.group_default
+        if not self.grouped:
+            having = [name for name, other in METHODS.items() if other.grouped]
+            raise ValueError(f"{self.name} has no groups: leave --group-size out, or use --to {' or '.join(having)}")
+        require(asked >= SMALLEST_GROUP, "--group-size", asked, f"at least {SMALLEST_GROUP}, e.g. 32 or 128")
+        return asked
+
+    def config(self, group_size: int | None = None) -> Any:
+        """torchao's configuration. ValueError for a cast, which has none, and for a group size it cannot have."""
+        if self.make is None:
+            raise ValueError(f"{self.name} is a cast and has no configuration in torchao")
+        with quiet_import():
+            return self.make(self.group(group_size))
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why this cannot be done on this device with what is installed; None: it can."""
+        if self.cast:
+            return None
+        if importlib.util.find_spec("torchao") is None:
+            return f'{self.name} needs torchao, which is not installed: pip install "mptrain[native]"'
+        version = importlib.metadata.version("torchao")
+        if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < NEEDS:
+            return (
+                f"{self.name} needs torchao {'.'.join(map(str, NEEDS))} or newer, not {version}: pip install -U torchao"
+            )
+        if self.name == "fp8-dynamic" and not _has_fp8(device):
+            where = "a CPU has none" if device.type == "cpu" else "this GPU is older than Ada (compute capability 8.9)"
+            return f"fp8-dynamic multiplies in FP8 units and {where}: use --to fp8 (weights only) or int8-dynamic"
+        return None
+
+
+def named(name: str) -> Method:
+    """ValueError (did you mean ...) for an unknown one."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{did_you_mean(name, [*METHODS])}")
+    return METHODS[name]
+
+
+def missing(name: str, device: torch.device) -> str | None:
+    """Why the method of this name cannot be used on this device; None: it can."""
+    return named(name).missing(device)
+
+
+def _has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _rows_or_groups(size: int | None) -> Any:
+    from torchao.quantization import PerGroup, PerRow
+
+    return PerRow() if size is None else PerGroup(size)
+
+
+def _int8(size: int | None) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig(granularity=_rows_or_groups(size), set_inductor_config=False)
+
+
+def _int8_dynamic(size: int | None) -> Any:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+
+
+def _int8_static(size: int | None) -> Any:
+    from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor
+
+    granularity = [PerTensor(), PerRow()]  # of activations, whose scale is fixed, and of weights
+    return Int8StaticActivationInt8WeightConfig(granularity=granularity, set_inductor_config=False)
+
+
+def _int4(size: int | None) -> Any:
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(size))
+
+
+def _int4_dynamic(size: int | None) -> Any:
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
+
+    return Int8DynamicActivationIntxWeightConfig(weight_dtype=INT4, weight_granularity=PerGroup(size))
+
+
+def _fp8(size: int | None) -> Any:
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    return Float8WeightOnlyConfig(granularity=_rows_or_groups(size), set_inductor_config=False)
+
+
+def _fp8_dynamic(size: int | None) -> Any:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
+
+    return Float8DynamicActivationFloat8WeightConfig(set_inductor_config=False)
+
+
+INT8, INTX, FLOAT8 = "Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("fp32", "as it is", 32, torch.float32),
+        Method("bf16", "every weight in BF16", 16, torch.bfloat16),
+        Method("fp16", "every weight in FP16", 16, torch.float16),
+        Method("int8", "INT8 weights", 8, torch.int8, INT8, _int8, grouped=True),
+        Method("int8-dynamic", "INT8 weights; activations INT8 by token", 8, torch.int8, INT8, _int8_dynamic),
+        Method(
+            "int8-static",
+            "INT8 weights; activations INT8 by a scale from calibration",
+            8,
+            torch.int8,
+            INT8,
+            _int8_static,
+            calibrated=True,
+        ),
+        Method(
+            "int8-smooth",
+            "the same as int8-dynamic after SmoothQuant moved outliers from activations to weights",
+            8,
+            torch.int8,
+            INT8,
+            _int8_dynamic,
+            calibrated=True,
+            smooth=0.5,
+        ),
+        Method("int4", "INT4 weights in groups", 4, torch.int8, INTX, _int4, grouped=True, group_default=128),
+        Method(
+            "int4-dynamic",
+            "INT4 weights in groups; activations INT8 by token",
+            4,
+            torch.int8,
+            INTX,
+            _int4_dynamic,
+            grouped=True,
+            group_default=128,
+        ),
+        Method("fp8", "FP8 (E4M3) weights", 8, torch.float8_e4m3fn, FLOAT8, _fp8, grouped=True),
+        Method(
+            "fp8-dynamic",
+            "FP8 (E4M3) weights and activations",
+            8,
+            torch.float8_e4m3fn,
+            FLOAT8,
+            _fp8_dynamic,
+            multiple=16,
+        ),
+    )
+}

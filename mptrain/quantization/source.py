@@ -1,0 +1,140 @@
+"""What a user names to be quantized, opened: a run, a checkpoint of one, a Hugging Face folder, or a file in one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mptrain import data, models, trained
+from mptrain.data import Dataset
+from mptrain.files import object_in
+from mptrain.quantization import huggingface
+from mptrain.settings import from_plain, to_plain
+
+RUN, HUGGING_FACE = "run", "huggingface"
+MARK = "quantization.json"  # in the folder of a quantized model
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # tokenizer and generation settings of a Hugging Face folder
+NOT_BESIDE = (huggingface.INDEX, MARK)
+
+
+@dataclass(frozen=True)
+class Source:
+    """``model``: FP32, in eval mode. ``kind``: RUN or HUGGING_FACE. ``settings``: config.json of what is written from
+    it. ``data``: the run's data settings, None without a run. ``out``: where it is written if nobody says."""
+
+    model: nn.Module
+    kind: str
+    settings: dict[str, Any]
+    data: dict[str, Any] | None
+    description: str
+    out: Path
+    beside: tuple[Path, ...] = field(default=())
+
+    def dataset(self) -> Dataset:
+        """The run's data. ValueError if there is none (a Hugging Face folder) or it is not where it was."""
+        if self.data is None:
+            raise ValueError(f"{self.description} comes without data: name a run of mptrain")
+        return dataset(self.settings)
+
+
+def dataset(settings: dict[str, Any]) -> Dataset:
+    """The data of a run with this config.json."""
+    asked = dict(settings["data"])
+    module = data.load(str(asked.pop("kind", "")))
+    fields = module.Config.__dataclass_fields__
+    if "block_size" in fields and not asked.get("block_size"):
+        asked["block_size"] = settings["model"]["block_size"]
+    found: Dataset = module.build(from_plain(module.Config, asked, "data"))
+    return found
+
+
+def open_source(path: str | Path, average: bool = False) -> Source:
+    """Open what is at ``path``; ``average``: of a run the running average of its weights.
+
+    ValueError for what is not there, not whole, of an unknown kind, or quantized already.
+    """
+    path = Path(path)
+    folder = path.parent if path.is_file() else path
+    if not path.exists():
+        raise ValueError(f"nothing at {path}: give a run, a checkpoint of one, or a Hugging Face model")
+    if (folder / MARK).exists():
+        raise ValueError(f"{folder} is quantized already ({MARK}): quantize the original")
+    if huggingface.is_one(folder):
+        if average:
+            raise ValueError(f"{folder} is a Hugging Face model, which has no running average: leave --average out")
+        return _hugging_face(folder, path if path.is_file() else None)
+    if path.is_file():
+        raise ValueError(f"{path}: beside it is no config.json that says what model it is of (model_type)")
+    if (folder / "config.json").is_file() and "model" not in object_in(folder / "config.json"):
+        raise ValueError(f"{folder}/config.json is torn, or neither a run's (model) nor Hugging Face's (model_type)")
+    return _run(path, average)
+
+
+def _hugging_face(folder: Path, file: Path | None) -> Source:
+    model = huggingface.opened(folder, file)
+    beside = {path for pattern in BESIDE for path in folder.glob(pattern) if path.name not in NOT_BESIDE}
+    settings = object_in(folder / "config.json")
+    out = folder.resolve()
+    return Source(
+        model,
+        HUGGING_FACE,
+        settings,
+        None,
+        f"{type(model).__name__} of {file or folder}",
+        out.with_name(f"{out.name}-quantized"),
+        tuple(sorted(path for path in beside if path.name != "config.json")),
+    )
+
+
+def _run(path: Path, average: bool) -> Source:
+    run, checkpoint = trained.located(path)
+    state = trained.weights(checkpoint, average)
+    kind, config = trained.model_settings(run, state)
+    model = built(kind, config)
+    _fill(model, state, checkpoint)
+    settings: dict[str, Any] = {"model": {"kind": kind, **to_plain(config)}}
+    of_run = object_in(run / "config.json").get("data")
+    if isinstance(of_run, dict):
+        settings["data"] = of_run
+    what = "running average" if average else "weights"
+    return Source(
+        model.eval(), RUN, settings, settings.get("data"), f"{kind}, the {what} of {checkpoint}", run / "quantized"
+    )
+
+
+def built(kind: str, config: Any) -> nn.Module:
+    """A model of our own with no weights in it yet."""
+    with torch.device("meta"):
+        model: nn.Module = models.load(kind).build(config)
+    return model
+
+
+def rebuilt(settings: dict[str, Any]) -> nn.Module:
+    """The same, from the ``model`` of a config.json."""
+    values = dict(settings["model"])
+    kind = values.pop("kind")
+    return built(kind, from_plain(models.load(kind).Config, values, "model"))
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], where: Path) -> None:
+    """FP32 weights from a state, in which a tied one may be there once. ValueError if they are of another model."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state:
+            names.setdefault(id(parameter), name)
+    masters = {name: nn.Parameter(state[name].float().contiguous()) for name in names.values()}
+    wanted = model.state_dict(keep_vars=True)
+    filled = {name: masters[names[id(parameter)]] for name, parameter in wanted.items() if id(parameter) in names}
+    lacking, extra = sorted(wanted.keys() - filled.keys()), sorted(state.keys() - wanted.keys())
+    if lacking or extra:
+        what = f"lacks {lacking[0]}" if lacking else f"holds {extra[0]}, which the model has not"
+        raise ValueError(f"{where} {what}: its run's config.json is of another model")
+    try:
+        model.load_state_dict(filled, assign=True)
+    except RuntimeError as error:  # shapes
+        why = " ".join(str(error).split())
+        raise ValueError(f"{where} is of another model than its run's config.json says: {why}") from error
