@@ -185,6 +185,13 @@ def quantize(argv: list[str]) -> int:
     return command.run(argv)
 
 
+def deploy_matrix(argv: list[str]) -> int:
+    """Trained in {fp32, bf16, fp16, fp8} x deployed in {fp32, bf16, int8, int4, fp8}: accuracy, size, speed."""
+    from mptrain.quantization import matrix_command
+
+    return matrix_command.run(argv)
+
+
 def bench(argv: list[str]) -> int:
     """``bench cpu``, ``telemetry``, ``dist`` or ``gpu``: cost against targets, peers and limits (``--help``)."""
     if argv[:1] == ["cpu"]:
@@ -265,6 +272,7 @@ COMMANDS: dict[str, Command] = {
     "compare": compare,
     "export": export,
     "quantize": quantize,
+    "deploy-matrix": deploy_matrix,
     "bench": bench,
     "probe": probe,
     "run": run,

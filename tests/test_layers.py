@@ -58,7 +58,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "memory": ("policy", "formats", "settings"),
     "quantization": (
         "convert", "files", "machine", "settings", "quiet", "trained", "models", "data", "optim", "precision",
-        "report.comparison", "report.deployment", "report.inference", "report.deploy_table",
+        "report",
     ),
     "report": (
         "baseline", "identity", "checkpoint", "files", "formats", "kernels.bins", "policy", "settings", "telemetry",

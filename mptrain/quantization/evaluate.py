@@ -38,11 +38,13 @@ def evaluate(
     *,
     repeats: int = 5,
     weights_db: Mapping[str, float] | None = None,
+    reference_logits: Callable[[int], Tensor] | None = None,
 ) -> Evaluation:
     """``model`` beside ``reference`` on validation ``batches`` with their ``targets`` or ``labels``.
 
     ``repeats``: timed forwards of each at one sample and at the batch, 0 for no latencies and no layers.
-    ``weights_db``: SQNR of weights by layer, where known. ValueError without a batch.
+    ``weights_db``: SQNR of weights by layer, where known. ``reference_logits``: what :func:`logits_of` gives for the
+    reference and batch i, if somebody remembers. ValueError without a batch.
     """
     chosen = list(batches)
     if not chosen:
@@ -51,8 +53,9 @@ def evaluate(
     reference.eval()
     judged = Judged()
     with torch.no_grad():
-        for batch in chosen:
-            judged.add(logits_of(model, batch), logits_of(reference, batch), answer_of(batch))
+        for index, batch in enumerate(chosen):
+            theirs = reference_logits(index) if reference_logits else logits_of(reference, batch)
+            judged.add(logits_of(model, batch), theirs, answer_of(batch))
         parts = sizes_to_time(chosen[0]) if repeats else []
         latencies = [latency(model, reference, part, repeats) for part in parts]
         layers = layer_errors(model, reference, chosen[0], weights_db or {}) if repeats else []

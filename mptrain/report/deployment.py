@@ -76,7 +76,8 @@ class Deployed:
     ``metric``: perplexity, or top-1. ``own_delta``: to the same runs deployed in FP32; ``base_delta``: to FP32-trained
     ones deployed in FP32. Relative to the perplexity, or in accuracy (0.01 is a point). Intervals are over runs (seeds)
     where there are several, else over validation samples: ``method`` says which. ``mib``: of the stored tensors,
-    ``size_frac``: over those of the FP32 file. ``why``: it could not be deployed so; then all else is unknown.
+    ``size_frac``: over those of the FP32 file. ``layers``: how many were quantized. ``worst_db``: of the layer whose
+    output is furthest off, given the right input. ``why``: it could not be deployed so; then all else is unknown.
     """
 
     trained: str
