@@ -40,14 +40,14 @@ def export(source: Path, out: Path, dtype: str = "fp32", average: bool = False) 
 
 def _translated(run: Path, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and tensors by Hugging Face's names."""
-    kind, config = trained.model_settings(run, state)
+    kind = trained.model_kind(run)
     module = models.load(kind)
     if not hasattr(module, "hugging_face"):
         having = [name for name in models.kinds() if hasattr(models.load(name), "hugging_face")]
         raise ValueError(
             f"model.kind={kind} has no twin in Hugging Face's transformers; these have: {', '.join(having)}"
         )
-    found: tuple[dict[str, Any], dict[str, Tensor]] = module.hugging_face(config, state)
+    found: tuple[dict[str, Any], dict[str, Tensor]] = module.hugging_face(trained.model_config(run, state), state)
     return found
 
 

@@ -39,11 +39,20 @@ def weights(path: Path, average: bool) -> dict[str, Tensor]:
     return found
 
 
-def model_settings(run: Path, state: dict[str, Tensor]) -> tuple[str, Any]:
-    """The kind of a run's model and its Config, with the sizes that the data decided, read off the weights."""
+def model_kind(run: Path) -> str:
+    """The kind of a run's model. ValueError if its folder does not say."""
+    return str(_model(run)["kind"])
+
+
+def model_config(run: Path, state: dict[str, Tensor]) -> Any:
+    """The Config of a run's model, with the sizes that the data decided read off the weights."""
+    settings = _model(run)
+    module = models.load(settings.pop("kind"))
+    return from_plain(module.Config, settings | module.sizes(settings, state), "model")
+
+
+def _model(run: Path) -> dict[str, Any]:
     settings = object_in(run / "config.json").get("model")
     if not isinstance(settings, dict) or "kind" not in settings:
         raise ValueError(f"{run}/config.json holds no settings of a model: is it the folder of a run?")
-    kind = settings.pop("kind")
-    module = models.load(kind)
-    return kind, from_plain(module.Config, settings | module.sizes(settings, state), "model")
+    return settings

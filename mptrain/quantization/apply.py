@@ -239,6 +239,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
 
 def _report(model: nn.Module, method: Method, size: int | None, made: dict[str, Layer], kept: dict[str, str]) -> Report:
     report = Report(method.name, size)
+    multiplied = {id(module.weight): at for at, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, module, key, tensor in _tensors(model):
         label = name.removesuffix(".weight")
         if label in made:
@@ -251,12 +252,12 @@ def _report(model: nn.Module, method: Method, size: int | None, made: dict[str, 
             named = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(
                 tensor.dtype, f"{bits} bits"
             )
-            why = kept.get(label) or _not_linear(module, key)
+            why = kept.get(label) or _not_linear(module, key, multiplied.get(id(tensor)))
             report.layers.append(Layer(label, named, count, tensor.nbytes, BYTES_FP32 * count, kept=why))
     return report
 
 
-def _not_linear(module: nn.Module, key: str) -> str:
+def _not_linear(module: nn.Module, key: str, tied: str | None) -> str:
     if isinstance(module, nn.Embedding):
-        return "an embedding: it is looked up"
+        return f"an embedding, and the weight of {tied} (tied)" if tied else "an embedding: it is looked up"
     return f"{key} of {type(module).__name__}, which is no linear layer"

@@ -129,17 +129,19 @@ def _config(folder: Path) -> Any:
 
 
 def _class_of(folder: Path, config: Any) -> Any:
-    import transformers
+    with _silent():  # an architecture's module is imported here
+        import transformers
 
-    named = (config.architectures or [""])[0]
+        named = (config.architectures or [""])[0]
+        found = getattr(transformers, named, None) if named else None
+        automatic = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING)
     if named:
-        found = getattr(transformers, named, None)
         if found is None:
             raise ValueError(
                 f"{folder}/config.json: transformers {transformers.__version__} has no architecture {named}"
             )
         return found
-    for auto in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
+    for auto in automatic:
         if type(config) in auto:
             return auto[type(config)]
     raise ValueError(f"{folder}/config.json names no architecture: set architectures, e.g. LlamaForCausalLM")

@@ -93,7 +93,7 @@ def _hugging_face(folder: Path, file: Path | None) -> Source:
 def _run(path: Path, average: bool) -> Source:
     run, checkpoint = trained.located(path)
     state = trained.weights(checkpoint, average)
-    kind, config = trained.model_settings(run, state)
+    kind, config = trained.model_kind(run), trained.model_config(run, state)
     model = built(kind, config)
     _fill(model, state, checkpoint)
     settings: dict[str, Any] = {"model": {"kind": kind, **to_plain(config)}}
