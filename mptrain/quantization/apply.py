@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,10 @@ def selected(
     model: nn.Module, method: Method, size: int | None, keep: str
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """The linear layers to quantize in groups of ``size`` (None: rows), and the kept ones with the reason."""
-    linear, kept = select(model, keep, multiple=1, setting="--keep")
+    try:
+        linear, kept = select(model, keep, multiple=1, setting="--keep")
+    except re.error as error:
+        raise ValueError(f"--keep={keep} is no regular expression: {error}") from error
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
