@@ -78,7 +78,8 @@ def fake_quantize(model: nn.Module, config: Any, names: Collection[str]) -> None
 
     before = {name: model.get_submodule(name) for name in names}
     try:
-        quantize_(model, QATConfig(config, step="prepare"), _only(names))
+        with quiet_import():  # it imports more when it is first used
+            quantize_(model, QATConfig(config, step="prepare"), _only(names))
     except (ValueError, AssertionError) as error:
         raise ValueError(
             f"torchao cannot fine-tune for {type(config).__name__}: use --to int4, int4-dynamic or int2"
