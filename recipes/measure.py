@@ -115,11 +115,13 @@ def tuned_table(kept: dict[str, Any]) -> str:
         else:
             cells += ["", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
-    half = kept["half_back_nats"]
-    surely = half["low"] > 0
-    back = f"Fine-tuning gives back {kept['recovered_frac']:.0%} of what {kept['method']} takes"
-    back += f" ({'at least' if surely else 'not surely'} half: {half['mean']:+.4f} nats beyond it"
-    back += f" [{half['low']:+.4f}, {half['high']:+.4f}], {half['method']}, n={half['n']})."
+    half, lost = kept["half_back_nats"], kept["rows"][-2]["loss_delta"]
+    back = f"{kept['method'].upper()} takes too little to measure here, so there is nothing to give back."
+    if lost["low"] > 0:
+        surely = "more than half, surely" if half["low"] > 0 else "not surely half"
+        ends = f"{half['mean']:+.4f} [{half['low']:+.4f}, {half['high']:+.4f}] nats more than half of it"
+        back = f"Fine-tuning gives back {kept['recovered_frac']:.0%} of what {kept['method'].upper()} takes"
+        back += f" ({surely}: {ends})."
     group = f", groups of {kept['group_size']}" if kept["group_size"] else ""
     where = f"`{kept['command']}`, then {kept['method']}{group}, {kept['steps']} steps at {kept['rate']:g}; "
     where += f"{kept['seeds']} seed{'s' * (kept['seeds'] > 1)}, {kept['samples']} validation samples; {kept['machine']}"
@@ -152,7 +154,8 @@ def _deployed(cell: dict[str, Any], metric: str) -> str:
     return f"{text} ({ends[0]} {'%' if metric == 'perplexity' else 'pt'} [{ends[1]}, {ends[2]}])"
 
 
-TABLES = {"gpt-nano-cpu.json": precisions_table, "deploy-gpt-nano.json": deployed_table}
+TABLES = {"gpt-nano-cpu.json": precisions_table}
+TABLES |= dict.fromkeys(("deploy-digits.json", "deploy-gpt-nano.json"), deployed_table)
 TABLES |= dict.fromkeys(("qat-digits-int2.json", "qat-digits-int4.json", "qat-gpt-nano-int4.json"), tuned_table)
 TABLES |= dict.fromkeys(("bench-cpu.json", "bench-telemetry.json", "bench-dist.json"), bench_table)
 

@@ -255,7 +255,11 @@ def _delta(figures: Sequence[Figure], others: Sequence[Figure]) -> Interval | No
         ours, other = pairs[0]
         found = top1_delta(ours.hits, other.hits) if images else loss_delta(ours.losses, other.losses)
     else:
-        found = mean_of([_mean(ours) - _mean(other) for ours, other in pairs], f"paired {OVER_SEEDS}")
+        changes = [_mean(ours) - _mean(other) for ours, other in pairs]
+        found = mean_of(changes, f"paired {OVER_SEEDS}")
+        if images and len(set(changes)) == 1:  # no spread to go by: of the images of all runs
+            hits = [[hit for evaluation in side for hit in evaluation.hits] for side in zip(*pairs, strict=True)]
+            found = top1_delta(*hits)
     if images:
         return found
     ratio = perplexity(found)

@@ -130,6 +130,14 @@ def test_the_command_writes_the_matrix_and_the_report_of_a_sweep(tmp_path, capsy
     assert json.loads((tmp_path / "sweep" / "deploy.json").read_text())["cells"][0]["trained"] == "fp32"
 
 
+def test_seeds_in_which_no_image_changed_do_not_make_the_interval_a_point(tmp_path):
+    made = matrix.deploy([run(tmp_path / str(s), seed=s, model=VIT) for s in (0, 1)], ["fp16"], batches=2, repeats=0)
+    cell = made.cell("fp32", "fp16")
+    assert cell.own_delta.mean == 0.0
+    assert cell.own_delta.low < 0.0 < cell.own_delta.high
+    assert (cell.own_delta.n, cell.own_delta.method) == (256, "Agresti-Min")
+
+
 def test_what_a_model_cannot_be_had_in_is_a_cell_with_the_reason(tmp_path):
     made = matrix.deploy([run(tmp_path / "a")], ["int4", "fp8-dynamic"], batches=1, repeats=0, group_size=24)
     for name, said in (("int4", "would quantize nothing"), ("fp8-dynamic", "use --to fp8")):
