@@ -52,10 +52,11 @@ def opened(folder: Path, file: Path | None = None) -> nn.Module:
 
 
 def shell(folder: Path) -> nn.Module:
-    """The model that ``config.json`` describes, with Conv1D layers made linear and whatever weights."""
+    """The model that ``config.json`` describes, with Conv1D layers made linear; its weights are on meta."""
     config = _config(folder)
-    with _silent():
-        model: nn.Module = _class_of(folder, config)(config)
+    kind = _class_of(folder, config)
+    with _silent(), _weightless():
+        model: nn.Module = kind(config)
     as_linear(model)
     return model.eval()
 
@@ -86,7 +87,7 @@ def as_linear(model: nn.Module) -> int:
         if type(module).__name__ != "Conv1D" or not type(module).__module__.startswith("transformers."):
             continue
         weight, bias = module.weight, module.bias
-        linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+        linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")  # so that no weights are drawn
         linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
         linear.bias = bias
         linear.train(module.training)
@@ -145,6 +146,24 @@ def _class_of(folder: Path, config: Any) -> Any:
         if type(config) in auto:
             return auto[type(config)]
     raise ValueError(f"{folder}/config.json names no architecture: set architectures, e.g. LlamaForCausalLM")
+
+
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """Parameters go to meta as they are made, so that a shell needs no memory and no time to draw weights; buffers stay
+    (``torch.device("meta")`` would leave rotary tables empty, which are in no file)."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -122,6 +122,25 @@ def test_what_is_kept_is_named_with_its_reason():
     assert "head" in {layer.name for layer in images.quantized}
 
 
+class Experts(nn.Module):
+    """As in transformers' mixtures of experts: one parameter for all of them, and no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(4, 64, 64))
+        self.norm = nn.LayerNorm(64)
+
+
+def test_weights_that_are_in_no_layer_are_not_passed_over_in_silence():
+    model = nn.Sequential(nn.Linear(64, 64), Experts())
+    report = quantize_model(model, "int8")
+    (kept,) = report.kept
+    assert (kept.name, kept.format, kept.bytes) == ("1.gate_up", "fp32", 4 * 4 * 64 * 64)
+    assert kept.kept == "gate_up of Experts, which is no linear layer"
+    assert report.rest_bytes == 4 * 3 * 64
+    assert report.frac > 0.8
+
+
 def test_layers_that_groups_do_not_divide_are_kept_and_the_others_quantized():
     model = nn.Sequential(nn.Linear(96, 128), nn.Linear(128, 64)).eval()
     report = quantize_model(model, "int4")
@@ -206,6 +225,14 @@ def test_a_weight_that_is_not_finite_is_refused():
         model[2].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"2 holds Inf or NaN"):
         quantize_model(model, "int8")
+
+
+def test_of_two_names_one_that_matches_keep_keeps_the_layer():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
+    model.append(model[0])
+    report = quantize_model(model, "int8", keep="2")
+    assert [(layer.name, layer.kept) for layer in report.layers] == [("0", "matches --keep"), ("1", "")]
+    assert type(model[2].weight) is nn.Parameter
 
 
 def test_a_module_in_two_places_stays_one():

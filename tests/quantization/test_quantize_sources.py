@@ -96,6 +96,16 @@ def test_a_folder_saved_and_loaded_computes_the_same_bits(name, method, folders,
     assert tied == (name == "gpt2")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_shell_holds_no_weights_and_every_buffer(name, folders):
+    shell, whole = huggingface.shell(folders / name), open_source(folders / name).model
+    assert all(parameter.is_meta for parameter in shell.parameters())
+    buffers = dict(whole.named_buffers())
+    assert buffers.keys() == dict(shell.named_buffers()).keys()
+    assert all(torch.equal(buffer, buffers[at]) for at, buffer in shell.named_buffers())
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
 def test_what_stands_beside_the_weights_comes_along(copied, tmp_path):
     folder = copied("llama")
     (folder / "tokenizer.json").write_text("{}")
