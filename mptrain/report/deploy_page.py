@@ -22,9 +22,9 @@ def section(matrix: Matrix) -> str:
     cells = [(escape(deploy_cells.name(cell)), deploy_cells.name(cell), cell) for cell in matrix.cells]
     parts = [
         f"<h2>{TITLE}</h2>",
-        f"<p>{escape(deploy_cells.overview(matrix))}</p>",
+        f"<p>{escape(_explained(matrix))}</p>",
         table_of("deploy", "trained in", _square(matrix), square),
-        "<h3>Size, speed and agreement</h3>",
+        "<p></p><h3>Intervals, size, speed and agreement</h3>",
         table_of("deploy-cells", "trained > deployed", deploy_cells.columns(matrix), cells),
         listed(matrix.notes) if matrix.notes else "",
     ]
@@ -42,11 +42,18 @@ def markdown_parts(matrix: Matrix) -> list[str]:
     rows = [row([plain(name), *(plain(column.cell(name).text) for column in square)]) for name in matrix.trained]
     return [
         f"#### {TITLE}",
-        plain(deploy_cells.overview(matrix)),
+        plain(_explained(matrix)),
         "\n".join([*_head("trained in", square), *rows]),
         "\n".join([*_head("trained > deployed", columns), *cells]),
         *([markdown_list(matrix.notes)] if matrix.notes else []),
     ]
+
+
+def _explained(matrix: Matrix) -> str:
+    figure = (
+        f"{matrix.metric.capitalize()} by the format deployed in; in brackets the change from the same runs in FP32."
+    )
+    return f"{figure} {deploy_cells.overview(matrix)}"
 
 
 def _head(first: str, columns: list[Column[Any]]) -> list[str]:
@@ -56,10 +63,7 @@ def _head(first: str, columns: list[Column[Any]]) -> list[str]:
 
 def _square(matrix: Matrix) -> list[Column[str]]:
     """A column for each format deployed in; its rows are the precisions trained in."""
-    return [
-        Column(name, f"{name}: {matrix.metric}, Δ {deploy_cells.OWN}", name, _pick(matrix, name))
-        for name in matrix.deployed
-    ]
+    return [Column(name, name, name, _pick(matrix, name)) for name in matrix.deployed]
 
 
 def _pick(matrix: Matrix, deployed: str) -> Callable[[str], Cell]:
