@@ -138,8 +138,12 @@ def deployed_table(kept: dict[str, Any]) -> str:
         lines.append("| " + " | ".join((name, *(_deployed(row[other], kept["metric"]) for other in formats))) + " |")
     some = [cell for cell in kept["cells"] if cell["trained"] == kept["cells"][0]["trained"]]
     sizes = ", ".join(f"{cell['deployed']} {cell['size_frac']:.1%}" for cell in some if cell["size_frac"])
-    said = f"{kept['metric'].capitalize()}, and its change from the same run in FP32 with its 95 % interval over "
-    said += f"{kept['samples']} validation samples. Of the FP32 file: {sizes}."
+    runs = max(cell["runs"] for cell in kept["cells"])
+    over = f"{runs} seeds of {kept['samples']}" if runs > 1 else str(kept["samples"])
+    said = (
+        f"{kept['metric'].capitalize()}, and its change from the same run in FP32 with its 95 % interval, over {over} "
+    )
+    said += f"validation samples. Of the FP32 file: {sizes}."
     return "\n".join(lines) + f"\n\n{said} {kept['machine']}."
 
 

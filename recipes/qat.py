@@ -1,6 +1,6 @@
 """What quantization takes from the runs of a sweep, and what quantization-aware fine-tuning gives back, over seeds.
 
-python recipes/qat.py SWEEP METHOD STEPS RATE OUT.json [GROUP_SIZE]
+python recipes/qat.py SWEEP METHOD STEPS RATE OUT.json [GROUP_SIZE]    # SWEEP may be one run of a sweep
 
 Beside each tuned model stands its control, the same steps without rounding: a model that was not trained to the end
 gets better by any steps, and that is not what fine-tuning gives back. So the loss by quantization is counted from the
@@ -102,7 +102,8 @@ def main(sweep: Path, method: str, steps: int, rate: float, out: Path, group: in
                 row["top1_delta"] = to_plain(over(runs, name, ROWS[name], hits=True))
         rows.append(row)
     lost, left = (row["loss_delta"]["mean"] for row in rows[-2:])
-    plan = json.loads((sweep / "sweep.json").read_text()) if (sweep / "sweep.json").exists() else {"overrides": []}
+    where = sweep if (sweep / "sweep.json").exists() else sweep.parent  # one run of a sweep will do
+    plan = json.loads((where / "sweep.json").read_text())
     words = [
         word for word in plan["overrides"] if not word.startswith(("sweep_dir", "logger", "baseline", "telemetry"))
     ]

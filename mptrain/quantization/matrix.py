@@ -29,6 +29,7 @@ from mptrain.report.deployment import Deployed, Evaluation, Matrix
 from mptrain.report.inference import mean_of, perplexity
 from mptrain.report.runs import expand, settings_in
 
+ORDER = ("fp32", "tf32", "bf16", "fp16", "fp8")  # of the precisions trained in; variants of them beside them
 FORMATS = ("fp32", "bf16", "int8", "int4", "fp8")
 BATCHES = 32
 SAMPLES = {"tokens": 8, "images": 64}  # of a batch
@@ -122,7 +123,7 @@ def trained_at(paths: Sequence[Path]) -> list[Trained]:
             raise ValueError(
                 f"{other.folder} and {folder} are both {run.precision} with seed={run.seed}: name the runs to deploy"
             )
-    return sorted(runs.values(), key=lambda run: run.precision != "fp32")
+    return sorted(runs.values(), key=lambda run: [run.precision.startswith(name) for name in ORDER], reverse=True)
 
 
 def validation_batches(data: Dataset, batches: int, size: int | None = None) -> list[Batch]:
