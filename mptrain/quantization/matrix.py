@@ -65,6 +65,7 @@ class Found:
     figures: dict[tuple[str, str], list[Figure]] = field(default_factory=dict)
     why: dict[tuple[str, str], str] = field(default_factory=dict)
     fingerprint: str = ""
+    left_out: list[str] = field(default_factory=list)
 
 
 def deploy(
@@ -83,25 +84,28 @@ def deploy(
     cannot be had in is a cell that says why. ValueError if the runs are not of one model and data.
     """
     formats = list(dict.fromkeys(("fp32", *to)))
-    for name in formats:
-        if named(name).calibrated:
-            raise ValueError(
-                f"{name} must see activations first, which the matrix does not show it: leave it out of --to"
-            )
-    runs = trained_at(paths)
-    found, chosen = Found(), list[Batch]()
-    for run in runs:
-        source = open_source(run.folder)
+    calibrated = [name for name in formats if named(name).calibrated]
+    if calibrated:
+        raise ValueError(f"{calibrated[0]} must see activations first, which is not done here: leave it out of --to")
+    found, chosen, runs = Found(), list[Batch](), list[Trained]()
+    for run in trained_at(paths):
+        try:
+            source = open_source(run.folder)
+        except ValueError as error:  # a run of the sweep that is still at work
+            found.left_out.append(f"left out: {error}")
+            continue
         data = source.dataset()
         if found.fingerprint not in ("", data.fingerprint):
             raise ValueError(f"{run.folder} was trained on other data than {runs[0].folder}: compare them apart")
-        found.fingerprint = data.fingerprint
-        chosen = validation_batches(data, batches)
+        found.fingerprint, chosen = data.fingerprint, validation_batches(data, batches)
+        runs.append(run)
         for name, figure in _formats_of(run, source.model, formats, chosen, repeats, group_size, keep, say):
             if isinstance(figure, str):
                 found.why[run.precision, name] = figure
             else:
                 found.figures.setdefault((run.precision, name), []).append(figure)
+    if not runs:
+        raise ValueError(found.left_out[0].removeprefix("left out: "))
     return _matrix(paths, found, formats, runs, chosen)
 
 
@@ -197,7 +201,7 @@ def _matrix(
     notes = [] if base else ["No run was trained in FP32: each is compared with itself alone."]
     cpu = some.machine == describe(torch.device("cpu"))
     timed = any(cell.speed_ratio is not None for cell in cells)
-    notes += [CPU_SPEED] if cpu and timed else []
+    notes += [*([CPU_SPEED] if cpu and timed else []), *found.left_out]
     title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs"
     metric = "perplexity" if some.unit == "tokens" else "top-1"
     size = len(next(iter(batches[0].values())))

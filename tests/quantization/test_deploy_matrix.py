@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 
 import fake_runs
 import numpy as np
@@ -128,6 +129,9 @@ def test_the_command_writes_the_matrix_and_the_report_of_a_sweep(tmp_path, capsy
     assert "bf16 > int8" in printed
     assert "data-group='deploy'" in (tmp_path / "sweep" / "report.html").read_text()
     assert json.loads((tmp_path / "sweep" / "deploy.json").read_text())["cells"][0]["trained"] == "fp32"
+    assert cli.main(["compare", str(tmp_path / "sweep"), "--markdown", str(tmp_path / "again.md")]) == 0
+    assert (tmp_path / "again.md").read_text() == (tmp_path / "sweep" / "report.md").read_text()
+    assert "| bf16 > int8 |" in (tmp_path / "again.md").read_text().replace("&gt;", ">")
 
 
 def test_seeds_in_which_no_image_changed_do_not_make_the_interval_a_point(tmp_path):
@@ -145,6 +149,16 @@ def test_what_a_model_cannot_be_had_in_is_a_cell_with_the_reason(tmp_path):
         assert cell.metric is None
         assert said in cell.why
     assert made.cell("fp32", "fp32").metric is not None
+
+
+def test_a_run_without_a_checkpoint_is_left_out_and_named(tmp_path):
+    whole, torn = run(tmp_path / "a", model=VIT), run(tmp_path / "b", "bf16", model=VIT)
+    shutil.rmtree(torn / "checkpoints")
+    made = matrix.deploy([whole, torn], ["int8"], batches=1, repeats=0)
+    assert made.trained == ["fp32"]
+    assert [note for note in made.notes if str(torn) in note and "has no whole checkpoint" in note] == made.notes
+    with pytest.raises(ValueError, match="has no whole checkpoint"):
+        matrix.deploy([torn], ["int8"], batches=1)
 
 
 @pytest.mark.parametrize(
