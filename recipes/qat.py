@@ -31,6 +31,7 @@ from mptrain.report.inference import mean_of
 from mptrain.settings import to_plain
 
 BATCHES = 32
+UNSAID = ("sweep_dir", "logger", "baseline", "telemetry.record_every")  # what the losses do not depend on
 ROWS = {  # what is compared with what: in FP32 as trained, or with the control
     "at once": "fp32",
     "control": "fp32",
@@ -81,13 +82,8 @@ def half_back(runs: list[dict[str, Evaluation]]) -> Interval:
     return mean_of([sum(values) / len(values) for values in each], "paired t over seeds")
 
 
-def main(sweep: Path, method: str, steps: int, rate: float, out: Path, group: int | None) -> None:
-    trained = trained_at([sweep])  # FP32 first
-    folders = [run.folder for run in trained if run.precision == trained[0].precision]
-    runs = []
-    for folder in folders:
-        runs.append(measured(folder, method, steps, rate, group))
-        print(folder.name, {name: round(found.loss.mean, 4) for name, found in runs[-1].items()}, flush=True)
+def table(runs: list[dict[str, Evaluation]]) -> list[dict[str, Any]]:
+    """A row for each of the models: its figures, means over the runs, and the change from the one beside it."""
     rows = []
     for name in ("fp32", *ROWS):
         found = [run[name] for run in runs]
@@ -101,12 +97,22 @@ def main(sweep: Path, method: str, steps: int, rate: float, out: Path, group: in
             if found[0].hits:
                 row["top1_delta"] = to_plain(over(runs, name, ROWS[name], hits=True))
         rows.append(row)
+    return rows
+
+
+def main(sweep: Path, method: str, steps: int, rate: float, out: Path, group: int | None) -> None:
+    trained = trained_at([sweep])  # FP32 first
+    folders = [run.folder for run in trained if run.precision == trained[0].precision]
+    runs = []
+    for folder in folders:
+        runs.append(measured(folder, method, steps, rate, group))
+        print(folder.name, {name: round(found.loss.mean, 4) for name, found in runs[-1].items()}, flush=True)
+    rows = table(runs)
     lost, left = (row["loss_delta"]["mean"] for row in rows[-2:])
     where = sweep if (sweep / "sweep.json").exists() else sweep.parent  # one run of a sweep will do
     plan = json.loads((where / "sweep.json").read_text())
-    words = [
-        word for word in plan["overrides"] if not word.startswith(("sweep_dir", "logger", "baseline", "telemetry"))
-    ]
+    given = {word.partition("=")[0]: word for word in plan["overrides"]}  # of one given twice the last counts
+    words = [word for key, word in given.items() if key not in UNSAID]
     kept = {
         "command": " ".join(["python train.py -m", *words]),
         "method": method,
