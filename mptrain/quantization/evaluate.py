@@ -59,7 +59,7 @@ def evaluate(
         parts = sizes_to_time(chosen[0]) if repeats else []
         latencies = [latency(model, reference, part, repeats) for part in parts]
         layers = layer_errors(model, reference, chosen[0], weights_db or {}) if repeats else []
-    return judged.evaluation(describe(device_of(model)), latencies, layers)
+    return judged.evaluation(device_of(model), latencies, layers)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -122,7 +122,7 @@ class Judged:
         worst = float(kl.max())
         self.worst = worst if math.isnan(worst) else max(self.worst, worst)
 
-    def evaluation(self, machine: str, latencies: list[Latency], layers: list[LayerError]) -> Evaluation:
+    def evaluation(self, device: torch.device, latencies: list[Latency], layers: list[LayerError]) -> Evaluation:
         n = len(self.losses)
         top1 = [proportion(round(sum(hits)), n) if self.images else None for hits in (self.hits, self.reference_hits)]
         return Evaluation(
@@ -138,7 +138,8 @@ class Judged:
             kl_nats=mean_of(self.kl, OVER_SAMPLES),
             kl_worst=self.worst,
             same_frac=statistics.fmean(self.same),
-            machine=machine,
+            machine=describe(device),
+            device=device.type,
             latencies=latencies,
             layers=layers,
             losses=self.losses,

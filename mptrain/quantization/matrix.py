@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.data import Dataset
-from mptrain.machine import describe
 from mptrain.quantization.apply import quantize_model
 from mptrain.quantization.evaluate import Batch, evaluate, logits_of, loss_delta, top1_delta
 from mptrain.quantization.methods import named
@@ -76,6 +75,7 @@ def deploy(
     repeats: int = REPEATS,
     group_size: int | None = None,
     keep: str = "",
+    device: torch.device | None = None,
     say: Say = lambda text: None,
 ) -> Matrix:
     """The matrix of the runs at ``paths`` (run folders, or folders of them) in the formats ``to``; FP32 is always one.
@@ -99,7 +99,8 @@ def deploy(
             raise ValueError(f"{run.folder} was trained on other data than {runs[0].folder}: compare them apart")
         found.fingerprint, chosen = data.fingerprint, validation_batches(data, batches)
         runs.append(run)
-        for name, figure in _formats_of(run, source.model, formats, chosen, repeats, group_size, keep, say):
+        model = source.model.to(device or torch.device("cpu"))
+        for name, figure in _formats_of(run, model, formats, chosen, repeats, group_size, keep, say):
             if isinstance(figure, str):
                 found.why[run.precision, name] = figure
             else:
@@ -199,13 +200,12 @@ def _matrix(
     cells = [_cell(found, name, other, base) for name in trained for other in formats]
     some = next(iter(found.figures.values()))[0].evaluation
     notes = [] if base else ["No run was trained in FP32: each is compared with itself alone."]
-    cpu = some.machine == describe(torch.device("cpu"))
     timed = any(cell.speed_ratio is not None for cell in cells)
-    notes += [*([CPU_SPEED] if cpu and timed else []), *found.left_out]
+    notes += [*([CPU_SPEED] if some.device == "cpu" and timed else []), *found.left_out]
     title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs"
     metric = "perplexity" if some.unit == "tokens" else "top-1"
     size = len(next(iter(batches[0].values())))
-    return Matrix(title, metric, some.unit, some.samples, size, some.machine, cells, notes)
+    return Matrix(title, metric, some.unit, some.samples, size, some.machine, cells, notes, some.device)
 
 
 def _cell(found: Found, trained: str, deployed: str, base: Sequence[Figure]) -> Deployed:

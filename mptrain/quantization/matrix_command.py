@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mptrain.files import json_text, write_whole
+from mptrain.machine import pick_device
 from mptrain.quantization import matrix
 from mptrain.quantization.methods import METHODS
 from mptrain.report.compare import compare
@@ -29,6 +30,7 @@ def run(argv: list[str]) -> int:
         repeats=asked.repeats,
         group_size=asked.group_size,
         keep=asked.keep,
+        device=pick_device(asked.device),
         say=lambda text: console.print(text, style="dim", highlight=False),
     )
     print_matrix(console, made)
@@ -67,5 +69,6 @@ def _parser() -> argparse.ArgumentParser:
         "--group-size", type=int, metavar="N", help="numbers that share a scale, where there are groups"
     )
     parser.add_argument("--keep", default="", metavar="REGEX", help="layers left as they are (full match)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the matrix there")
     return parser

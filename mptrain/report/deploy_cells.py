@@ -42,7 +42,12 @@ def overview(matrix: Matrix) -> str:
     if counts and max(counts) > 1:
         over = f"{max(counts)} seeds: intervals are over the seeds"
     where = f"Speed: a forward of {matrix.batch} samples on {matrix.machine} beside the same model in FP32"
-    return f"{matrix.samples} validation samples; {over}. {where}; it says nothing about a GPU's."
+    return f"{matrix.samples} validation samples; {over}. {where}{no_gpu(matrix.device)}."
+
+
+def no_gpu(device: str) -> str:
+    """What must be said of a speed that was measured on a CPU."""
+    return "; it says nothing about a GPU's" if device == "cpu" else ""
 
 
 def _metric(interval: Interval | None, unit: str) -> Cell:

@@ -74,7 +74,8 @@ def print_evaluation(console: Console, evaluation: Evaluation, name: str) -> Non
             Text(f"batch {row.batch}: {row.ms:.2f} ms (before {row.reference_ms:.2f}), {speed} the speed{ends}")
         )
     if evaluation.latencies:
-        console.print(Text(f"measured on {evaluation.machine}; it says nothing about a GPU", "dim"))
+        where = f"speed measured on {evaluation.machine}{deploy_cells.no_gpu(evaluation.device)}"
+        console.print(Text(where, "dim"))
     if evaluation.layers:
         console.print(_layers(evaluation))
 

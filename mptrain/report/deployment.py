@@ -46,7 +46,7 @@ class Evaluation:
     """A deployed model beside its reference on the same validation samples.
 
     ``unit``: what is predicted, ``tokens`` or ``images``. ``kl_nats``: KL(reference || deployed) of a prediction, mean;
-    ``same_frac``: how often both like the same answer best. ``machine``: what the latencies were measured on.
+    ``same_frac``: how often both like the same answer best. ``machine``, ``device``: where the latencies were measured.
     ``losses``, ``hits``: of each sample, the share of right predictions among the latter.
     """
 
@@ -67,6 +67,7 @@ class Evaluation:
     layers: list[LayerError] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     hits: list[float] = field(default_factory=list)
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Deployed:
 class Matrix:
     """Trained in x deployed in, as ``deploy.json`` holds it. ``metric``: ``perplexity`` or ``top-1``.
 
-    ``batch``: samples of the timed forward; ``machine``: what it ran on; ``notes``: what to know of the figures.
+    ``batch``: samples of the timed forward; ``machine``, ``device``: where it ran; ``notes``: what to know of it all.
     """
 
     title: str
@@ -114,6 +115,7 @@ class Matrix:
     machine: str
     cells: list[Deployed]
     notes: list[str] = field(default_factory=list)
+    device: str = "cpu"
 
     @property
     def trained(self) -> list[str]:
