@@ -112,7 +112,7 @@ def train(
     """The loop: losses and the number of skipped steps."""
     model.train()
     bound = Precision(precision).prepare(model)
-    options = OptimConfig(lr=lr, weight_decay=0.0)
+    options = OptimConfig(lr=lr, weight_decay=0.0, min_lr_frac=0.0)  # what still moves hops between two codes
     optimizer, schedule = build_optimizer(options, model), Schedule.of(options, steps)
     losses: list[Tensor] = []
     applied = 0
