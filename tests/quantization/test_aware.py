@@ -86,10 +86,10 @@ def test_fine_tuning_gives_back_what_two_bits_take():
     module = data.load("digits")
     digits = module.build(module.Config())
     torch.manual_seed(0)
-    tuned = vit.build(vit.Config(8, 1, 10, n_layer=1, n_head=2, n_embd=32))
+    trained = vit.build(vit.Config(8, 1, 10, n_layer=1, n_head=2, n_embd=32))
     stream = [digits.batch(step, batch_size=64, seed=0) for step in range(150)]
-    qat.train(tuned, stream, 150, lr=1e-2)
-    control = copy.deepcopy(tuned)
+    qat.train(trained, stream, 150, lr=1e-2)
+    control, tuned = copy.deepcopy(trained), copy.deepcopy(trained)
     qat.train(control, stream[:40], 40, lr=3e-3)
     qat.finetune(tuned, "int2", stream[:40], 40, lr=3e-3)
     rounded = copy.deepcopy(control)
