@@ -59,7 +59,8 @@ def regained(at_once: Evaluation, tuned: Evaluation) -> str:
     lost = at_once.loss_delta
     if not lost.low > 0:
         return f"{said}; quantized at once the model loses too little to say what part of it came back"
-    return f"{said}, {-gain.mean / lost.mean:.0%} of what quantization at once loses ({lost.mean:+.5f})"
+    share = f"{-gain.mean / lost.mean:.0%} of what quantization at once loses ({lost.mean:+.5f})"
+    return f"{said}, {share}; of that, further training alone gives a part"
 
 
 def _ends(interval: Interval) -> str:
