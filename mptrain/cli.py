@@ -21,7 +21,7 @@ from mptrain.distributed.joining import left_cleanly
 from mptrain.doctor import audited_step
 from mptrain.files import json_text
 from mptrain.policy import PrecisionPolicy, conf_dir
-from mptrain.report import casts, figures, output, page, watch
+from mptrain.report import casts, deployment, figures, output, page, watch
 from mptrain.report import compare as comparing
 from mptrain.report import inspect as tables
 from mptrain.report.audit import print_audit
@@ -154,7 +154,9 @@ def compare(argv: list[str]) -> int:
     def once(console: Console) -> None:
         comparison = comparing.compare(asked.runs, asked.baseline, asked.margin)
         print_comparison_table(console, comparison)
-        output.write_asked(comparison, html=asked.html, markdown=asked.markdown, data=asked.json)
+        matrix = deployment.read(asked.runs[0] / deployment.FILE) if len(asked.runs) == 1 else None
+        files = {"html": asked.html, "markdown": asked.markdown, "data": asked.json}
+        output.write_asked(comparison, **files, deployed=matrix)
 
     if asked.watch:
         watch.follow(asked.runs, Console(), once)
@@ -193,6 +195,13 @@ def quantize(argv: list[str]) -> int:
     from mptrain.quantization import command
 
     return command.run(argv)
+
+
+def deploy_matrix(argv: list[str]) -> int:
+    """Trained in {fp32, bf16, fp16, fp8} x deployed in {fp32, bf16, int8, int4, fp8}: accuracy, size, speed."""
+    from mptrain.quantization import matrix_command
+
+    return matrix_command.run(argv)
 
 
 def bench(argv: list[str]) -> int:
@@ -265,6 +274,7 @@ COMMANDS: dict[str, Command] = {
     "export": export,
     "plan": plan,
     "quantize": quantize,
+    "deploy-matrix": deploy_matrix,
     "bench": bench,
     "probe": probe,
     "run": run,

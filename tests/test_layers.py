@@ -65,7 +65,8 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "memory.fit": ("distributed", "formats", "policy"),
     "memory.command": ANY,
     "quantization": (
-        "convert", "files", "machine", "settings", "quiet", "trained", "models", "data",
+        "convert", "files", "machine", "settings", "quiet", "trained", "models", "data", "optim", "precision",
+        "report",
     ),
     "report": (
         "baseline", "identity", "checkpoint", "files", "formats", "kernels.bins", "policy", "settings", "telemetry",

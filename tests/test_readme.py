@@ -68,7 +68,11 @@ def test_links_and_files_named_are_there():
 
 def test_the_tables_are_made_from_the_results():
     measure = runpy.run_path(str(ROOT / "recipes" / "measure.py"))
+    recipes = (ROOT / "recipes" / "README.md").read_text()
     assert measure["with_tables"](README) == README
+    assert measure["with_tables"](recipes) == recipes
+    changed = re.sub(r"(results: recipes/results/qat-\S+ -->\n).*\n", r"\1| another |\n", recipes)
+    assert measure["with_tables"](changed) == recipes != changed
 
 
 def test_every_recipe_is_in_the_recipes_readme():

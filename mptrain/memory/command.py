@@ -59,9 +59,7 @@ def run(argv: list[str]) -> int:
     if capacity and not any(said["largest_batch"].values()):
         rest = any(one.plan.total <= capacity for one in tried)
         more = "see above what would make it fit" if rest else "take more or larger devices: --ranks, dist=fsdp"
-        raise ValueError(
-            f"no batch fits {told(capacity)}: one sample needs more in every precision; {more}"
-        )
+        raise ValueError(f"no batch fits {told(capacity)}: one sample needs more in every precision; {more}")
     return 0
 
 

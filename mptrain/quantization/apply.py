@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mptrain.convert import select
 from mptrain.quantization import huggingface, methods
 from mptrain.quantization.methods import Method
-from mptrain.quantization.packing import INT4, flattened, is_quantized
+from mptrain.quantization.packing import BITS, flattened, is_quantized
 from mptrain.quantization.report import BYTES_FP32, Layer, Report, reasons
 from mptrain.quiet import quiet_import
 
@@ -168,7 +168,7 @@ def _verified(name: str, layer: nn.Module, before: Tensor, method: Method) -> La
             f"{method.name} left {name} as it was (a {kind}, not {method.tensor}): "
             f"keep it with --keep {name}, or use another method"
         )
-    bits = 4 if getattr(weight, "target_dtype", None) is INT4 else 8 * weight.qdata.element_size()
+    bits = BITS.get(getattr(weight, "target_dtype", None), 8 * weight.qdata.element_size())
     if weight.qdata.dtype is not method.dtype or bits != method.weight_bits or weight.qdata.shape != before.shape:
         found = f"{bits} bits of {weight.qdata.dtype}, {list(weight.qdata.shape)}"
         raise ValueError(f"{method.name} made {found} of {name}: mptrain does not know this torchao, install 0.18")

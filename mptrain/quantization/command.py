@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +17,19 @@ from torch import Tensor
 
 from mptrain import machine
 from mptrain.files import json_text, require_free, write_whole
-from mptrain.quantization import artifact
+from mptrain.quantization import artifact, qat
 from mptrain.quantization.apply import quantize_model
+from mptrain.quantization.judging import BATCHES, Judge
+from mptrain.quantization.matrix import SAMPLES
 from mptrain.quantization.methods import METHODS, Method, named
 from mptrain.quantization.report import Layer, Report, reasons
 from mptrain.quantization.source import Source, open_source
-from mptrain.settings import require
+from mptrain.settings import require, to_plain
 
 SHOWN = 12
 """Rows of the table without --all."""
+TUNING_SEED = 1 << 20
+"""Of the order of fine-tuning's samples: that of no run."""
 CALIBRATION_ROWS = 8
 """Samples of a batch that a calibrated method sees."""
 
@@ -35,6 +41,8 @@ def run(argv: list[str]) -> int:
     if method.name == "fp32":
         raise ValueError("--to fp32 quantizes nothing: name another method, or use mptrain export")
     require(asked.calibrate > 0, "--calibrate", asked.calibrate, "at least one batch, e.g. 4")
+    for name in ("evaluate", "finetune"):
+        require(getattr(asked, name) >= 0, f"--{name}", getattr(asked, name), "0 or more")
     device = machine.pick_device(asked.device)
     why = method.missing(device)
     if why:
@@ -44,13 +52,19 @@ def run(argv: list[str]) -> int:
     require_free(out)
     batches = list(_calibration(source, method, asked.calibrate)) if method.calibrated else []
     source.model.to(device)
+    judge = Judge(source, asked.evaluate or (BATCHES if asked.finetune else 0))
+    if asked.finetune:
+        judge.at_once(method, asked.group_size, asked.keep)
+        _finetune(source, method, asked)
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     report = quantize_model(source.model, method, group_size=asked.group_size, keep=asked.keep, batches=batches)
     artifact.save(out, source, report)
+    judge.add(f"{method.name} after {asked.finetune} steps" if asked.finetune else method.name, source.model, report)
     print_report(Console(), source, report, asked.all)
+    judge.show(Console())
     print(f"{out}: {artifact.size_bytes(out):,} bytes; mptrain.quantization.load({str(out)!r}) is the model")
     if asked.json:
-        write_whole(asked.json, json_text(_plain(report, source, out), indent=1) + "\n")
+        write_whole(asked.json, json_text(_plain(report, source, out, judge), indent=1) + "\n")
     return 0
 
 
@@ -64,11 +78,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", default="", metavar="REGEX", help="layers left as they are (full match)")
     parser.add_argument("--average", action="store_true", help="the running average of a run's weights")
     parser.add_argument("--calibrate", type=int, default=4, metavar="N", help="batches of a run's data to see")
+    what = f"also judge it by so many batches of a run's validation data (default without a number: {BATCHES})"
+    parser.add_argument("--evaluate", type=int, nargs="?", const=BATCHES, default=0, metavar="N", help=what)
+    what = "first fine-tune for so many steps with weights rounded as they will be (INT4, INT2)"
+    parser.add_argument("--finetune", type=int, default=0, metavar="STEPS", help=what)
+    parser.add_argument("--finetune-lr", type=float, default=qat.RATE, metavar="LR", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="OUT", help="the folder to make (default: beside the model)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures of every layer")
     parser.add_argument("--all", action="store_true", help=f"every layer, not only the worst {SHOWN}")
     return parser
+
+
+def _finetune(source: Source, method: Method, asked: argparse.Namespace) -> None:
+    """On the run's training data, in an order of its own."""
+    data = source.dataset()
+    size = SAMPLES[data.unit]
+    batches = (data.batch(step, batch_size=size, seed=TUNING_SEED) for step in itertools.count())
+    tuned = qat.finetune(
+        source.model,
+        method,
+        batches,
+        asked.finetune,
+        group_size=asked.group_size,
+        keep=asked.keep,
+        lr=asked.finetune_lr,
+    )
+    tenth = max(1, len(tuned.losses) // 10)
+    begin, end = statistics.fmean(tuned.losses[:tenth]), statistics.fmean(tuned.losses[-tenth:])
+    print(f"fine-tuned {len(tuned.layers)} rounded layers for {asked.finetune} steps: loss {begin:.4f} to {end:.4f}")
 
 
 def _calibration(source: Source, method: Method, batches: int) -> Iterator[dict[str, Tensor]]:
@@ -113,7 +151,7 @@ def _cells(layer: Layer) -> tuple[str, ...]:
     return layer.name, layer.format, f"{layer.elements:,}", f"{layer.bytes:,}", share, error
 
 
-def _plain(report: Report, source: Source, out: Path) -> dict[str, object]:
+def _plain(report: Report, source: Source, out: Path, judge: Judge) -> dict[str, object]:
     totals = {
         "source": source.description,
         "out": str(out),
@@ -121,5 +159,6 @@ def _plain(report: Report, source: Source, out: Path) -> dict[str, object]:
         "bytes": report.bytes,
         "bytes_fp32": report.bytes_fp32,
         "quantized_frac": report.quantized_frac,
+        "evaluations": to_plain(judge.evaluations),
     }
     return asdict(report) | totals

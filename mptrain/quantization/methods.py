@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mptrain.quantization.packing import INT4
+from mptrain.quantization.packing import INT2, INT4
 from mptrain.quiet import quiet_import
 from mptrain.settings import did_you_mean, require
 
@@ -132,6 +132,12 @@ def _int4(size: int | None) -> Any:
     return IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(size))
 
 
+def _int2(size: int | None) -> Any:
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=INT2, granularity=PerGroup(size))
+
+
 def _int4_dynamic(size: int | None) -> Any:
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
 
@@ -188,6 +194,16 @@ METHODS: dict[str, Method] = {
             _int4_dynamic,
             grouped=True,
             group_default=128,
+        ),
+        Method(
+            "int2",
+            "INT2 weights in groups (with --finetune)",
+            2,
+            torch.int8,
+            INTX,
+            _int2,
+            grouped=True,
+            group_default=32,
         ),
         Method("fp8", "FP8 (E4M3) weights", 8, torch.float8_e4m3fn, FLOAT8, _fp8, grouped=True),
         Method(

@@ -1,6 +1,6 @@
-"""torchao's tensors as plain ones for a file, and back; codes of four bits two to a byte.
+"""torchao's tensors as plain ones for a file, and back; codes of four bits two to a byte, of two bits four.
 
-torchao's ``Intx`` tensors are the only INT4 it runs on a CPU, and hold each code in a byte of its own.
+torchao's ``Intx`` tensors are the only INT4 and INT2 it runs on a CPU, and hold each code in a byte of its own.
 """
 
 from __future__ import annotations
@@ -14,27 +14,34 @@ from torch import Tensor
 from mptrain.quiet import quiet_import
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch has it, its stubs do not
-PACKED = ".packed"  # at the end of a name: two codes to a byte, the first in the low half
+INT2: torch.dtype = torch.int2  # type: ignore[attr-defined]
+BITS: dict[Any, int] = {INT4: 4, INT2: 2}
+PACKED = ".packed"  # at the end of a name: several codes to a byte, the first in the lowest bits
 
 
-def pack(codes: Tensor) -> Tensor:
-    """Codes of -8 to 7 (int8, any shape) -> uint8 [ceil(count / 2)], in order, the first in the low half of a byte."""
+def pack(codes: Tensor, bits: int = 4) -> Tensor:
+    """Signed codes of 4 or 2 ``bits`` (int8, any shape) -> uint8 [ceil(count * bits / 8)], in order, the first in the
+    lowest bits of a byte."""
     assert codes.dtype == torch.int8
-    assert not codes.numel() or (codes.min() >= -8 and codes.max() <= 7), "codes beyond four bits"
-    flat = codes.reshape(-1).view(torch.uint8) & 0xF
-    if flat.numel() % 2:
-        flat = torch.cat((flat, flat.new_zeros(1)))
-    low, high = flat.view(-1, 2).unbind(1)
-    return low | (high << 4)
+    half, each = 1 << (bits - 1), 8 // bits
+    assert not codes.numel() or (codes.min() >= -half and codes.max() < half), f"codes beyond {bits} bits"
+    flat = codes.reshape(-1).view(torch.uint8) & (2 * half - 1)
+    flat = torch.cat((flat, flat.new_zeros(-flat.numel() % each))).view(-1, each)
+    packed = flat[:, 0].clone()
+    for place in range(1, each):
+        packed |= flat[:, place] << (bits * place)
+    return packed
 
 
-def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+def unpack(packed: Tensor, shape: tuple[int, ...], bits: int = 4) -> Tensor:
     """What :func:`pack` made of codes of this shape. ValueError if there are too few or too many bytes for it."""
-    count = torch.Size(shape).numel()
-    if packed.dtype != torch.uint8 or packed.numel() != (count + 1) // 2:
-        raise ValueError(f"{packed.numel()} bytes of {packed.dtype} do not hold {count} codes of four bits")
-    flat = torch.stack((packed & 0xF, packed >> 4), dim=-1).view(-1)[:count].view(torch.int8)
-    return ((flat ^ 8) - 8).view(shape)
+    count, half, each = torch.Size(shape).numel(), 1 << (bits - 1), 8 // bits
+    if packed.dtype != torch.uint8 or packed.numel() != -(-count // each):
+        words = {4: "four", 2: "two"}
+        raise ValueError(f"{packed.numel()} bytes of {packed.dtype} do not hold {count} codes of {words[bits]} bits")
+    parts = torch.stack([(packed >> (bits * place)) & (2 * half - 1) for place in range(each)], dim=-1)
+    flat = parts.view(-1)[:count].view(torch.int8)
+    return ((flat ^ half) - half).view(shape)
 
 
 def is_quantized(tensor: Tensor) -> bool:
@@ -50,10 +57,12 @@ def flattened(name: str, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, A
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     tensors, metadata = flatten_tensor_state_dict({name: weight.detach()})
     about: dict[str, Any] = {"torchao": json.loads(metadata[name])}
-    if getattr(weight, "target_dtype", None) is INT4:
+    bits = BITS.get(getattr(weight, "target_dtype", None))
+    if bits is not None:
         (codes,) = (key for key in tensors if key.endswith("_qdata"))
         about["packed"] = {codes: list(tensors[codes].shape)}
-        tensors[codes + PACKED] = pack(tensors.pop(codes))
+        tensors[codes + PACKED] = pack(tensors.pop(codes), bits)
+        about["bits"] = bits
     return {key: tensor.contiguous() for key, tensor in tensors.items()}, about
 
 
@@ -71,7 +80,7 @@ def restored(name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> Te
         if stored not in tensors:
             raise ValueError(f"{stored} is not there")
         tensor = tensors.pop(stored)
-        found[key] = tensor if shape is None else unpack(tensor, tuple(shape))
+        found[key] = tensor if shape is None else unpack(tensor, tuple(shape), about.get("bits", 4))
     metadata = {"tensor_names": json.dumps([name]), name: json.dumps(about["torchao"])}
     made, _ = unflatten_tensor_state_dict(found, metadata)
     weight: Tensor = made[name]

@@ -71,8 +71,9 @@ FITS = 24  # characters of a label that stay in one line
 DOUBTFUL = (Status.failed, Status.unreadable)
 
 
-def page(comparison: Comparison, links: Mapping[str, str] | None = None) -> str:
-    """The whole HTML text. ``links``: the folder of a run -> where its name links to (a relative, quoted address)."""
+def page(comparison: Comparison, links: Mapping[str, str] | None = None, more: str = "") -> str:
+    """The whole HTML text. ``links``: the folder of a run -> where its name links to (a relative, quoted address).
+    ``more``: further sections, HTML."""
     several = len(comparison.groups) > 1
     body = [f"<h1>{escape(comparison.title)}</h1>", f"<p>{_overview(comparison)}</p>"]
     for group in comparison.groups:
@@ -83,8 +84,9 @@ def page(comparison: Comparison, links: Mapping[str, str] | None = None) -> str:
     body.append(_rules(comparison))
     for group in comparison.groups:
         body.append(_group(group, comparison.margin_frac, links or {}, several=several))
+    body.append(more)
     if comparison.notes:
-        body += ["<h2>Notes</h2>", _listed(comparison.notes)]
+        body += ["<h2>Notes</h2>", listed(comparison.notes)]
     head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
     head += f"<link rel='icon' href='data:,'><title>{escape(comparison.title)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
@@ -119,7 +121,7 @@ def _rules(comparison: Comparison) -> str:
     if not comparison.rules:
         return ""
     head = "<summary>How a verdict follows from the figures</summary>"
-    return f"<details class='rules'>{head}{_listed(comparison.rules)}</details>"
+    return f"<details class='rules'>{head}{listed(comparison.rules)}</details>"
 
 
 def _group(group: Group, margin: float, links: Mapping[str, str], *, several: bool) -> str:
@@ -150,7 +152,7 @@ def _summary(group: Group) -> str:
         for v, style in zip(group.variants, styles_of(group), strict=True)
     ]
     icons = {"verdict": lambda v: _icon(v.verdict.kind)}
-    return _table("summary", "variant", [verdict, *columns], rows, icons)
+    return table_of("summary", "variant", [verdict, *columns], rows, icons)
 
 
 def _details(group: Group) -> str:
@@ -159,9 +161,9 @@ def _details(group: Group) -> str:
     if not columns:
         return "<p class='none'>Nothing more is known of these variants.</p>"
     notes = [f"{v.label}: {v.speed.note}" for v in group.variants if v.speed.note]
-    table = _table("details", "variant", columns, [(_breakable(v.label), v.label, v) for v in group.variants])
+    table = table_of("details", "variant", columns, [(_breakable(v.label), v.label, v) for v in group.variants])
     said = f"<p>{escape(EXPLAINED)}</p>" if any(column.key in ("mfu_frac", "limit") for column in columns) else ""
-    return table + said + (_listed(notes) if notes else "")
+    return table + said + (listed(notes) if notes else "")
 
 
 def _runs(group: Group, links: Mapping[str, str]) -> str:
@@ -173,7 +175,7 @@ def _runs(group: Group, links: Mapping[str, str]) -> str:
     variant = Column[RunRow]("variant", "variant", "", lambda r: Cell(owner[id(r)]), numeric=False)
     why = Column[RunRow]("why", "why", "", lambda r: Cell(r.why), numeric=False)
     columns = [variant, *cells.run_columns(group), *([why] if any(run.why for _, run in pairs) else [])]
-    return _table("runs", "run", columns, [(_link(run, links), run.name, run) for _, run in pairs])
+    return table_of("runs", "run", columns, [(_link(run, links), run.name, run) for _, run in pairs])
 
 
 def _link(run: RunRow, links: Mapping[str, str]) -> str:
@@ -181,7 +183,7 @@ def _link(run: RunRow, links: Mapping[str, str]) -> str:
     return f"<a href='{escape(links[run.folder])}'>{name}</a>" if run.folder in links else name
 
 
-def _table(
+def table_of(
     name: str,
     first: str,
     columns: Sequence[Column[Any]],
@@ -234,5 +236,5 @@ def _swatch(style: Any) -> str:
     return f"<svg width='28' height='12' viewBox='0 0 28 12' aria-hidden='true'>{sample(1, 6, style)}</svg>"
 
 
-def _listed(sentences: Sequence[str]) -> str:
+def listed(sentences: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>"

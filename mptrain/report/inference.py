@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit  # scipy.stats has it too, and takes a second to import
+from scipy.special import betaincinv, ndtri, stdtrit  # scipy.stats has them too, and takes a second to import
 
 from mptrain.report.comparison import Interval
 from mptrain.report.runs import Floats
@@ -44,6 +44,40 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> Interval | None:
     error = sum(parts)
     freedom = error**2 / (parts[0] ** 2 / (n - 1) + parts[1] ** 2 / (m - 1)) if error else n + m - 2
     return _around(float(np.mean(ours) - np.mean(theirs)), math.sqrt(error), freedom, min(n, m), "Welch t")
+
+
+def mean_of(values: Sequence[float], method: str) -> Interval:
+    """Of the mean of independent values, by Student's t; without ends (NaN) for a single one."""
+    n = len(values)
+    if n < 2:
+        return Interval(float(np.mean(values)) if n else math.nan, math.nan, math.nan, n, method)
+    return _around(float(np.mean(values)), _spread(values) / math.sqrt(n), n - 1, n, method)
+
+
+def proportion(successes: int, n: int) -> Interval:
+    """Of a share, by Clopper and Pearson (1934): exact, so it covers the truth in at least 95 % of cases at any n."""
+    tail = (1 - CONFIDENCE) / 2
+    low = float(betaincinv(successes, n - successes + 1, tail)) if successes else 0.0
+    high = float(betaincinv(successes + 1, n - successes, 1 - tail)) if successes < n else 1.0
+    return Interval(successes / n, low, high, n, "Clopper-Pearson")
+
+
+def paired_proportions(gained: int, lost: int, n: int) -> Interval:
+    """Of the difference of two shares of the same n cases; ``gained``: right in ours alone, ``lost``: in theirs alone.
+
+    Agresti and Min (2005): Wald's interval with half a case more in each of the four cells. Wald's own is of no width
+    where no case changed, and too narrow where few did, which is the rule among good models.
+    """
+    cases, up, down = n + 2, gained + 0.5, lost + 0.5
+    middle = (up - down) / cases
+    half = float(-ndtri((1 - CONFIDENCE) / 2)) * math.sqrt(up + down - (up - down) ** 2 / cases) / cases
+    return Interval((gained - lost) / n, middle - half, middle + half, n, "Agresti-Min")
+
+
+def perplexity(loss: Interval) -> Interval:
+    """From a loss in nats a prediction; from a difference of losses: the ratio of perplexities."""
+    mean, low, high = (math.exp(min(nats, 700.0)) for nats in (loss.mean, loss.low, loss.high))  # a float64 ends there
+    return Interval(mean, low, high, loss.n, loss.method)
 
 
 def _around(mean: float, error: float, freedom: float, n: int, method: str) -> Interval:

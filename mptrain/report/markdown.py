@@ -10,8 +10,8 @@ from mptrain.report import cells, words
 from mptrain.report.comparison import Comparison, Group, Variant
 
 
-def markdown(comparison: Comparison) -> str:
-    """A table of verdicts for each group, what they follow from, the rules folded, then the notes."""
+def markdown(comparison: Comparison, more: Sequence[str] = ()) -> str:
+    """A table of verdicts for each group, what they follow from, the rules folded, further parts, then the notes."""
     parts = [f"### {plain(comparison.title)}"]
     for group in comparison.groups:
         parts += [f"#### {plain(group.label or f'{group.task} runs')}"] if len(comparison.groups) > 1 else []
@@ -22,10 +22,11 @@ def markdown(comparison: Comparison) -> str:
     if not comparison.groups:
         parts.append("No runs to compare.")
     if comparison.rules:
-        rules = _listed(comparison.rules)
+        rules = listed(comparison.rules)
         parts.append(f"<details><summary>How a verdict follows from the figures</summary>\n\n{rules}\n\n</details>")
+    parts += more
     if comparison.notes:
-        parts += ["**Notes**", _listed(comparison.notes)]
+        parts += ["**Notes**", listed(comparison.notes)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -39,10 +40,10 @@ def _table(group: Group) -> str:
     columns = cells.summary_columns(group)
     heads = ["variant", "verdict", *(column.head for column in columns)]
     rules = ["---", "---", *("---:" if column.numeric else "---" for column in columns)]
-    rows = [_row([plain(head) for head in heads]), _row(rules)]
+    rows = [row([plain(head) for head in heads]), row(rules)]
     for variant in group.variants:
         figures = [plain(column.cell(variant).text) for column in columns]
-        rows.append(_row([plain(variant.label), _verdict(variant), *figures]))
+        rows.append(row([plain(variant.label), _verdict(variant), *figures]))
     return "\n".join(rows)
 
 
@@ -52,12 +53,12 @@ def _verdict(variant: Variant) -> str:
 
 
 def _reasons(group: Group) -> str:
-    return _listed([f"{v.label}: {v.verdict.why}" for v in group.variants if v.verdict.why])
+    return listed([f"{v.label}: {v.verdict.why}" for v in group.variants if v.verdict.why])
 
 
-def _row(found: Sequence[str]) -> str:
+def row(found: Sequence[str]) -> str:
     return f"| {' | '.join(found)} |"
 
 
-def _listed(sentences: Sequence[str]) -> str:
+def listed(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {plain(sentence)}" for sentence in sentences)

@@ -10,23 +10,34 @@ from urllib.parse import quote
 from mptrain.files import json_text, write_whole
 from mptrain.report.compare_page import page
 from mptrain.report.comparison import Comparison
+from mptrain.report.deploy_page import markdown_parts, section
+from mptrain.report.deployment import FILE, Matrix, read
 from mptrain.report.markdown import markdown as as_markdown
 from mptrain.settings import to_plain
 
 
 def write_all(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write the three into ``folder``, each whole or not at all; returns their paths."""
+    """Write the three into ``folder``, each whole or not at all; returns their paths. With the deployment matrix, if
+    there is one in the folder."""
     html, markdown, data = paths = [folder / f"report.{kind}" for kind in ("html", "md", "json")]
-    write_asked(comparison, html=html, markdown=markdown, data=data)
+    write_asked(comparison, html=html, markdown=markdown, data=data, deployed=read(folder / FILE))
     return paths
 
 
-def write_asked(comparison: Comparison, *, html: Path | None, markdown: Path | None, data: Path | None) -> None:
-    """Write those that have a path; ``data``: the JSON."""
+def write_asked(
+    comparison: Comparison,
+    *,
+    html: Path | None,
+    markdown: Path | None,
+    data: Path | None,
+    deployed: Matrix | None = None,
+) -> None:
+    """Write those that have a path; ``data``: the JSON, which leaves out the deployment matrix (it has a file)."""
     if html:
-        write_whole(html, page(comparison, links(comparison, html)))
+        more = section(deployed) if deployed else ""
+        write_whole(html, page(comparison, links(comparison, html), more))
     if markdown:
-        write_whole(markdown, as_markdown(comparison))
+        write_whole(markdown, as_markdown(comparison, markdown_parts(deployed) if deployed else ()))
     if data:
         write_whole(data, as_json(comparison))
 

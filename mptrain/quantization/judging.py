@@ -1,0 +1,67 @@
+"""What ``mptrain quantize`` says of accuracy: the model as it came beside the one it became."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+from rich.console import Console
+from torch import nn
+
+from mptrain.quantization.apply import quantize_model
+from mptrain.quantization.evaluate import evaluate, loss_delta
+from mptrain.quantization.matrix import validation_batches
+from mptrain.quantization.methods import Method
+from mptrain.quantization.report import Report
+from mptrain.quantization.source import Source
+from mptrain.report.comparison import Interval
+from mptrain.report.deploy_table import print_evaluation
+from mptrain.report.deployment import Evaluation
+
+BATCHES = 8  # validation batches, where nobody says
+REPEATS = 5  # timed forwards
+
+
+class Judge:
+    """Keeps the model as it came, in FP32, and ``batches`` of the run's validation data; with 0 it does nothing.
+
+    ValueError if there is no data to judge by.
+    """
+
+    def __init__(self, source: Source, batches: int) -> None:
+        self.evaluations: dict[str, Evaluation] = {}
+        self._batches = validation_batches(source.dataset(), batches) if batches else []
+        self._reference = copy.deepcopy(source.model) if batches else source.model
+
+    def at_once(self, method: Method, group_size: int | None, keep: str) -> None:
+        """What the method makes of the model without fine-tuning."""
+        model = copy.deepcopy(self._reference)
+        report = quantize_model(model, method, group_size=group_size, keep=keep)
+        self.add(f"{method.name} at once", model, report, repeats=0)
+
+    def add(self, name: str, model: nn.Module, report: Report, repeats: int = REPEATS) -> None:
+        if self._batches:
+            weights = {layer.name: layer.sqnr_db for layer in report.quantized if layer.sqnr_db is not None}
+            reference, batches = self._reference, self._batches
+            self.evaluations[name] = evaluate(model, reference, batches, repeats=repeats, weights_db=weights)
+
+    def show(self, console: Console) -> None:
+        for name, evaluation in self.evaluations.items():
+            print_evaluation(console, evaluation, name)
+        if len(self.evaluations) == 2:
+            console.print(regained(*self.evaluations.values()), highlight=False)
+
+
+def regained(at_once: Evaluation, tuned: Evaluation) -> str:
+    """What fine-tuning gave back of what quantization took, in a sentence."""
+    gain = loss_delta(tuned.losses, at_once.losses)
+    said = f"fine-tuning changes the loss by {gain.mean:+.5f} nats{_ends(gain)} on the same samples"
+    lost = at_once.loss_delta
+    if not lost.low > 0:
+        return f"{said}; quantized at once the model loses too little to say what part of it came back"
+    share = f"{-gain.mean / lost.mean:.0%} of what quantization at once loses ({lost.mean:+.5f})"
+    return f"{said}, {share}; of that, further training alone gives a part"
+
+
+def _ends(interval: Interval) -> str:
+    return "" if math.isnan(interval.low) else f" [{interval.low:+.5f}, {interval.high:+.5f}]"

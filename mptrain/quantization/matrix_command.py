@@ -1,0 +1,74 @@
+"""``mptrain deploy-matrix``: what each precision trained in and each format deployed in costs, together."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from mptrain.files import json_text, write_whole
+from mptrain.machine import pick_device
+from mptrain.quantization import matrix
+from mptrain.quantization.methods import METHODS
+from mptrain.report.compare import compare
+from mptrain.report.deploy_table import print_matrix
+from mptrain.report.deployment import FILE
+from mptrain.report.output import write_all
+from mptrain.report.runs import is_run
+from mptrain.settings import to_plain
+
+
+def run(argv: list[str]) -> int:
+    """Measure and print; of one folder also write ``deploy.json`` into it, and its report anew."""
+    asked = _parser().parse_args(argv)
+    console = Console()
+    made = matrix.deploy(
+        asked.runs,
+        asked.to,
+        batches=asked.batches,
+        repeats=asked.repeats,
+        group_size=asked.group_size,
+        keep=asked.keep,
+        device=pick_device(asked.device),
+        say=lambda text: console.print(text, style="dim", highlight=False),
+    )
+    print_matrix(console, made)
+    text = json_text(to_plain(made), indent=1) + "\n"
+    if asked.json:
+        write_whole(asked.json, text)
+    if len(asked.runs) == 1:
+        folder = asked.runs[0]
+        write_whole(folder / FILE, text)
+        report = f" and {folder / 'report.html'}" if not is_run(folder) and _reported(folder) else ""
+        console.print(f"written: {folder / FILE}{report}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _reported(folder: Path) -> bool:
+    """Is the sweep's report written, the matrix in it? (Runs may be deployed that cannot be compared.)"""
+    try:
+        write_all(compare([folder]), folder)
+    except ValueError:
+        return False
+    return True
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mptrain deploy-matrix", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs, or one folder of them (a sweep)")
+    known = ", ".join(name for name, method in METHODS.items() if not method.calibrated)
+    what = f"formats to deploy in, of {known} (default: {' '.join(matrix.FORMATS)})"
+    parser.add_argument("--to", nargs="+", default=list(matrix.FORMATS), metavar="FORMAT", help=what)
+    size = " or ".join(f"{count} {unit}" for unit, count in matrix.SAMPLES.items())
+    what = f"validation batches, of {size.replace('tokens', 'sequences')} (default: %(default)s)"
+    parser.add_argument("--batches", type=int, default=matrix.BATCHES, metavar="N", help=what)
+    what = "timed forwards of each format, 0 for no speeds (default: %(default)s)"
+    parser.add_argument("--repeats", type=int, default=matrix.REPEATS, metavar="N", help=what)
+    parser.add_argument(
+        "--group-size", type=int, metavar="N", help="numbers that share a scale, where there are groups"
+    )
+    parser.add_argument("--keep", default="", metavar="REGEX", help="layers left as they are (full match)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the matrix there")
+    return parser
