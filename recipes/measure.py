@@ -95,7 +95,7 @@ def bench_table(kept: dict[str, Any]) -> str:
 
 
 def plan_table(kept: dict[str, Any]) -> str:
-    """Markdown of ``mptrain bench plan --json``: of each precision the cell that is furthest off, and how many are met."""
+    """Markdown of ``mptrain bench plan --json``: how many cells are met, and of each precision the furthest off."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in kept["rows"]:
         rows.setdefault(row["name"].split(", ")[1], []).append(row)
