@@ -25,7 +25,7 @@ from mptrain.backends.base import resolve
 from mptrain.distributed import ALONE, Ranks, World, wrap
 from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS, DistConfig, Layout
 from mptrain.emulation.gemm import carrier_dtype
-from mptrain.memory.cuda import CudaCasts, stand_in, transposed_bytes
+from mptrain.memory.cuda import CudaCasts, casting, stand_in, transposed_bytes
 from mptrain.memory.live import UPDATE, Bytes, buckets_of, resident, watched
 from mptrain.optim import Average, OptimConfig, build_optimizer
 from mptrain.policy import PrecisionPolicy, Scaling
@@ -98,7 +98,8 @@ def _step(job: Job, policy: PrecisionPolicy, ranks: Ranks, mesh: Any) -> Peaks:
     model: nn.Module = job.model.build(job.config)
     precision = Precision(policy, ranks=ranks).prepare(model)
     if job.checkpointing:
-        model.recompute = precision.recompute  # type: ignore[assignment]
+        again = precision.recompute
+        model.recompute = casting(again) if job.gpu else again  # type: ignore[assignment]
     extra = transposed_bytes(model, job.policy) if job.gpu else 0
     if mesh is not None:
         _lay_out(job, model, precision, mesh)
