@@ -46,6 +46,19 @@ class CudaCasts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def casting(recompute: Callable[..., Any]) -> Callable[..., Any]:
+    """``recompute`` with the same casts in backward, which torch runs outside of every function mode."""
+
+    def run(fn: Callable[..., Any], *args: Any) -> Any:
+        def cast(*given: Any) -> Any:
+            with CudaCasts():
+                return fn(*given)
+
+        return recompute(cast, *args)
+
+    return run
+
+
 def _wide(value: Any) -> Any:
     narrow = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
     return value.float() if narrow else value

@@ -27,7 +27,7 @@ from mptrain.backends.base import resolve
 from mptrain.distributed import ALONE, Ranks, World, wrap
 from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS, DistConfig, Layout
 from mptrain.emulation.gemm import carrier_dtype
-from mptrain.memory.cuda import CudaCasts, stand_in, with_transposed
+from mptrain.memory.cuda import CudaCasts, casting, stand_in, with_transposed
 from mptrain.memory.live import UPDATE, Bytes, buckets_of, resident, watched
 from mptrain.optim import Average, OptimConfig, build_optimizer
 from mptrain.policy import PrecisionPolicy, Scaling
@@ -110,7 +110,8 @@ def _step(job: Job, ranks: Ranks, mesh: Any) -> Peaks:
     model: nn.Module = job.model.build(job.config)
     precision = Precision(job.policy, ranks=ranks).prepare(model)
     if job.checkpointing:
-        model.recompute = precision.recompute  # type: ignore[assignment]
+        again = precision.recompute
+        model.recompute = casting(again) if job.gpu else again  # type: ignore[assignment]
     if mesh is not None:
         _lay_out(job, model, precision, mesh)
     optimizer = build_optimizer(job.optim, model)

@@ -19,6 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 NAME = "mptrain"
 """Of this implementation among those that transformers knows."""
 
+MOST = 16
+"""Products of a mixture that a plan looks at: 256 would take it minutes."""
+
 
 def register() -> None:
     """Make :func:`run_experts` known to transformers."""
@@ -47,21 +50,27 @@ def run_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -
 
 
 def _products(experts: Any, name: str, parts: Any) -> Tensor:
-    """Each expert's product on its rows, one below the other."""
-    weights = getattr(experts, name).unbind()
-    biases = getattr(experts, f"{name}_bias").unbind() if experts.has_bias else [None] * len(weights)
-    return torch.cat(
-        [
-            F.linear(part, weight.t() if experts.is_transposed else weight, bias)
-            for part, weight, bias in zip(parts, weights, biases, strict=True)
-        ]
-    )
+    """Each expert's product on its rows, one below the other; ``parts``: of an expert, or of as many as there are."""
+    together = experts.num_experts // len(parts)
+    weights = getattr(experts, name).split(together)
+    biases = getattr(experts, f"{name}_bias").split(together) if experts.has_bias else [None] * len(weights)
+    return torch.cat([_product(*given, experts.is_transposed) for given in zip(parts, weights, biases, strict=True)])
+
+
+def _product(rows: Tensor, weights: Tensor, biases: Tensor | None, transposed: bool) -> Tensor:
+    if len(weights) == 1:
+        bias = None if biases is None else biases[0]
+        return F.linear(rows, weights[0].t() if transposed else weights[0], bias)
+    each = torch.bmm(rows.view(len(weights), -1, rows.shape[-1]), weights if transposed else weights.mT)
+    return (each if biases is None else each + biases[:, None]).flatten(0, 1)
 
 
 def _shares(chosen: Tensor, experts: int) -> list[int]:
-    """Rows of each expert."""
+    """Rows of each expert. Without data, an expert too many for a plan to look at alone goes with its neighbours."""
+    rows = chosen.numel()
     if chosen.is_meta or isinstance(chosen, FakeTensor):
-        each, more = divmod(chosen.numel(), experts)
-        return [each + (number < more) for number in range(experts)]
+        groups = experts if experts <= MOST or experts % MOST or rows % experts else MOST
+        each, more = divmod(rows, groups)
+        return [each + (number < more) for number in range(groups)]
     counts: list[int] = torch.bincount(chosen.flatten(), minlength=experts).tolist()
     return counts

@@ -60,7 +60,7 @@ def print_evaluation(console: Console, evaluation: Evaluation, name: str) -> Non
     for head in ("before", "after", "difference"):
         table.add_column(head, justify="right", no_wrap=True)
     for figures in _figures(evaluation):
-        table.add_row(*map(Text, figures))
+        table.add_row(*(Text(figure.replace(" [", "\n[")) for figure in figures))  # an interval below its mean
     console.print(table)
     same = (
         f"the same answer first in {100 * evaluation.same_frac:.2f} % of {evaluation.predictions:,} {evaluation.unit}"
