@@ -61,7 +61,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "memory.live": ("kernels", "distributed"),  # what the meter of a real step shares with a plan
     "memory.cuda": ("emulation", "formats", "policy"),
     "memory.trace": ("backends.base", "distributed", "emulation", "kernels", "optim", "policy", "precision"),
-    "memory.training": ("backends.base", "distributed"),
+    "memory.training": ("backends.base", "distributed", "settings"),
     "memory.fit": ("distributed", "formats", "policy"),
     "memory.command": ANY,
     "quantization": (
