@@ -109,8 +109,11 @@ def _fitted(console: Console, job: Job, plans: list[TrainingPlan], capacity: int
 
 
 def _name(config: RunConfig) -> str:
-    given = {key: value for key, value in config.model.items() if key in ("n_layer", "n_embd", "config")}
-    return " ".join([str(config.model["kind"]), *(f"{key}={value}" for key, value in given.items())])
+    """The kind and what tells its sizes apart."""
+    if "config" in config.model:
+        return f"{config.model['kind']} {config.model['config']}"
+    told = [f"{key}={config.model[key]}" for key in ("n_layer", "n_embd") if key in config.model]
+    return " ".join([str(config.model["kind"]), *told])
 
 
 def _sizes(job: Job) -> str:

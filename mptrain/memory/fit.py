@@ -97,6 +97,9 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
         if job.batch_size > 1 or not job.checkpointing:
             small = _sharded(replace(_checkpointed(job), batch_size=1))
             yield f"the same, {CHECKPOINTING}, one sample a rank", "both of these", small
+    if job.layout.shards > 1:
+        wider = replace(job.layout, shards=2 * job.layout.shards)
+        yield f"twice the ranks: {wider}", "smaller shards", replace(job, layout=wider)
     if plain and (job.batch_size > 1 or not job.checkpointing):
         rounds = job.batch_size * job.accumulate
         small = replace(_checkpointed(job), batch_size=1, accumulate=rounds)

@@ -34,6 +34,7 @@ FORWARD, EARLY, LATE, UPDATE = "forward", "early backward", "late backward", "op
 WINDOWS = (FORWARD, EARLY, LATE, UPDATE)
 """Of a step; backward is late once half of the gradients are there. In each of them memory grows evenly with depth."""
 
+GATHERED = "gathered"  # by FSDP, into storages that it resizes
 CODES = " (8 bits)"  # behind the name of an operator that made such
 
 Bytes = Counter[tuple[str, str]]  # (role, the operator that made it) -> bytes
@@ -60,7 +61,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def resized(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP frees what it has gathered
             out = resize(storage, size)
             meter._forget(storage._cdata)
-            meter._track(storage, "communication", "gathered")
+            meter._track(storage, "communication", GATHERED)
             return out
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
@@ -107,8 +108,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "communication"
         if len(given) != 1 or given[0].numel() != made.numel() or hasattr(given[0], "placements"):
             return "workspace"
-        source = self._known.get(given[0].untyped_storage()._cdata, ("", "", 0))[0]
-        return "weight copies" if source in ("weights", "weight copies") else "workspace"
+        source, made_by, _ = self._known.get(given[0].untyped_storage()._cdata, ("", "", 0))
+        gathered = source == "communication" and made_by == GATHERED
+        return "weight copies" if gathered or source in ("weights", "weight copies") else "workspace"
 
     def _track(self, storage: torch.UntypedStorage, role: str, made_by: str) -> None:
         key, size = storage._cdata, storage.nbytes()
