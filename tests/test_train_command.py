@@ -150,6 +150,10 @@ def test_every_precision_runs_to_the_end_and_is_compared_with_the_fp32_run(monke
         ratio = pytest.approx(base["tokens_per_s"] / fp32["tokens_per_s"])
         assert base["speedup"] == (None if summary["emulated"] else ratio)  # an emulation is no speed-up
         assert base["memory_ratio"] == pytest.approx(summary["peak_memory_gib"] / fp32["peak_memory_gib"])
+        assert abs(summary["plan"]["plan_error_frac"]) < 1e-3
+        (graded,) = [row for row in rows_of(folder) if "memory/plan_error_frac" in row]
+        assert graded["memory/plan_error_frac"] == summary["plan"]["plan_error_frac"]
+        assert "memory plan" in text
         assert summary["val_loss"] != fp32["val_loss"]
         assert abs(base["loss_delta"]) < 0.02
         assert "undecided: 6 steps" in text

@@ -41,8 +41,8 @@ def run(argv: list[str]) -> int:
     if method.name == "fp32":
         raise ValueError("--to fp32 quantizes nothing: name another method, or use mptrain export")
     require(asked.calibrate > 0, "--calibrate", asked.calibrate, "at least one batch, e.g. 4")
-    for name in ("evaluate", "finetune"):
-        require(getattr(asked, name) >= 0, f"--{name}", getattr(asked, name), "0 or more")
+    require(asked.evaluate is None or asked.evaluate >= 0, "--evaluate", asked.evaluate, "0 or more")
+    require(asked.finetune >= 0, "--finetune", asked.finetune, "0 or more")
     device = machine.pick_device(asked.device)
     why = method.missing(device)
     if why:
@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
     require_free(out)
     batches = list(_calibration(source, method, asked.calibrate)) if method.calibrated else []
     source.model.to(device)
-    judge = Judge(source, asked.evaluate or (BATCHES if asked.finetune else 0))
+    judge = _judge(source, asked)
     if asked.finetune:
         judge.at_once(method, asked.group_size, asked.keep)
         _finetune(source, method, asked)
@@ -68,6 +68,19 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _judge(source: Source, asked: argparse.Namespace) -> Judge:
+    """By a run's validation data, unless nobody asked and it is not there any more."""
+    if asked.evaluate is not None:
+        return Judge(source, asked.evaluate)
+    try:
+        return Judge(source, BATCHES)
+    except (ValueError, OSError) as error:
+        if asked.finetune:
+            raise
+        print(f"not evaluated: {error}")
+        return Judge(source, 0)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mptrain quantize", description=__doc__)
     what = "a run's folder, a checkpoint in one, a Hugging Face model's folder, or a .safetensors file in one"
@@ -78,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", default="", metavar="REGEX", help="layers left as they are (full match)")
     parser.add_argument("--average", action="store_true", help="the running average of a run's weights")
     parser.add_argument("--calibrate", type=int, default=4, metavar="N", help="batches of a run's data to see")
-    what = f"also judge it by so many batches of a run's validation data (default without a number: {BATCHES})"
-    parser.add_argument("--evaluate", type=int, nargs="?", const=BATCHES, default=0, metavar="N", help=what)
+    what = f"judge it by so many batches of a run's validation data (default: {BATCHES}; 0: not at all)"
+    parser.add_argument("--evaluate", type=int, metavar="N", help=what)
     what = "first fine-tune for so many steps with weights rounded as they will be (INT4, INT2)"
     parser.add_argument("--finetune", type=int, default=0, metavar="STEPS", help=what)
     parser.add_argument("--finetune-lr", type=float, default=qat.RATE, metavar="LR", help="default: %(default)s")
