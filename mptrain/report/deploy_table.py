@@ -53,6 +53,10 @@ def _last_of_row(matrix: Matrix, cell: Deployed) -> bool:
     return cell is [other for other in matrix.cells if other.trained == cell.trained][-1]
 
 
+ROOMY = 110
+"""Columns from which on an interval stands beside its mean, not below it."""
+
+
 def print_evaluation(console: Console, evaluation: Evaluation, name: str) -> None:
     """Before and after, the difference with its interval, then latencies, then the worst layers."""
     console.print(Text(f"{name} beside its reference", "bold"), soft_wrap=True)
@@ -60,7 +64,8 @@ def print_evaluation(console: Console, evaluation: Evaluation, name: str) -> Non
     for head in ("before", "after", "difference"):
         table.add_column(head, justify="right", no_wrap=True)
     for figures in _figures(evaluation):
-        table.add_row(*(Text(figure.replace(" [", "\n[")) for figure in figures))  # an interval below its mean
+        told = [figure.replace(" [", "\n[") for figure in figures] if console.width < ROOMY else figures
+        table.add_row(*map(Text, told))
     console.print(table)
     same = (
         f"the same answer first in {100 * evaluation.same_frac:.2f} % of {evaluation.predictions:,} {evaluation.unit}"
