@@ -76,7 +76,7 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
         flops_per_token=model.flops_per_token(),
         peak_flops_per_s=None if peak is None else peak * 1e12 * ranks.size,
     )
-    buckets = buckets_of(model, torch.device("meta")) if config.dist.kind == "ddp" else []
+    buckets = buckets_of(model, config.dist, torch.device("meta"))
     trainer.memory.others = {"communication": buckets, "average": average.shadow if average else []}
     return trainer
 

@@ -62,16 +62,11 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     device = machine.pick_device(config.device)
     resolve(config.precision, device)
     ranks = join(config.dist, device)
-    if config.optim.weights != "fp32" and config.precision.compute is not Format.bf16:
-        raise ValueError(
-            f"optim.weights={config.optim.weights} stores BF16 weights, which precision={config.precision.name} "
-            "does not multiply by: use precision=bf16 or fp8, or optim=adamw (FP32 masters)"
-        )
     model_module, model_config = parse_open("mptrain.models", "model", config.model)
     block_size = getattr(model_config, "block_size", 0)
     data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=block_size)
     _require_same_input(config, model_module.INPUT, data_module.INPUT)
-    _require_whole_heads(model_config, config.dist.tp)
+    require_consistent(config, model_config)
     say(f"data: reading {config.data['kind']}")
     data = data_module.build(data_config)
     _, model_config = parse_open("mptrain.models", "model", config.model, **data.sizes)
@@ -103,10 +98,16 @@ def _require_same_input(config: RunConfig, taken: str, given: str) -> None:
     )
 
 
-def _require_whole_heads(model_config: Any, parts: int) -> None:
-    """ValueError when tensor parallelism would cut through a head."""
+def require_consistent(config: RunConfig, model_config: Any) -> None:
+    """ValueError when weights are stored in a format that the precision does not multiply by, or tensor parallelism
+    would cut through a head."""
+    if config.optim.weights != "fp32" and config.precision.compute is not Format.bf16:
+        raise ValueError(
+            f"optim.weights={config.optim.weights} stores BF16 weights, which precision={config.precision.name} "
+            "does not multiply by: use precision=bf16 or fp8, or optim=adamw (FP32 masters)"
+        )
     for name in ("n_head", "n_kv_head"):
-        heads = getattr(model_config, name, parts)
+        heads, parts = getattr(model_config, name, config.dist.tp), config.dist.tp
         if heads % parts:
             raise ValueError(f"dist.tp={parts} would cut through heads: choose a divisor of model.{name}={heads}")
 

@@ -17,6 +17,7 @@ from mptrain.settings import require
 
 KINDS = ("single", "ddp", "fsdp", "hsdp")
 COMPRESSIONS = ("none", "bf16", "fp16", "fp8", "powersgd")
+FEEDBACK = ("fp8", "powersgd")  # those that keep what was lost, in FP32, for the next step
 GATHERS = ("compute", "fp32")
 REPLICAS, SHARDS, PARTS = "replicas", "shards", "parts"  # the dimensions of the mesh
 

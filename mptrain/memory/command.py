@@ -21,6 +21,7 @@ from mptrain.memory.training import TrainingPlan, plan, rank_job
 from mptrain.memory.training_table import print_fit, print_plans, print_remedies, told
 from mptrain.memory.units import parse_bytes
 from mptrain.policy import PrecisionPolicy
+from mptrain.prepare import require_consistent
 from mptrain.report.plan_page import page
 from mptrain.settings import require
 
@@ -88,6 +89,7 @@ def _job(config: RunConfig, ranks: int, *, gpu: bool) -> Job:
         data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=block)
         sizes = data_module.build(data_config).sizes
         module, model_config = parse_open("mptrain.models", "model", config.model, **sizes)
+    require_consistent(config, model_config)
     return rank_job(module, model_config, config, Layout.of(config.dist, ranks), gpu=gpu)
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from mptrain import kernels
 from mptrain.distributed import local
+from mptrain.distributed.layout import FEEDBACK, DistConfig
 
 ROLES = (
     "weights",  # the parameters (FP32 masters, unless optim.weights says otherwise) and buffers
@@ -180,12 +181,16 @@ def resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, li
     return {"weights": [*weights, *model.buffers()], "gradients": gradients, "moments": state}
 
 
-def buckets_of(model: nn.Module, device: torch.device | None = None) -> list[Tensor]:
+def buckets_of(model: nn.Module, config: DistConfig, device: torch.device | None = None) -> list[Tensor]:
     """As many bytes as DDP's buckets, which are there from the first step to the last; its gradients are views of them.
+    A compression that keeps what it lost for the next step keeps as much again.
 
-    ``device``: meta, where the true buckets are there beside them.
+    ``device``: meta, where the true ones are there beside them. Empty without DDP.
     """
-    return [torch.empty_like(p, device=device) for p in model.parameters() if p.requires_grad]
+    if config.kind != "ddp":
+        return []
+    copies = 2 if config.compress in FEEDBACK else 1
+    return [torch.empty_like(p, device=device) for _ in range(copies) for p in model.parameters() if p.requires_grad]
 
 
 def by_role(peak: Bytes) -> dict[str, int]:

@@ -42,8 +42,9 @@ Peaks = dict[str, Bytes]  # window of the step -> what is alive at its peak
 
 @dataclass(frozen=True)
 class Job:
-    """A step to trace. ``model``: the module of a kind with its Config; ``batch_size``: of one rank's micro-batch,
-    of ``accumulate``. ``gpu``: as on a CUDA GPU, else as on this CPU."""
+    """A step to trace. ``model``: the module of a kind with its Config; ``batch_size``: of one rank's micro-batch, of
+    ``accumulate``. ``gpu``: as on a CUDA GPU, else as on this CPU. What a compression of gradients works with while it
+    sends them is left out."""
 
     model: ModuleType
     config: Any
@@ -118,7 +119,7 @@ def _step(job: Job, ranks: Ranks, mesh: Any) -> Peaks:
     average = Average(model, job.optim.ema_decay).shadow if job.optim.ema_decay else []
     batch = batch_of(job)
 
-    buckets = buckets_of(model) if job.dist.kind == "ddp" else []
+    buckets = buckets_of(model, job.dist)
 
     def step(at_update: Callable[[], None]) -> None:
         rounds = min(job.accumulate, 2)  # more find what the second finds: the gradients of those before
@@ -173,7 +174,7 @@ def _lay_out(job: Job, model: nn.Module, precision: Precision, mesh: Any) -> Non
 def _into_buckets(model: nn.Module, buckets: list[Tensor]) -> Iterator[None]:
     """DDP of the last micro-batch: each gradient goes into its bucket as soon as it is there."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    place = dict(zip(trained, buckets, strict=True))
+    place = dict(zip(trained, buckets, strict=False))  # residuals behind them
 
     def move(parameter: Tensor) -> None:
         parameter.grad = place[parameter]  # type: ignore[index]

@@ -46,6 +46,7 @@ def test_a_run_becomes_a_folder_that_loads(run, capsys, tmp_path):
     quantize(run, "--to", "int8", "--json", tmp_path / "figures.json")
     said = capsys.readouterr().out
     assert "8 layers are 26.46 % of their FP32 bytes" in said
+    assert "int8 beside its reference" in said, "judged by the run's validation data"
     assert "embed: an embedding, and the weight of head (tied)" in said
     out = run / "quantized-int8"
     assert str(out) in said
@@ -57,8 +58,10 @@ def test_a_run_becomes_a_folder_that_loads(run, capsys, tmp_path):
 
 
 def test_settings_reach_the_model_and_the_worst_layers_come_first(run, capsys, tmp_path):
-    quantize(run, "--to", "int4", "--group-size", 16, "--keep", ".*attention.*", "--out", tmp_path / "out")
+    quantize(run, "--to", "int4", "--group-size", 16, "--keep", ".*attention.*", "--out", tmp_path / "out",
+             "--evaluate", 0)  # fmt: skip
     said = capsys.readouterr().out
+    assert "beside its reference" not in said
     assert "int4, groups of 16" in said
     assert "blocks.0.attention.qkv, blocks.0.attention.out, blocks.1.attention.qkv, ... (4): matches --keep" in said
     errors = [float(line.split()[-1]) for line in said.splitlines() if line.strip().startswith("blocks.")]
