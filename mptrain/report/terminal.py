@@ -76,9 +76,8 @@ def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if summary.get("plan"):
         planned, off = summary["plan"]["planned_gib"], summary["plan"]["plan_error_frac"]
-        rows.append(
-            ("memory plan", f"{planned:.3f} GiB, {abs(off):.1%} {'over' if off > 0 else 'under'} what was measured")
-        )
+        apart = "as measured" if abs(off) < 5e-4 else f"{off:+.1%} beside what was measured"
+        rows.append(("memory plan", f"{planned:.3f} GiB, {apart}"))
     if "gemm_flops" in summary:
         rows.append(("GEMM FLOPs", summary["gemm_flops"]))
         rows += [("not as asked", problem) for problem in summary["audit"][:SHOWN]]
