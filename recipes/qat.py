@@ -30,7 +30,7 @@ from mptrain.report.deployment import Evaluation
 from mptrain.report.inference import mean_of
 from mptrain.settings import to_plain
 
-BATCHES = 64
+BATCHES = 160
 UNSAID = ("sweep_dir", "logger", "baseline", "telemetry.record_every")  # what the losses do not depend on
 ROWS = {  # what is compared with what: in FP32 as trained, or with the control
     "at once": "fp32",
