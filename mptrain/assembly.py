@@ -12,7 +12,7 @@ from mptrain.checkpoint import Checkpoints
 from mptrain.convert import parameter_names
 from mptrain.distributed import among, wrap
 from mptrain.distributed.compression import Compression
-from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS
+from mptrain.distributed.layout import PARTS
 from mptrain.distributed.reduction import Send, plain, summed
 from mptrain.formats import Format
 from mptrain.loggers import NullSink, Sinks
@@ -115,15 +115,12 @@ def _placed(model: nn.Module, prepared: Prepared, precision: Precision) -> Place
 
 def _cut_up(model: nn.Module, prepared: Prepared, precision: Precision) -> Placed:
     """The same for a model that no rank holds all of: it is cut on meta, and each shard filled where it is."""
-    config, device, layout = prepared.config, prepared.device, prepared.layout
+    config, device = prepared.config, prepared.device
     precision.prepare(model, device)
-    mesh = layout.mesh(device)
+    mesh = prepared.layout.mesh(device)
     plan = getattr(prepared.model_module, "TENSOR_PARALLEL", {})
-    cut = wrap.split_products(model, plan, mesh[PARTS]) if layout.parts > 1 else {}
-    if config.dist.kind != "single":
-        formats = config.precision.compute.value.dtype, config.precision.reduce.value.dtype
-        over = mesh[SHARDS] if layout.replicas == 1 else mesh[REPLICAS, SHARDS]
-        wrap.sum_gradients(model, wrap.shard(model, over, config.dist, *formats), precision.unreduced)
+    formats = config.precision.compute.value.dtype, config.precision.reduce.value.dtype
+    cut = wrap.cut_up(model, plan, mesh, config.dist, formats, precision.unreduced)
     wrap.materialize(model, device, model.reset_parameters)  # type: ignore[arg-type]
     precision.counters.held_elsewhere = wrap.held_elsewhere(cut, mesh)
     if cut:

@@ -93,6 +93,25 @@ def _holds(module: nn.Module, parameter: Any) -> bool:
     return any(own is parameter for own in module._parameters.values())
 
 
+def cut_up(
+    model: nn.Module,
+    plan: Mapping[str, str],
+    mesh: DeviceMesh,
+    config: DistConfig,
+    formats: tuple[torch.dtype | None, torch.dtype | None],
+    unreduced: dict[str, Tensor],
+) -> dict[str, str]:
+    """A model that no rank of ``mesh`` holds all of: tensor parallel by ``plan``, then sharded, as far as asked.
+
+    ``formats``: of the products and of the reduction. Returns the layers of tensor parallelism and how they are cut.
+    """
+    cut = split_products(model, plan, mesh[PARTS]) if mesh[PARTS].size() > 1 else {}
+    if config.kind in ("fsdp", "hsdp"):
+        over = mesh[SHARDS] if mesh[REPLICAS].size() == 1 else mesh[REPLICAS, SHARDS]
+        sum_gradients(model, shard(model, over, config, *formats), unreduced)
+    return cut
+
+
 def replicate(model: nn.Module, mesh: DeviceMesh, unreduced: dict[str, Tensor], send: Send) -> DistributedDataParallel:
     """DDP around ``model``; ``send``: how gradients are summed."""
     group = mesh[REPLICAS].get_group()

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mptrain import kernels
 from mptrain.backends.base import resolve
 from mptrain.distributed import ALONE, Ranks, World, wrap
-from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS, DistConfig, Layout
+from mptrain.distributed.layout import DistConfig, Layout
 from mptrain.emulation.gemm import carrier_dtype
 from mptrain.memory.cuda import CudaCasts, casting, stand_in, with_transposed
 from mptrain.memory.live import UPDATE, Bytes, buckets_of, resident, watched
@@ -113,12 +113,13 @@ def _step(job: Job, ranks: Ranks, mesh: Any) -> Peaks:
     if job.checkpointing:
         again = precision.recompute
         model.recompute = casting(again) if job.gpu else again  # type: ignore[assignment]
-    if mesh is not None:
-        _lay_out(job, model, precision, mesh)
+    if mesh is not None:  # DDP's C++ takes no fake tensors: see _into_buckets
+        products = getattr(job.model, "TENSOR_PARALLEL", {})
+        formats = job.policy.compute.value.dtype, job.policy.reduce.value.dtype
+        wrap.cut_up(model, products, mesh, job.dist, formats, precision.unreduced)
     optimizer = build_optimizer(job.optim, model)
     average = Average(model, job.optim.ema_decay).shadow if job.optim.ema_decay else []
     batch = batch_of(job)
-
     buckets = buckets_of(model, job.dist)
 
     def step(at_update: Callable[[], None]) -> None:
@@ -158,16 +159,6 @@ def batch_of(job: Job) -> dict[str, Tensor]:
         return {"tokens": both[0], "targets": both[1]}
     images = torch.zeros(size, config.channels, config.image_size, config.image_size)
     return {"images": images, "labels": torch.zeros(size, dtype=torch.int64)}
-
-
-def _lay_out(job: Job, model: nn.Module, precision: Precision, mesh: Any) -> None:
-    """As :mod:`mptrain.assembly`, but for DDP, whose C++ takes no fake tensors: see :func:`_into_buckets`."""
-    if job.layout.parts > 1:
-        wrap.split_products(model, getattr(job.model, "TENSOR_PARALLEL", {}), mesh[PARTS])
-    if job.dist.kind in ("fsdp", "hsdp"):
-        formats = precision.policy.compute.value.dtype, precision.policy.reduce.value.dtype
-        over = mesh[SHARDS] if job.layout.replicas == 1 else mesh[REPLICAS, SHARDS]
-        wrap.sum_gradients(model, wrap.shard(model, over, job.dist, *formats), precision.unreduced)
 
 
 @contextmanager

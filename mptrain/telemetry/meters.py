@@ -77,9 +77,9 @@ class Throughput:
 class PeakMemory:
     """The peak of a run in GiB: the allocator's on a GPU, of live tensors over one early step on a CPU; NaN before.
 
-    ``roles_gib``: what was alive at the peak, by the roles of :mod:`mptrain.memory.live`; ``window``: when in the step
-    that was. ``others``: role -> tensors that live from step to step beside the model's and the optimizer's. On a GPU
-    all that is not weights, gradients and moments is one, the rest of the allocator's peak.
+    ``roles_gib``: what was alive at the peak, by the roles of :mod:`mptrain.memory.live`. ``others``: role -> tensors
+    that live from step to step beside the model's and the optimizer's. On a GPU all that is not weights, gradients and
+    moments is one, the rest of the allocator's peak.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -88,7 +88,6 @@ class PeakMemory:
         self._meter: live.LiveBytes | None = None
         self.peak_gib = float("nan")
         self.roles_gib: dict[str, float] = {}
-        self.window = ""
 
     def start(self) -> None:
         if self._device.type == "cuda":
@@ -120,8 +119,7 @@ class PeakMemory:
             self._meter = meter
             yield
         self._meter = None
-        totals = {window: live.by_role(peak) for window, peak in meter.peaks.items()}
-        self.window, roles = max(totals.items(), key=lambda item: sum(item[1].values()))
+        roles = live.by_role(max(meter.peaks.values(), key=lambda peak: sum(peak.values())))
         self.roles_gib = {role: size / GIB for role, size in roles.items() if size}
         self.peak_gib = sum(self.roles_gib.values())
 
