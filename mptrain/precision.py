@@ -106,7 +106,8 @@ class Precision:
     def backward(self, loss: Tensor) -> None:
         """Backward of the scaled loss; the gradients add up, scaled, in FP32."""
         self._losses.append(loss.detach())
-        self.scaler.scaled(loss).backward()  # type: ignore[no-untyped-call]
+        with self.backend.backward():
+            self.scaler.scaled(loss).backward()  # type: ignore[no-untyped-call]
         self.counters.end_microbatch()
 
     def step(self, optimizer: Optimizer, clip: float = 0.0, *, stop: bool = False) -> StepOutcome:

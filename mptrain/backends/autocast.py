@@ -69,6 +69,9 @@ class Backend:
             return nullcontext()
         return torch.autocast(self._device.type, dtype=compute.value.dtype)
 
+    def backward(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
     @contextmanager
     def replay(self) -> Iterator[None]:
         with replaying(self._counters), self.forward(policy_on=True):

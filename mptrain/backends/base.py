@@ -49,6 +49,9 @@ class Backend(Protocol):
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
         """A fresh context for one micro-batch's forward. ``policy_on=False``: converted layers run in FP32."""
 
+    def backward(self) -> AbstractContextManager[object]:
+        """A fresh context around autograd's backward of one micro-batch."""
+
     def replay(self) -> AbstractContextManager[object]:
         """A fresh context for recomputing a forward inside backward: same casts and scales, nothing counted twice."""
 

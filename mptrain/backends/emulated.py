@@ -74,6 +74,9 @@ class Backend:
             self._delayed.rotate()
         return self._nested(self._casts())
 
+    def backward(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
     def replay(self) -> AbstractContextManager[object]:
         return self._replaying()
 

@@ -95,6 +95,9 @@ class Backend:
             set_tf32(False)
         return self._casts() if policy_on else bypassing(self._counters)
 
+    def backward(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
     @contextmanager
     def replay(self) -> Iterator[None]:
         with replaying(self._counters), self._casts():

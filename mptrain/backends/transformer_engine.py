@@ -94,6 +94,9 @@ class Backend:
             self._table.rotate()
         return self._casting()
 
+    def backward(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
     @contextmanager
     def replay(self) -> Iterator[None]:
         with replaying(self._counters), self._casts(), self._te.autocast(enabled=True, recipe=self._recipe):
