@@ -1,6 +1,7 @@
 """Mixed-precision training of PyTorch models, with the evidence beside it."""
 
 from mptrain.convert import ConversionReport
+from mptrain.distributed import ALONE, World
 from mptrain.formats import Format, FormatSpec
 from mptrain.outcome import StepOutcome, StepRecord
 from mptrain.policy import LossScale, PrecisionPolicy, Quantization
@@ -9,6 +10,7 @@ from mptrain.scaling import LossScaler, ScaleEvent
 
 __version__ = "0.1.0"
 __all__ = [
+    "ALONE",
     "ConversionReport",
     "Format",
     "FormatSpec",
@@ -20,4 +22,5 @@ __all__ = [
     "ScaleEvent",
     "StepOutcome",
     "StepRecord",
+    "World",
 ]

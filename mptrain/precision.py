@@ -12,233 +12,295 @@ The order inside ``step`` is fixed: found_inf is read before clipping, because c
 Found are Inf and NaN in any gradient (by its norm, so a finite gradient whose sum of squares leaves FP32 counts as
 well) and non-finite operands of quantized GEMMs, which an E4M3 cast would hide by saturating Inf to 448.
 
+Steps between one backward and the next are a round: each optimizer steps, or skips, on the gradients of its own
+parameters, operands that were not finite skip all of them, and the loss scale moves once.
+
 On several ranks one sum decides for all: the squares of what each holds of the gradients (Inf and NaN survive addition,
 whatever mesh a gradient is sharded over), the ranks that found something, the ranks that were asked to stop.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from mptrain import gradients
+from mptrain.agreement import Agreement, together
 from mptrain.backends.base import Backend, resolve
-from mptrain.convert import ConversionReport, parameter_names
-from mptrain.distributed import ALONE, Ranks, local
+from mptrain.blame import Evidence, Losses, Names, explanation
+from mptrain.convert import ConversionReport
+from mptrain.distributed import Ranks
+from mptrain.formats import Format
 from mptrain.kernels.counters import Counters
 from mptrain.outcome import Blame, StepOutcome
 from mptrain.policy import PrecisionPolicy
+from mptrain.regions import Fence, fenced
 from mptrain.scaling import LossScaler
 
 State = dict[str, dict[str, Tensor]]
-_PREPARED: WeakSet[nn.Module] = WeakSet()
 
 
 class Precision:
     """``policy``: a :class:`PrecisionPolicy`, a name from conf/precision, or the path of a recipe YAML.
 
-    ``ranks``: the processes that train this model together, :class:`mptrain.distributed.World`; one alone by default.
+    ``ranks``: the processes that train this model together, :class:`mptrain.World`, or :data:`mptrain.ALONE`. Left out
+    it is found: one process is alone, and the first forward tells whether the model is in DDP or sharded.
     ValueError if the policy is unknown or its backend is missing here.
     """
 
     backend: Backend
     report: ConversionReport
+    scaler: LossScaler
+    device: torch.device
 
-    def __init__(self, policy: PrecisionPolicy | str | Path = "fp32", *, ranks: Ranks = ALONE) -> None:
+    def __init__(self, policy: PrecisionPolicy | str | Path = "fp32", *, ranks: Ranks | None = None) -> None:
         self.policy = policy if isinstance(policy, PrecisionPolicy) else PrecisionPolicy.named(policy)
         self.counters = Counters()
-        self.ranks = ranks
+        self._agreement = Agreement(ranks)
         self.unreduced: dict[str, Tensor] = {}  # name -> norm of this rank's part, noted before ranks were summed
-        self._names: list[str] = []
-        self._parameters: list[nn.Parameter] = []
-        self._multiplied: set[str] = set()
-        self._counted: Tensor | None = None
-        self._losses: list[Tensor] = []  # of this step's micro-batches: a bad one tells forward from backward
+        self._optimizers: dict[int, weakref.ref[Any]] = {}
+        self._admitted: tuple[Any, ...] = ()
+        self._sharded = False
+        self._carried = gradients.Carried()
+        self._losses = Losses()
+        self._fault: Tensor | None = None  # of the round's operands, once its first step has ended it
+        self._found: Tensor | None = None  # by the round's steps so far
+        self._due = False  # a backward ran, and no step since
+        self._running = False  # in a backward of ours
+        self._foreign = False  # a gradient came from another backward
+
+    def __getattr__(self, name: str) -> Any:
+        """Only reached by what is missing: what ``prepare`` sets."""
+        if name in ("backend", "report", "scaler", "device", "_names"):
+            raise RuntimeError("this Precision has no model yet: call precision.prepare(model) first")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train this model together, as far as they are known."""
+        return self._agreement.ranks
+
+    def __deepcopy__(self, memo: Any) -> Precision:
+        """Itself: a copy of the model stays with it."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Precision is bound to a live model and cannot be pickled: save its state_dict()")
 
     def prepare(self, model: nn.Module, device: torch.device | None = None) -> Precision:
-        """Convert ``model`` in place and bind to it. Its parameters must be FP32: they are the master weights.
+        """Convert ``model`` in place and bind to it. Its trained parameters must be FP32: they are the master weights.
 
         ``device``: where it will run, if it is on meta as yet. Wrap it for several processes (DDP, ``fully_shard``)
-        afterwards.
+        afterwards. ValueError if the model or this Precision is prepared already, or has nothing to train.
         """
+        if "backend" in self.__dict__:
+            raise ValueError("this Precision is bound to a model already: make another one for another model")
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("the model has no parameter that requires a gradient")
-        if model in _PREPARED:
-            raise ValueError("the model is prepared already, and its layers are swapped: build it anew for this policy")
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+        for name, module in model.named_modules():
+            if fenced(module):
+                what = f"{name} is" if name else "the model is"
                 raise ValueError(
-                    f"{name} is {parameter.dtype}: parameters are the FP32 master weights, call model.float() first"
+                    f"{what} prepared already (or the copy of a prepared model), and its layers may be swapped: build "
+                    "it anew for this policy, or copy it before it is prepared"
                 )
+        _check_masters(model, self.policy)
         self.device = device or next(p.device for p in model.parameters() if p.requires_grad)
-        self.backend = resolve(self.policy, self.device)(self.policy, self.device, self.ranks.max)
+        self.backend = resolve(self.policy, self.device)(self.policy, self.device, self._agreement.max)
         self.report = self.backend.convert(model, self.counters)
-        self._model = model
-        self._bind()
+        self._names = Names(model)
         self.counters.decisive = len(self.counters.slots)
         self.counters.order = {name: place for place, (name, _) in enumerate(model.named_modules())}
         self.scaler = LossScaler(self.policy.loss_scale, self.device)
-        _PREPARED.add(model)
+        fence = Fence(self.counters, self.backend.casts)
+        if not self._agreement.known:
+            fence.on_call = self._agreement.find
+        fence.around(model)
+        self._watch_for_other_backwards(model)
         return self
-
-    def _bind(self) -> None:
-        """Know the parameters as they are now: sharding puts others in their place."""
-        trained = parameter_names(self._model)
-        self._names, self._parameters = list(trained.values()), list(trained)
-        linear = (name for name, module in self._model.named_modules() if isinstance(module, nn.Linear))
-        self._multiplied = {f"{name}.weight" for name in linear}  # these stand in the order of their products
-        sharded = any(local(p) is not p for p in self._parameters)
-        counted = [self.ranks.counts(p) for p in self._parameters]
-        self._counted = torch.tensor(counted, device=self.device) if sharded else None
 
     def forward(self) -> AbstractContextManager[object]:
         """The context of one micro-batch's forward. Call backward outside it."""
+        if self._due and all(p.grad is None for p in self._names.parameters):  # thrown away, and its faults with it
+            self.counters.end_step()
+            self._due = False
         return self.backend.forward(policy_on=True)
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward of the scaled loss; the gradients add up, scaled, in FP32."""
-        self._losses.append(loss.detach())
-        with self.backend.backward():
-            self.scaler.scaled(loss).backward()  # type: ignore[no-untyped-call]
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Backward of the scaled loss; the gradients add up, scaled, in FP32. The options are ``Tensor.backward``'s."""
+        scaler = self.scaler
+        if not self._due:
+            self._begin_round()
+        if scaler.active and self._carried.scale is not scaler.scale:
+            self._carried.begin(scaler.scale, self._seen(), sharded=self._sharded)
+        self._losses.add(loss.detach())
+        self._running = True
+        try:
+            with self.backend.backward():
+                scaler.scaled(loss).backward(  # type: ignore[no-untyped-call]
+                    retain_graph=retain_graph, create_graph=create_graph, inputs=inputs
+                )
+        finally:
+            self._running = False
         self.counters.end_microbatch()
+        self._due = True
 
-    def step(self, optimizer: Optimizer, clip: float = 0.0, *, stop: bool = False) -> StepOutcome:
-        """One optimizer step on the accumulated gradients, or none if any rank found Inf or NaN.
+    def step(self, *optimizers: Optimizer, clip: float = 0.0, stop: bool = False) -> StepOutcome:
+        """One step of each optimizer on its own gradients; none where any rank found Inf or NaN in them.
 
-        ``clip``: the largest global gradient norm, 0 for no clipping. A fused optimizer (``fused=True``) gets scale
-        and clip factor as one divisor and found_inf as tensors: no pass of its own, no read by the host. Any other
-        optimizer costs one read a step and one pass over the gradients. ``stop``: this rank was asked to; all of them
-        read so in the outcome.
+        ``clip``: the largest norm of all these gradients together, 0 for no clipping. A fused optimizer gets scale and
+        clip factor as one divisor and found_inf as tensors: no pass of its own, no read by the host. Any other one
+        costs one read a step and one pass over the gradients. ``stop``: this rank was asked to; all of them read so in
+        the outcome, which is ``applied`` if every optimizer stepped.
         """
-        gradients = self._gradients()
-        norms = torch.stack(torch._foreach_norm([grad for _, grad in gradients.values()], dtype=torch.float32))
-        scale = self.scaler.scale
-        fault = self.counters.end_step()
-        own = fault[: self.counters.decisive].any() if self.counters.decisive else None
-        norm, found_inf, stops = self._agreed(norms, list(gradients), own, stop)
+        scaler = self.scaler
+        if optimizers != self._admitted or not optimizers:
+            self._admit(optimizers)
+        if type(clip) is not float or not clip >= 0:
+            clip = gradients.valid_clip(clip)
+        each = [gradients.with_gradient(optimizer) for optimizer in optimizers]
+        parameters = each[0] if len(each) == 1 else [p for those in each for p in those]
+        self._require_gradients(parameters)
+        sharded = self._sharded
+        scale = scaler.scale if self._carried.scale is None else self._carried.scale
+        scaled = scaler.active and not self._carried.knows(parameters)
+        if scaler.active and not scaled:
+            self._carried.unscale(parameters, sharded=sharded)
+        held, norms = gradients.measured(parameters, sharded=sharded)
+        if self._fault is None:
+            self._fault = self.counters.end_step()
+        own = self._fault[: self.counters.decisive].any() if self.counters.decisive else None
+        sizes = [len(those) for those in each]
+        totals, found, stops = self._agreement.reached(norms, sizes, parameters, own, stop)
+        norm, healthy, found_inf = together(totals, found)
         # A CPU reads for nothing, and a found_inf tensor costs AdamW one subtraction per parameter.
-        skips = bool(found_inf.item()) if found_inf.device.type == "cpu" else None
-        blame = self._witness(list(gradients.values()), norms, fault, skips)
-        divisor = scale if self.scaler.active else None
-        if self.scaler.active:
-            norm = norm / scale
+        skips = [bool(one) if one.device.type == "cpu" else None for one in found]
+        blame = self._witness(parameters, held, norms, skips)
+        divisor = scale if scaled else None
+        if scaled:
+            norm, healthy = norm / scale, healthy / scale
         if clip > 0:
-            factor = (norm / clip).clamp_(min=1.0)
+            factor = (healthy / clip).clamp_(min=1.0)
             divisor = factor if divisor is None else divisor * factor
-        self._update(optimizer, divisor, found_inf, skips)
-        event = self.scaler.update(found_inf)
-        values = [found_inf.float(), norm, scale, event.float(), self.scaler.scale]
+        for optimizer, those, one, skip in zip(optimizers, each, found, skips, strict=True):
+            skipped = self._update(optimizer, those, divisor, one, skip)
+            if scaled:
+                self._carried.note(those, one, skipped)
+        again = self._found is not None
+        self._found = found_inf if self._found is None else self._found | found_inf
+        event = scaler.update(self._found, again=again)
+        self._due = False
+        if torch.is_autocast_enabled(self.device.type):
+            torch.clear_autocast_cache()  # a step inside forward(): the casts of the weights before it are stale
+        values = [found_inf.float(), norm, scale, event.float(), scaler.scale]
         return StepOutcome(torch.stack(values if stops is None else [*values, stops]), blame)
 
-    def _gradients(self) -> dict[int, tuple[str, Tensor]]:
-        """Index of the parameter -> (name, what this rank holds of its gradient)."""
-        for _ in range(2):
-            numbered = enumerate(zip(self._names, self._parameters, strict=True))
-            found = {index: (name, local(p.grad)) for index, (name, p) in numbered if p.grad is not None}
-            if found:
-                return found
-            self._bind()
-        raise ValueError("no gradient to step on: call precision.backward(loss) first")
+    def _begin_round(self) -> None:
+        """Before the first backward after a step: the loss scale has moved, and gradients may have stayed."""
+        self._fault = self._found = None
+        self._losses = Losses()
+        if self._foreign and all(p.grad is None or not p.grad.any() for p in self._seen()):
+            self._foreign = False  # what the other backward left was thrown away
+        if self.scaler.active:
+            self._carried.begin(self.scaler.scale, self._seen(), sharded=self._sharded)
 
-    def _agreed(
-        self, norms: Tensor, indices: list[int], own: Tensor | None, stop: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The global gradient norm, found_inf, and how many ranks were asked to stop (None for one process)."""
-        if self.ranks.size == 1:
-            norm = torch.linalg.vector_norm(norms)
-            found_inf = (norm - norm).ne(0)  # NaN for Inf and NaN: two kernels where isfinite takes four
-            return norm, found_inf if own is None else found_inf | own, None
-        asked = torch.tensor(float(stop), dtype=torch.float64).to(norms.device, non_blocking=True)
-        squares = norms.double().square()  # in FP64 no square of a finite norm overflows
-        if self._counted is not None:  # each element once, however many ranks hold it
-            every = len(indices) == len(self._counted)  # the usual case, without a copy of indices to the device
-            squares = squares.where(self._counted if every else self._counted[indices], 0.0)
-        total = squares.sum()
-        found = ~total.isfinite() if own is None else ~total.isfinite() | own
-        told = self.ranks.sum(torch.stack([total, found.double(), asked]))
-        norm = torch.linalg.vector_norm(norms) if self._counted is None else told[0].sqrt().float()
-        return norm, (told[1] > 0) | (norm - norm).ne(0), told[2].float()
+    def _seen(self) -> list[nn.Parameter]:
+        """The parameters of the model and of every optimizer that stepped."""
+        alive = [optimizer for ref in self._optimizers.values() if (optimizer := ref()) is not None]
+        others = [p for optimizer in alive for p in gradients.parameters_of(optimizer)]
+        return list(dict.fromkeys([*self._names.parameters, *others]))
 
-    def _update(self, optimizer: Optimizer, divisor: Tensor | None, found_inf: Tensor, skips: bool | None) -> None:
-        """Step or skip. ``skips``: what ``found_inf`` says, None if nobody has read it yet."""
+    def _admit(self, optimizers: tuple[Any, ...]) -> None:
+        """Look at optimizers that the step before did not have."""
+        if not optimizers:
+            raise TypeError("step takes an optimizer: precision.step(optimizer, clip=1.0)")
+        for optimizer in optimizers:
+            gradients.admit(optimizer)
+        parameters = [p for optimizer in optimizers for p in gradients.parameters_of(optimizer)]
+        if len(optimizers) > 1 and len(set(parameters)) < len(parameters):
+            raise ValueError("a parameter is in two of these optimizers: call precision.step once for each")
+        self._sharded = self._agreement.over(parameters)
+        self._optimizers |= {id(optimizer): weakref.ref(optimizer) for optimizer in optimizers}
+        self._admitted = optimizers
+
+    def _watch_for_other_backwards(self, model: nn.Module) -> None:
+        """Where a gradient must come from ``backward``, two parameters tell of one that does not."""
+        self._must_be_ours = self.scaler.active or self.policy.quantized or self.backend.emulated
+        this = weakref.ref(self)
+
+        def tell(_: Tensor) -> None:
+            precision = this()
+            if precision is not None and not precision._running:
+                precision._foreign = True
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in {trained[0], trained[-1]} if self._must_be_ours else ():
+            parameter.register_post_accumulate_grad_hook(tell)  # type: ignore[no-untyped-call]
+
+    def _require_gradients(self, parameters: list[nn.Parameter]) -> None:
+        if not parameters:
+            raise ValueError("no gradient to step on: call precision.backward(loss) first")
+        if self._must_be_ours and (self._foreign or (not self._due and self._fault is None)):
+            self._foreign = self._due = False
+            raise ValueError(
+                f"gradients come from loss.backward(): precision={self.policy.name} needs precision.backward(loss), "
+                "which scales the loss and closes the books of the micro-batch; call zero_grad() before going on"
+            )
+
+    def _update(
+        self,
+        optimizer: Any,
+        parameters: list[nn.Parameter],
+        divisor: Tensor | None,
+        found_inf: Tensor,
+        skips: bool | None,
+    ) -> bool | None:
+        """Step or skip. ``skips``: what ``found_inf`` says, None if nobody has read it yet; returned if read."""
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # set by torch on fused optimizers
         # Before the first step no kernel may be told to skip: fused SGD would leave momentum in memory nobody wrote.
         if skips is None and (not fused or not optimizer.state):
             skips = bool(found_inf.item())
         if skips:
-            return
+            return True
         if fused:
-            optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-            optimizer.found_inf = found_inf.float() if skips is None else None  # type: ignore[attr-defined]
+            optimizer.grad_scale = divisor
+            optimizer.found_inf = found_inf.float() if skips is None else None
             optimizer.step()
-            optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
+            optimizer.grad_scale = optimizer.found_inf = None
         else:
             if divisor is not None:
-                torch._foreach_div_([local(p.grad) for p in self._parameters if p.grad is not None], divisor)
+                gradients.divide(gradients.held(parameters, sharded=self._sharded), divisor)
             optimizer.step()
+        return skips
 
     def _witness(
-        self, named: list[tuple[str, Tensor]], norms: Tensor, fault: Tensor, skips: bool | None
+        self, parameters: list[nn.Parameter], held: list[Tensor], norms: Tensor, skips: list[bool | None]
     ) -> Callable[[], Blame]:
-        """What a skip will be explained with when the outcome is read; the gradients may be gone by then."""
-        losses, self._losses = self._losses, []
+        """What a skip will be explained with when the outcome is read."""
         unreduced = dict(self.unreduced)
         self.unreduced.clear()
-        if skips is False:
+        if not any(one is not False for one in skips):
             return lambda: Blame("")
-        if unreduced:
-            return lambda: self._first(self._blame_unreduced(unreduced, fault, losses))
-        if skips:  # a norm can overflow FP32 where every element is finite: those are no Inf in the gradient
-            truly = torch.tensor([not bool(grad.isfinite().all()) for _, grad in named])
-            norms = torch.where(truly, norms, norms.nan_to_num(posinf=torch.finfo(norms.dtype).max))
-        names = [name for name, _ in named]
-        return lambda: self._first(self._blame(names, norms, fault, losses))
-
-    def _blame_unreduced(self, unreduced: dict[str, Tensor], fault: Tensor, losses: list[Tensor]) -> Blame:
-        names = sorted(unreduced, key=self._place)
-        return self._blame(names, torch.stack([unreduced[name] for name in names]), fault, losses)
-
-    def _place(self, name: str) -> int:
-        """Where a parameter, or the first one of ``group.*``, stands in the model; what is left over comes first."""
-        group = name.removesuffix("*")
-        return next((n for n, known in enumerate(self._names) if group and known.startswith(group)), -1)
-
-    def _first(self, blame: Blame) -> Blame:
-        """Of what each rank found, the earliest: by micro-batch, then by rank. A collective."""
-        found = [one for one in self.ranks.gather(blame) if one.kind] or [blame]
-        return min(found, key=lambda one: (one.micro_batch if one.micro_batch >= 0 else math.inf, one.rank))
-
-    def _blame(self, names: list[str], norms: Tensor, fault: Tensor, losses: list[Tensor]) -> Blame:
-        """A row that was watched first, for it explains the loss; then the loss, for it explains the gradients."""
-        first = self.counters.first_fault(fault)
-        if first is not None:
-            where = first.layer, first.role, first.kind, first.phase, first.micro_batch
-            return Blame(f"{first}", *where, self.ranks.rank)
-        bad = (~norms.isfinite()).nonzero().flatten().tolist()
-        for micro, loss in enumerate(losses):
-            if not loss.isfinite():
-                kind = "NaN" if loss.isnan() else "Inf"
-                return Blame(f"{kind} loss of micro-batch {micro}", "", "loss", kind, "forward", micro, self.ranks.rank)
-        if not bad and torch.linalg.vector_norm(norms).isfinite():
-            return Blame("another rank found Inf or NaN", rank=self.ranks.rank)
-        if not bad:
-            return Blame(
-                "the norm of all gradients overflows FP32, though each element is finite", rank=self.ranks.rank
-            )
-        place = ([index for index in bad if names[index] in self._multiplied] or bad)[-1]  # backward comes from the end
-        layer, _, leaf = names[place].rpartition(".")
-        kind = "NaN" if norms[place].isnan() else "Inf"
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        what = "gradients" if leaf == "*" else f"gradient of {leaf}"  # FSDP reduces those of a block together
-        return Blame(f"{kind} in the {what}{more}", layer, "grad_weight", kind, "backward", -1, self.ranks.rank)
+        assert self._fault is not None
+        evidence = Evidence(parameters, norms, self._fault, self._losses, unreduced)
+        if any(skips):
+            evidence = evidence.separate(held)
+        return explanation(evidence, self._names, self.counters, self.ranks)
 
     @contextmanager
     def evaluating(self, *, policy_on: bool = True) -> Iterator[None]:
@@ -267,3 +329,20 @@ class Precision:
         """Continue a run of this policy or another: what has no meaning here is ignored, what is missing starts."""
         self.scaler.load_state_dict(state.get("scaler", {}))
         self.backend.load_state_dict(state.get("fp8", {}))
+
+
+def _check_masters(model: nn.Module, policy: PrecisionPolicy) -> None:
+    """ValueError for trained parameters that are no FP32 masters, and frozen ones that the policy would not widen."""
+    wide = policy.compute in (Format.fp32, Format.tf32) and not policy.quantized
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.dtype is torch.float32:
+            continue
+        if parameter.requires_grad or parameter.dtype is torch.float64:
+            raise ValueError(
+                f"{name} is {parameter.dtype}: parameters are the FP32 master weights, call model.float() first"
+            )
+        if wide:
+            raise ValueError(
+                f"{name} is {parameter.dtype} and frozen, and precision={policy.name} multiplies in FP32: "
+                "use precision=bf16, or call model.float() first"
+            )

@@ -38,6 +38,7 @@ class LossScaler:
         self._tracker = torch.zeros((), dtype=torch.int32, device=device)
         self._hysteresis_left = torch.full((), config.hysteresis, dtype=torch.int32, device=device)
         self._steady = torch.zeros((), dtype=torch.int32, device=device)
+        self._before = self.scale, self._tracker, self._hysteresis_left
 
     @property
     def active(self) -> bool:
@@ -45,12 +46,20 @@ class LossScaler:
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to call backward on (FP32; same shape)."""
-        return loss * self.scale if self.active else loss
+        if not self.active:
+            return loss
+        return loss * self.scale if loss.dim() == 0 else loss.float() * self.scale  # FP16 [1] would stay FP16
 
-    def update(self, found_inf: Tensor) -> Tensor:
-        """Move the scale after a step. ``found_inf``: bool 0-dim. Returns a :class:`ScaleEvent` code (int32 0-dim)."""
+    def update(self, found_inf: Tensor, *, again: bool = False) -> Tensor:
+        """Move the scale after a step. ``found_inf``: bool 0-dim. Returns a :class:`ScaleEvent` code (int32 0-dim).
+
+        ``again``: instead of the update before, from the state that one began with (several optimizers in one round).
+        """
         if self.config.kind is not LossScaleKind.dynamic:
             return self._steady
+        if again:
+            self.scale, self._tracker, self._hysteresis_left = self._before
+        self._before = self.scale, self._tracker, self._hysteresis_left
         if found_inf.device.type == "cpu":
             return self._update_on_host(bool(found_inf))
         return self._update_on_device(found_inf)
@@ -59,19 +68,19 @@ class LossScaler:
         """The rule where reading is free: 10 us, where the tensor operations below take 60 on a CPU."""
         config, event = self.config, ScaleEvent.steady
         if found_inf:
-            self._hysteresis_left -= 1
-            self._tracker.zero_()
+            self._hysteresis_left = self._hysteresis_left - 1
+            self._tracker = torch.zeros_like(self._tracker)
             event = ScaleEvent.tolerated
             if self._hysteresis_left.item() <= 0:
                 lowered = (self.scale * config.backoff).clamp_(min=config.floor)
                 event = ScaleEvent.at_floor if lowered.item() >= self.scale.item() else ScaleEvent.backed_off
                 self.scale = lowered
             return torch.tensor(event, dtype=torch.int32)
-        self._tracker += 1
+        self._tracker = self._tracker + 1  # anew: the state before must outlive the update
         if self._tracker.item() < config.interval:
             return self._steady
-        self._tracker.zero_()
-        self._hysteresis_left.fill_(config.hysteresis)
+        self._tracker = torch.zeros_like(self._tracker)
+        self._hysteresis_left = torch.full_like(self._hysteresis_left, config.hysteresis)
         raised = self.scale * config.growth
         if math.isfinite(raised.item()):
             self.scale, event = raised, ScaleEvent.grew
@@ -80,18 +89,17 @@ class LossScaler:
     def _update_on_device(self, found_inf: Tensor) -> Tensor:
         """The same without a read: every outcome is computed, the right one selected."""
         config = self.config
-        self._hysteresis_left.sub_(found_inf.int())
-        self._tracker += 1
-        self._tracker *= ~found_inf
-        backs_off = found_inf & (self._hysteresis_left <= 0)
+        left = self._hysteresis_left - found_inf.int()
+        tracker = (self._tracker + 1).mul_(~found_inf)
+        backs_off = found_inf & (left <= 0)
         lowered = (self.scale * config.backoff).clamp_(min=config.floor)
         at_floor = backs_off & (lowered >= self.scale)
         raised = self.scale * config.growth
-        due = self._tracker >= config.interval
+        due = tracker >= config.interval
         grows = due & raised.isfinite()
         self.scale = torch.where(backs_off, lowered, torch.where(grows, raised, self.scale))
-        self._hysteresis_left = torch.where(due, config.hysteresis, self._hysteresis_left)
-        self._tracker *= ~due
+        self._hysteresis_left = torch.where(due, config.hysteresis, left)
+        self._tracker = tracker.mul_(~due)
         code = grows * int(ScaleEvent.grew) + found_inf * int(ScaleEvent.tolerated)
         code -= backs_off * (int(ScaleEvent.tolerated) - int(ScaleEvent.backed_off))
         return code.add_(at_floor).int()

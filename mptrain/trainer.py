@@ -4,7 +4,7 @@
         with precision.forward(): loss = model(**batch)
         precision.backward(loss / accumulate)
     settle the step before: scheduler and counters move only if it was applied
-    outcome = precision.step(optimizer, clip)
+    outcome = precision.step(optimizer, clip=clip)
 
 Step t's outcome stays on the device until just before the optimizer step of t+1, when its copy has long arrived, so
 that schedule and ledger are exact and nothing stalls. Losses are read back every ``telemetry.every`` steps. A step
@@ -164,7 +164,7 @@ class Trainer:
             self._at("waiting for the others' gradients")
             self.memory.updating()
             stop = self.interrupts.stopped_by is not None
-            outcome = self.precision.step(self.optimizer, self.config.clip, stop=stop)
+            outcome = self.precision.step(self.optimizer, clip=self.config.clip, stop=stop)
         if watching:
             sample = watching.end_step(step, self.optimizer, outcome)
         self.optimizer.zero_grad(set_to_none=True)

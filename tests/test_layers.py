@@ -17,7 +17,7 @@ ANY = ("*",)
 # Module (or the folder it is in) -> what of mptrain it may import, itself and its folder apart. The most exact row
 # counts. `*` is for the composition root and for programs; a row is missing only for a module that is a new concept.
 INTERNAL: dict[str, tuple[str, ...]] = {
-    "": ("convert", "formats", "outcome", "policy", "precision", "scaling"),  # the public names
+    "": ("convert", "distributed", "formats", "outcome", "policy", "precision", "scaling"),  # the public names
     "formats": (),
     "files": (),
     "settings": (),
@@ -34,11 +34,16 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "kernels": ("formats",),
     "distributed": ("convert", "kernels", "formats", "settings"),
     "outcome": ("scaling",),
+    "regions": ("kernels.counters",),
+    "gradients": ("distributed",),
+    "agreement": ("distributed",),
+    "blame": ("convert", "distributed", "kernels.counters", "outcome"),
     "emulation": ("kernels", "formats", "policy", "distributed"),
-    "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation", "quiet"),
+    "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation", "quiet", "regions"),
     "backends.base": ("convert", "kernels.counters", "policy", "distributed"),  # backends themselves only by name
     "precision": (
         "policy", "scaling", "backends.base", "convert", "kernels.counters", "outcome", "distributed", "settings",
+        "agreement", "blame", "formats", "gradients", "regions",
     ),
     "checkpoint": ("storage", "distributed"),
     "optim": ("settings", "distributed", "quiet"),

@@ -61,7 +61,7 @@ class Loop:
 
     def step(self, index: int, clip: float = 0.0):
         self.gradients(index)
-        outcome = self.precision.step(self.optimizer, clip)
+        outcome = self.precision.step(self.optimizer, clip=clip)
         self.optimizer.zero_grad()
         return outcome.read()
 
@@ -280,7 +280,7 @@ def test_clip_is_clip_grad_norm(name, clip, fused):
     with torch.no_grad():
         for parameter in loop.model.parameters():
             parameter.zero_()
-    record = loop.precision.step(torch.optim.SGD(loop.model.parameters(), lr=1.0, fused=fused), clip).read()
+    record = loop.precision.step(torch.optim.SGD(loop.model.parameters(), lr=1.0, fused=fused), clip=clip).read()
     assert record.grad_norm == pytest.approx(norm.item(), rel=1e-5)
     for parameter, gradient in zip(loop.model.parameters(), expected, strict=True):
         torch.testing.assert_close(-parameter.detach(), gradient, rtol=2e-4, atol=0.0)

@@ -7,8 +7,7 @@ amax alone reads every operand again (50 MB for 32 x 1024 x 768 in BF16, some 15
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -90,26 +89,6 @@ class Booking:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _on_gradient(out: Tensor, look: Callable[[Tensor], None]) -> None:
     out.register_hook(look)  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def bypassing(counters: Counters) -> Iterator[None]:
-    """Converted layers run as plain FP32 layers."""
-    counters.bypassed = True
-    try:
-        yield
-    finally:
-        counters.bypassed = False
-
-
-@contextmanager
-def replaying(counters: Counters) -> Iterator[None]:
-    """A forward is recomputed inside backward: its operands were booked before."""
-    counters.replaying = True
-    try:
-        yield
-    finally:
-        counters.replaying = False
 
 
 def require_rows(x: Tensor, multiple: int, owner: str) -> None:

@@ -6,18 +6,17 @@ forward of this backend begins, and stay as they are until another precision set
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from mptrain.backends._booking import replaying
 from mptrain.convert import ConversionReport
 from mptrain.distributed import Agree
 from mptrain.formats import Format
 from mptrain.kernels.counters import Counters
 from mptrain.policy import PrecisionPolicy
+from mptrain.regions import Plain, Region
 
 
 def set_tf32(on: bool) -> None:
@@ -62,20 +61,21 @@ class Backend:
         return ConversionReport()
 
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
+        return Region(self._counters, self.casts(policy_on), quantized=policy_on)
+
+    def casts(self, policy_on: bool) -> AbstractContextManager[object]:
         compute = self._policy.compute
         if self._device.type == "cuda":
             set_tf32(policy_on and compute is Format.tf32)
         if not policy_on or compute in (Format.fp32, Format.tf32):
-            return nullcontext()
+            return Plain(self._device.type)
         return torch.autocast(self._device.type, dtype=compute.value.dtype)
 
     def backward(self) -> AbstractContextManager[object]:
-        return nullcontext()
+        return Region(self._counters, Plain(self._device.type), quantized=True, replaying=True)
 
-    @contextmanager
-    def replay(self) -> Iterator[None]:
-        with replaying(self._counters), self.forward(policy_on=True):
-            yield
+    def replay(self) -> AbstractContextManager[object]:
+        return Region(self._counters, self.casts(True), quantized=True, replaying=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

@@ -49,8 +49,11 @@ class Backend(Protocol):
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
         """A fresh context for one micro-batch's forward. ``policy_on=False``: converted layers run in FP32."""
 
+    def casts(self, policy_on: bool) -> AbstractContextManager[object]:
+        """Fresh casts of the layers that are not converted: the policy's ``compute``, or none at all."""
+
     def backward(self) -> AbstractContextManager[object]:
-        """A fresh context around autograd's backward of one micro-batch."""
+        """A fresh context around autograd's backward of one micro-batch: a forward met inside is a replay."""
 
     def replay(self) -> AbstractContextManager[object]:
         """A fresh context for recomputing a forward inside backward: same casts and scales, nothing counted twice."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from mptrain import kernels
-from mptrain.backends._booking import bypassing, replaying
 from mptrain.convert import ConversionReport, select, swap
 from mptrain.distributed import Agree
 from mptrain.emulation.delayed import DelayedScaling
@@ -20,6 +18,7 @@ from mptrain.emulation.mode import RoundedOperands
 from mptrain.formats import Format
 from mptrain.kernels.counters import Counters
 from mptrain.policy import PrecisionPolicy, Scaling
+from mptrain.regions import Plain, Region
 
 
 class Backend:
@@ -32,7 +31,6 @@ class Backend:
         self._policy, self._device, self._agree = policy, device, agree
         self._counters = Counters()
         self._delayed: DelayedScaling | None = None
-        self._depth = 0
         self._carrier = torch.float32
         if policy.quantized:  # measured, so the ranks of one machine may differ: fast for one is right for all
             fast = agree(torch.tensor(carrier_dtype(device.type) is torch.bfloat16, device=device))
@@ -68,39 +66,23 @@ class Backend:
         return ConversionReport(tuple(chosen), kept)
 
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
+        rotate = self._delayed.rotate if self._delayed is not None and policy_on else None
+        return Region(self._counters, self.casts(policy_on), quantized=policy_on, opening=rotate)
+
+    def casts(self, policy_on: bool) -> AbstractContextManager[object]:
         if not policy_on:
-            return bypassing(self._counters)
-        if self._delayed is not None and self._depth == 0 and not self._counters.quiet:
-            self._delayed.rotate()
-        return self._nested(self._casts())
-
-    def backward(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def replay(self) -> AbstractContextManager[object]:
-        return self._replaying()
-
-    def _casts(self) -> AbstractContextManager[object]:
-        """What the layers left alone run in: the policy's `compute`."""
+            return Plain(self._device.type)
         if not self._policy.quantized:
             return RoundedOperands(self._policy.compute)
         if self._policy.compute is Format.bf16:
             return torch.autocast(self._device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        return Plain(self._device.type)
 
-    @contextmanager
-    def _nested(self, casts: AbstractContextManager[object]) -> Iterator[None]:
-        self._depth += 1
-        try:
-            with casts:
-                yield
-        finally:
-            self._depth -= 1
+    def backward(self) -> AbstractContextManager[object]:
+        return Region(self._counters, Plain(self._device.type), quantized=True, replaying=True)
 
-    @contextmanager
-    def _replaying(self) -> Iterator[None]:
-        with replaying(self._counters), self._casts():
-            yield
+    def replay(self) -> AbstractContextManager[object]:
+        return Region(self._counters, self.casts(True), quantized=True, replaying=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self._delayed is None else self._delayed.state_dict()

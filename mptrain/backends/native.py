@@ -12,14 +12,13 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mptrain.backends._booking import Booking, bypassing, replaying, require_rows
+from mptrain.backends._booking import Booking, require_rows
 from mptrain.backends.autocast import set_tf32
 from mptrain.convert import ConversionReport, select, swap
 from mptrain.distributed import Agree
@@ -27,6 +26,7 @@ from mptrain.formats import Format
 from mptrain.kernels.counters import Counters
 from mptrain.policy import PrecisionPolicy, Quantization, Scaling
 from mptrain.quiet import quiet_import
+from mptrain.regions import Plain, Region
 
 
 class Backend:
@@ -93,20 +93,18 @@ class Backend:
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
         if self._device.type == "cuda":
             set_tf32(False)
-        return self._casts() if policy_on else bypassing(self._counters)
+        return Region(self._counters, self.casts(policy_on), quantized=policy_on)
+
+    def casts(self, policy_on: bool) -> AbstractContextManager[object]:
+        if policy_on and self._policy.compute is Format.bf16:
+            return torch.autocast(self._device.type, dtype=torch.bfloat16)
+        return Plain(self._device.type)
 
     def backward(self) -> AbstractContextManager[object]:
-        return nullcontext()
+        return Region(self._counters, Plain(self._device.type), quantized=True, replaying=True)
 
-    @contextmanager
-    def replay(self) -> Iterator[None]:
-        with replaying(self._counters), self._casts():
-            yield
-
-    def _casts(self) -> AbstractContextManager[object]:
-        if self._policy.compute is Format.bf16:
-            return torch.autocast(self._device.type, dtype=torch.bfloat16)
-        return nullcontext()
+    def replay(self) -> AbstractContextManager[object]:
+        return Region(self._counters, self.casts(True), quantized=True, replaying=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

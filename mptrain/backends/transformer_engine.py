@@ -18,13 +18,13 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mptrain.backends._booking import Booking, bypassing, replaying, require_rows
+from mptrain.backends._booking import Booking, require_rows
 from mptrain.backends.autocast import set_tf32
 from mptrain.convert import ConversionReport, select, swap
 from mptrain.distributed import Agree
@@ -33,6 +33,7 @@ from mptrain.formats import Format
 from mptrain.kernels import amax as amax_of
 from mptrain.kernels.counters import Counters
 from mptrain.policy import PrecisionPolicy, Quantization, Scaling
+from mptrain.regions import Plain, Region
 
 FORMATS = {(Format.fp8_e4m3, Format.fp8_e4m3): "E4M3", (Format.fp8_e4m3, Format.fp8_e5m2): "HYBRID"}
 # TE's quantizers: role -> (list, index). Those of output and grad_input are for FP8 results, which are not asked for.
@@ -52,7 +53,6 @@ class Backend:
         self._recipe = _recipe(policy.quantization)
         self._counters = Counters()
         self._table: FixedTable | None = None
-        self._depth = 0
         self.carrier = f"FP8 tensor cores (Transformer Engine {_version()})"
 
     @staticmethod
@@ -88,35 +88,37 @@ class Backend:
 
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
         set_tf32(False)
-        if not policy_on:
-            return bypassing(self._counters)
-        if self._table is not None and self._depth == 0 and not self._counters.quiet:
-            self._table.rotate()
-        return self._casting()
+        rotate = self._table.rotate if self._table is not None and policy_on else None
+        casts = self._casting() if policy_on else self.casts(False)
+        return Region(self._counters, casts, quantized=policy_on, opening=rotate)
+
+    def casts(self, policy_on: bool) -> AbstractContextManager[object]:
+        return self._engine() if policy_on else Plain("cuda")
 
     def backward(self) -> AbstractContextManager[object]:
-        return nullcontext()
+        casts = self._te.autocast(enabled=True, recipe=self._recipe)  # for a forward that is recomputed
+        return Region(self._counters, casts, quantized=True, replaying=True)
 
-    @contextmanager
-    def replay(self) -> Iterator[None]:
-        with replaying(self._counters), self._casts(), self._te.autocast(enabled=True, recipe=self._recipe):
-            yield
+    def replay(self) -> AbstractContextManager[object]:
+        return Region(self._counters, self._engine(), quantized=True, replaying=True)
 
     @contextmanager
     def _casting(self) -> Iterator[None]:
         looked_at = self._table.staged.clone() if self._table is not None and self._counters.quiet else None
-        self._depth += 1
         try:
-            with self._casts(), self._te.autocast(enabled=True, recipe=self._recipe):
+            with self._engine():
                 yield
         finally:
-            self._depth -= 1
             if self._table is not None and looked_at is not None:  # TE's cast raises amaxes in evaluation as well
                 self._table.staged.copy_(looked_at)
 
-    def _casts(self) -> AbstractContextManager[object]:
-        """TE's layers take the dtype of their output from it, and all others their casts."""
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self._policy.compute is Format.bf16 else nullcontext()
+    @contextmanager
+    def _engine(self) -> Iterator[None]:
+        """TE's layers take the dtype of their output from torch's autocast, and all others their casts."""
+        narrow = self._policy.compute is Format.bf16
+        casts = torch.autocast("cuda", dtype=torch.bfloat16) if narrow else Plain("cuda")
+        with casts, self._te.autocast(enabled=True, recipe=self._recipe):
+            yield
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self._table is None else self._table.state_dict()

@@ -24,6 +24,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def joined() -> bool:
+    """Is this process one of several in a process group?"""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class Ranks:
     """All ranks of a run; this class is the world of a single one. All ranks call its collectives, in one order."""
 

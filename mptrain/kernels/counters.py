@@ -61,7 +61,8 @@ class Counters:
     which rows saw a non-finite value, of which kind and in which micro-batch first. The first ``decisive`` rows are
     operands that a saturating cast would hide: a fault there skips the step; the others, seen on sampled steps only,
     explain a skip and never cause one, or watching a run would change it. ``quiet`` is set in evaluation: then backends
-    neither count, nor stage, nor report. ``bypassed``: converted layers run as plain FP32 layers. ``order``: the place
+    neither count, nor stage, nor report. ``bypassed``: converted layers run as plain FP32 layers, as they do outside
+    every region of their model (:mod:`mptrain.regions`). ``order``: the place
     of each layer in the model. ``held_elsewhere``: of (layer, role), does another rank
     hold the same and count it? Such rows are ``muted`` here. ``share``: MAX over the
     ranks that hold parts of one operand, so that tensor-parallel ones have the scale of the whole.
@@ -72,7 +73,7 @@ class Counters:
         self.counting = False
         self.replaying = False
         self.quiet = False
-        self.bypassed = False
+        self.bypassed = True
         self.micro = 0
         self.turn = 0  # of the parts that large tensors are sampled by; a function of the step, as all is
         self.decisive = 0

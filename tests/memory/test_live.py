@@ -30,7 +30,7 @@ class Stepper:
         self.precision.backward(loss)
         if memory is not None:
             memory.updating()
-        self.precision.step(self.optimizer, 1.0)
+        self.precision.step(self.optimizer, clip=1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     @property

@@ -1,0 +1,90 @@
+"""What all ranks of a step decide alike, found_inf and the gradient norm, in one sum; and which ranks these are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mptrain.distributed import ALONE, Ranks, World, joined
+
+
+class Agreement:
+    """The ranks that train one model, as told or, left out (None), as found in the first forward.
+
+    Sharded parameters (DTensor) and a DDP whose forward is under way say that the processes train one model.
+    """
+
+    def __init__(self, ranks: Ranks | None) -> None:
+        self.ranks = ALONE if ranks is None else ranks
+        self.known = ranks is not None
+        self._sharded = False
+        self._counted: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
+
+    def max(self, value: Tensor) -> Tensor:
+        """Elementwise MAX over the ranks; the same shape, dtype and device."""
+        return self.ranks.max(value)
+
+    def find(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Look whether the processes train one model, unless that is known."""
+        if self.known or not joined():
+            return
+        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if ddp is not None or any(hasattr(p, "placements") for p in parameters):
+            self.ranks, self.known = World(), True
+
+    def over(self, parameters: list[nn.Parameter]) -> bool:
+        """Are some of ``parameters`` sharded? ValueError if nothing says whether the processes belong together."""
+        self.find(parameters)
+        if not self.known and joined():
+            raise ValueError(
+                "several processes run, and the model is neither in DDP nor sharded by fully_shard: say "
+                "Precision(policy, ranks=mptrain.World()) if they train one model, ranks=mptrain.ALONE if not"
+            )
+        self._sharded = any(hasattr(p, "placements") for p in parameters)
+        return self._sharded
+
+    def reached(
+        self, norms: Tensor, sizes: list[int], parameters: list[nn.Parameter], own: Tensor | None, stop: bool
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Of each optimizer the global gradient norm and found_inf (0-dim), and how many ranks were asked to stop.
+
+        ``norms``: FP32 [parameters], ``sizes``: of which belong to each optimizer; ``own``: were this rank's operands
+        not finite? One process alone has nobody to ask (None).
+        """
+        parts = [norms] if len(sizes) == 1 else torch.split(norms, sizes)
+        if self.ranks.size == 1:
+            totals = [torch.linalg.vector_norm(part) for part in parts]
+            found = [(norm - norm).ne(0) for norm in totals]  # NaN for Inf and NaN: two kernels where isfinite takes 4
+            return totals, found if own is None else [one | own for one in found], None
+        asked = torch.tensor(float(stop), dtype=torch.float64).to(norms.device, non_blocking=True)
+        squares = norms.double().square()  # in FP64 no square of a finite norm overflows
+        if self._sharded:  # each element once, however many ranks hold it
+            squares = squares.where(self._counts(parameters, norms.device), 0.0)
+        sums = [part.sum() for part in ([squares] if len(sizes) == 1 else torch.split(squares, sizes))]
+        bad = [~one.isfinite() if own is None else ~one.isfinite() | own for one in sums]
+        told = self.ranks.sum(torch.stack([*sums, *(one.double() for one in bad), asked]))
+        n = len(sizes)
+        if self._sharded:
+            totals = [one.sqrt().float() for one in told[:n]]
+        else:
+            totals = [torch.linalg.vector_norm(part) for part in parts]
+        found = [(told[n + i] > 0) | (norm - norm).ne(0) for i, norm in enumerate(totals)]
+        return totals, found, told[-1].float()
+
+    def _counts(self, parameters: list[nn.Parameter], device: torch.device) -> Tensor:
+        """Which parameters count here, bool [parameters]; kept, for copying it to a device takes longer than a step's
+        arithmetic."""
+        key = tuple(map(id, parameters))
+        if key != self._counted[0]:
+            self._counted = key, torch.tensor([self.ranks.counts(p) for p in parameters], device=device)
+        return self._counted[1]
+
+
+def together(totals: list[Tensor], found: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all optimizers: the norm, that of those without Inf or NaN (which clipping goes by), and found_inf."""
+    if len(totals) == 1:
+        return totals[0], totals[0], found[0]
+    norms, bad = torch.stack(totals), torch.stack(found)
+    return torch.linalg.vector_norm(norms), torch.linalg.vector_norm(norms.where(~bad, 0.0)), bad.any()

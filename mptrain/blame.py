@@ -1,0 +1,125 @@
+"""Why a step was skipped: the first Inf or NaN among operands, losses and gradients, and where it stands.
+
+What is needed is gathered at the step and explained when somebody reads the outcome; the gradients may be gone by then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mptrain.convert import parameter_names
+from mptrain.distributed import Ranks
+from mptrain.kernels.counters import Counters
+from mptrain.outcome import Blame
+
+MOST_LOSSES = 1024  # of the micro-batches of one step, kept to tell a bad forward from a bad backward
+
+
+class Names:
+    """Names of parameters, as blame tells them: those of the model, and of what an optimizer holds besides."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.bind()
+
+    def bind(self) -> None:
+        """Know the parameters as they are now: sharding and adapters put others in their place."""
+        self._of: dict[nn.Parameter, str] = parameter_names(self._model)
+        self.parameters, self.known = list(self._of), list(self._of.values())
+        linear = (name for name, module in self._model.named_modules() if isinstance(module, nn.Linear))
+        self.multiplied = {f"{name}.weight" for name in linear}  # these stand in the order of their products
+
+    def __call__(self, parameters: list[nn.Parameter]) -> list[str]:
+        """The name of each, ``parameter of SHAPE outside the model`` for those that the model does not have."""
+        if any(parameter not in self._of for parameter in parameters):
+            self.bind()
+        outside = "parameter {} outside the model"
+        return [self._of.get(p) or outside.format(list(p.shape)) for p in parameters]
+
+    def place(self, name: str) -> int:
+        """Where a parameter, or the first one of ``group.*``, stands in the model; what is left over comes first."""
+        group = name.removesuffix("*")
+        return next((n for n, known in enumerate(self.known) if group and known.startswith(group)), -1)
+
+
+class Losses:
+    """The losses of a step's micro-batches; of very many, the last :data:`MOST_LOSSES`."""
+
+    def __init__(self) -> None:
+        self._last: deque[Tensor] = deque(maxlen=MOST_LOSSES)
+        self._seen = 0
+
+    def add(self, loss: Tensor) -> None:
+        self._last.append(loss)
+        self._seen += 1
+
+    def first_bad(self) -> tuple[int, str] | None:
+        """The micro-batch (from 0) of the first non-finite loss, and which kind it is."""
+        for micro, loss in enumerate(self._last, start=self._seen - len(self._last)):
+            if not bool(loss.isfinite().all()):
+                return micro, "NaN" if bool(loss.isnan().any()) else "Inf"
+        return None
+
+
+@dataclass
+class Evidence:
+    """What one step saw. ``norms``: FP32 [parameters], of what this rank holds of their gradients; ``fault``: int32
+    [rows] of :class:`Counters`; ``unreduced``: norms of this rank's part, noted before ranks were summed."""
+
+    parameters: list[nn.Parameter]
+    norms: Tensor
+    fault: Tensor
+    losses: Losses
+    unreduced: dict[str, Tensor]
+
+    def separate(self, gradients: list[Tensor]) -> Evidence:
+        """A norm can overflow FP32 where every element is finite: such are told from Inf in the gradient."""
+        truly = torch.tensor([not bool(grad.isfinite().all()) for grad in gradients])
+        finite = self.norms.nan_to_num(posinf=torch.finfo(self.norms.dtype).max)
+        return replace(self, norms=torch.where(truly, self.norms, finite))
+
+
+def explanation(evidence: Evidence, names: Names, counters: Counters, ranks: Ranks) -> Callable[[], Blame]:
+    """What a skip is explained with when its outcome is read. On several ranks a collective: the earliest of all."""
+
+    def explain() -> Blame:
+        own = _of_rank(evidence, names, counters, ranks.rank)
+        found = [one for one in ranks.gather(own) if one.kind] or [own]
+        return min(found, key=lambda one: (one.micro_batch if one.micro_batch >= 0 else math.inf, one.rank))
+
+    return explain
+
+
+def _of_rank(evidence: Evidence, names: Names, counters: Counters, rank: int) -> Blame:
+    """A row that was watched first, for it explains the loss; then the loss, for it explains the gradients."""
+    first = counters.first_fault(evidence.fault)
+    if first is not None:
+        return Blame(f"{first}", first.layer, first.role, first.kind, first.phase, first.micro_batch, rank)
+    bad_loss = evidence.losses.first_bad()
+    if bad_loss is not None:
+        micro, kind = bad_loss
+        return Blame(f"{kind} loss of micro-batch {micro}", "", "loss", kind, "forward", micro, rank)
+    if evidence.unreduced:
+        told = sorted(evidence.unreduced, key=names.place)
+        return _of_gradients(told, torch.stack([evidence.unreduced[name] for name in told]), names, rank)
+    return _of_gradients(names(evidence.parameters), evidence.norms, names, rank)
+
+
+def _of_gradients(told: list[str], norms: Tensor, names: Names, rank: int) -> Blame:
+    bad = (~norms.isfinite()).nonzero().flatten().tolist()
+    if not bad and torch.linalg.vector_norm(norms).isfinite():
+        return Blame("another rank found Inf or NaN", rank=rank)
+    if not bad:
+        return Blame("the norm of all gradients overflows FP32, though each element is finite", rank=rank)
+    place = ([index for index in bad if told[index] in names.multiplied] or bad)[-1]  # backward comes from the end
+    layer, _, leaf = told[place].rpartition(".")
+    kind = "NaN" if norms[place].isnan() else "Inf"
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    what = "gradients" if leaf == "*" else f"gradient of {leaf}"  # FSDP reduces those of a block together
+    return Blame(f"{kind} in the {what}{more}", layer, "grad_weight", kind, "backward", -1, rank)

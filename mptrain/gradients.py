@@ -1,0 +1,153 @@
+"""The gradients that an optimizer steps on: which they are, their norms, and what the loss scale has left in them.
+
+As in torch.amp they belong to the optimizer's parameters, of whatever model these are and whenever they were added. A
+gradient is divided by the loss scale once, by whichever optimizer steps on it first; one that stays until the next
+backward (``zero_grad`` was for the other optimizer, or was left out) is brought to that backward's scale, so that what
+adds up is of one scale.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mptrain.distributed import local
+
+
+def admit(optimizer: Optimizer) -> None:
+    """Check that ``optimizer`` can be stepped here. TypeError: it is none, or one that needs a closure."""
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"step takes optimizers, not {type(optimizer).__name__}: precision.step(optimizer, clip=1.0), "
+            "with clip by its name"
+        )
+    kind: Any = type(optimizer)
+    if _needs_closure(kind):
+        raise TypeError(
+            f"{type(optimizer).__name__} evaluates the model several times in a step, through a closure, and "
+            "precision.step has one gradient: use an optimizer that takes one (AdamW, SGD, Muon, ...), or call "
+            "this one's own step on a model that is not prepared"
+        )
+
+
+@functools.cache
+def _needs_closure(kind: Any) -> bool:
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def valid_clip(clip: Any) -> float:
+    """The largest gradient norm, 0 for no clipping. ValueError for what is no such number."""
+    try:
+        norm = float(clip)
+    except (TypeError, ValueError):
+        norm = math.nan
+    if not norm >= 0:
+        raise ValueError(f"clip is {clip!r}: give the largest gradient norm, e.g. clip=1.0, or 0 for no clipping")
+    return norm
+
+
+def parameters_of(optimizer: Any) -> list[nn.Parameter]:
+    """The parameters of the optimizer's groups; of a sharded one, the sharded parameters."""
+    shards = getattr(optimizer, "shards", None)
+    return list(shards) if shards is not None else [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def with_gradient(optimizer: Any) -> list[nn.Parameter]:
+    """:func:`parameters_of` that have a gradient now."""
+    shards = getattr(optimizer, "shards", None)
+    if shards is not None:
+        return [p for p in shards if p.grad is not None]
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def held(parameters: Sequence[nn.Parameter], *, sharded: bool) -> list[Tensor]:
+    """What this rank holds of each gradient."""
+    if sharded:
+        return [local(p.grad) for p in parameters if p.grad is not None]
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def measured(parameters: Sequence[nn.Parameter], *, sharded: bool) -> tuple[list[Tensor], Tensor]:
+    """The elements of each gradient that this rank holds, to be read, and its 2-norm: FP32 [parameters]."""
+    gradients = held(parameters, sharded=sharded)
+    try:
+        return gradients, torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
+    except (NotImplementedError, RuntimeError):  # one is sparse, complex or FP64
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()  # the norm is that of the sums, row by row
+        gradients = [_real(gradient) for gradient in held(parameters, sharded=sharded)]
+        return gradients, torch.stack([torch.linalg.vector_norm(g).float() for g in gradients])
+
+
+def divide(gradients: list[Tensor], divisor: Tensor) -> None:
+    """Divide each in place."""
+    if not gradients:
+        return
+    try:
+        torch._foreach_div_(gradients, divisor)
+    except (NotImplementedError, RuntimeError):  # one is sparse
+        for gradient in gradients:
+            _values(gradient).div_(divisor)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """The stored elements themselves, not a copy."""
+    return gradient._values() if gradient.is_sparse else gradient
+
+
+def _real(gradient: Tensor) -> Tensor:
+    values = _values(gradient)
+    return torch.view_as_real(values) if values.is_complex() else values
+
+
+class Carried:
+    """By how much each gradient is still too large: the loss scale of the last backward, 1 once it was divided."""
+
+    def __init__(self) -> None:
+        self.scale: Tensor | None = None  # of the backward that made the gradients
+        self._divided: dict[nn.Parameter, Tensor | None] = {}  # -> what is left to divide by; None: nothing
+
+    def knows(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Was one of them divided since the last backward?"""
+        divided = self._divided
+        return bool(divided) and any(p in divided for p in parameters)
+
+    def unscale(self, parameters: Sequence[nn.Parameter], *, sharded: bool) -> None:
+        """Divide each by what is left, now and here: some were divided, others not."""
+        assert self.scale is not None
+        fresh = [p for p in parameters if p not in self._divided]
+        divide(held(fresh, sharded=sharded), self.scale)
+        for parameter in parameters:
+            left = self._divided.get(parameter)
+            if left is not None:
+                divide(held([parameter], sharded=sharded), left)
+        self._divided.update(dict.fromkeys(parameters))
+
+    def note(self, parameters: Iterable[nn.Parameter], found_inf: Tensor, skips: bool | None) -> None:
+        """An optimizer stepped on them (``skips``: or did not), and they are divided. None: the device alone knows."""
+        if skips:
+            return
+        left = None
+        if skips is None and self.scale is not None:
+            left = torch.where(found_inf, self.scale, 1.0)
+        self._divided.update(dict.fromkeys(parameters, left))
+
+    def begin(self, scale: Tensor, parameters: Iterable[nn.Parameter], *, sharded: bool) -> None:
+        """Before a backward with this ``scale``: bring what is left of earlier ones to it."""
+        changed = self.scale is not None and self.scale is not scale
+        for parameter in dict.fromkeys([*parameters, *self._divided]) if changed else self._divided:
+            if parameter.grad is None:
+                continue
+            carries = self._divided.get(parameter, self.scale)
+            divide(held([parameter], sharded=sharded), (1.0 if carries is None else carries) / scale)
+        self.scale = scale
+        self._divided.clear()

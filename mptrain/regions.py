@@ -1,0 +1,149 @@
+"""Where a prepared model is being run: in its own forward, evaluation or backward, or nowhere.
+
+A region is open while its ``with`` block runs. Regions nest, those of several models too: a student's forward may hold
+a teacher's. What a model's layers do goes by the innermost region of their own :class:`~mptrain.Precision`, outside all
+of them a prepared model runs in FP32; what is entered is left again, whatever was there before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ContextDecorator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from mptrain.kernels.counters import Counters
+
+Casts = AbstractContextManager[object]
+_OPEN: list[Counters] = []  # of the regions that are open, the innermost last; their counters tell precisions apart
+
+
+class Plain:
+    """Casts of no kind: an autocast around it, the user's own or another model's, does not reach inside."""
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+        self._entered: list[torch.autocast | None] = []
+
+    def __enter__(self) -> None:
+        casts = None
+        if torch.is_autocast_enabled(self._device_type):
+            casts = torch.autocast(self._device_type, enabled=False)
+            casts.__enter__()  # type: ignore[no-untyped-call]
+        self._entered.append(casts)
+
+    def __exit__(self, *raised: Any) -> None:
+        casts = self._entered.pop()
+        if casts is not None:
+            casts.__exit__(*raised)
+
+
+class Region(ContextDecorator):
+    """A stretch of one model's forward or backward, with its casts.
+
+    ``quantized``: do converted layers quantize here, or run as plain FP32 layers? ``replaying``: is a forward met here
+    the recomputation of an earlier one, booked already? ``opening`` is called when the region is the outermost of its
+    model and not part of an evaluation.
+    """
+
+    def __init__(
+        self,
+        counters: Counters,
+        casts: Casts,
+        *,
+        quantized: bool,
+        replaying: bool = False,
+        opening: Callable[[], None] | None = None,
+    ) -> None:
+        self._counters, self._casts, self._opening = counters, casts, opening
+        self._state = not quantized, replaying
+        self._before: list[tuple[bool, bool]] = []
+
+    def __enter__(self) -> None:
+        counters = self._counters
+        if self._opening is not None and not counters.quiet and not is_open(counters):
+            self._opening()
+        self._casts.__enter__()
+        self._before.append((counters.bypassed, counters.replaying))
+        counters.bypassed, counters.replaying = self._state
+        _OPEN.append(counters)
+
+    def __exit__(self, *raised: Any) -> None:
+        counters = self._counters
+        counters.bypassed, counters.replaying = self._before.pop()
+        for place in range(len(_OPEN) - 1, -1, -1):  # another thread may have opened one since
+            if _OPEN[place] is counters:
+                del _OPEN[place]
+                break
+        self._casts.__exit__(*raised)
+
+
+def is_open(counters: Counters) -> bool:
+    """Is a region of these counters open?"""
+    return any(one is counters for one in _OPEN)
+
+
+class Fence:
+    """Keeps a prepared model to its own precision when it is called inside a region of another one.
+
+    ``casts(policy_on)`` gives the casts of its backend. A copy of the model shares its fence, and runs as the original
+    does; one that was pickled has none that acts.
+    """
+
+    def __init__(self, counters: Counters | None = None, casts: Callable[[bool], Casts] | None = None) -> None:
+        self._counters, self._casts = counters, casts
+        self._entered: list[Region | None] = []
+        self.on_call: Callable[[Iterable[nn.Parameter]], None] | None = None
+
+    @property
+    def acts(self) -> bool:
+        return self._counters is not None
+
+    def around(self, model: nn.Module) -> None:
+        """Stand around the calls of ``model``."""
+        model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+        model.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None
+        if self.on_call is not None:
+            self.on_call(module.parameters())
+        if self._counters is None or not _OPEN or _OPEN[-1] is self._counters:
+            self._entered.append(None)
+            return None
+        assert self._casts is not None
+        counters = self._counters
+        quantized = is_open(counters) and not counters.bypassed
+        region = Region(counters, self._casts(quantized), quantized=quantized, replaying=counters.replaying)
+        region.__enter__()
+        self._entered.append(region)
+        return tree_map(_widened, (args, kwargs))
+
+    def _leave(self, *_: Any) -> None:
+        if self._entered:
+            region = self._entered.pop()
+            if region is not None:
+                region.__exit__(None, None, None)
+
+    def __deepcopy__(self, memo: Any) -> Fence:
+        return self
+
+    def __reduce__(self) -> tuple[type[Fence], tuple[()]]:
+        return Fence, ()
+
+
+def fenced(module: nn.Module) -> bool:
+    """Is ``module`` a prepared model, or a copy of one?"""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return any(isinstance(owner, Fence) and owner.acts for owner in owners)
+
+
+def _widened(value: Any) -> Any:
+    """What another model computed in 16 bits, in FP32: exact, and what a plain layer takes."""
+    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return value.float()
+    return value
