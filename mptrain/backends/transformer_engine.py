@@ -175,6 +175,9 @@ class Operands(Booking):
 
     def operands(self, x: Tensor, weight: Tensor) -> None:
         if self._table is not None:
+            books = self._counters
+            if books.closed and not books.quiet and not books.replaying:
+                self._table.rotate()  # another micro-batch in the same forward context
             self._before_cast(self._table, x, "input")
             self._before_cast(self._table, weight, "weight")
         super().operands(x, weight)

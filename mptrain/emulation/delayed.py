@@ -1,12 +1,14 @@
 """Scales of delayed scaling: one table for all (layer, role) slots, rotated when a forward begins.
 
 Slot t's scale comes from the amaxes of its last ``history`` micro-batches (their maximum). The amax seen in
-micro-batch t is staged and enters the history when the outermost forward context of t+1 is entered, so that
+micro-batch t is staged and enters the history when the forward of t+1 begins, so that
 recomputation in t's backward still sees t's scales; a slot that did not run does not rotate. Amaxes of 0, Inf or NaN
 leave the scale as it is. Rule: Transformer Engine, ``common/recipe/delayed_scaling.cu`` and ``DelayedScaling``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ class DelayedScaling:
 
     def __init__(self, config: Quantization, counters: Counters, device: torch.device, agree: Agree) -> None:
         n = len(counters.slots)
-        self._config, self._slots, self._agree = config, list(counters.slots), agree
+        self._config, self._slots, self._agree, self._books = config, list(counters.slots), agree, counters
         self.scale = torch.ones(n, dtype=torch.float32, device=device)
         self.staged = torch.zeros(n, dtype=torch.float32, device=device)
         self.history = torch.zeros(config.history, n, dtype=torch.float32, device=device)
@@ -33,6 +35,10 @@ class DelayedScaling:
         self.ran = [False] * n
         formats = [config.format_of(role) for _, role in counters.slots]
         self._max = torch.tensor([fmt.value.max for fmt in formats], dtype=torch.float32, device=device)
+
+    def __deepcopy__(self, memo: Any) -> DelayedScaling:
+        """Itself: a copy of a layer runs at the scales of the original."""
+        return self
 
     def stage(self, slot: int, amax: Tensor | None = None) -> None:
         """This slot ran, with this amax (None: the kernel raised ``staged[slot]`` itself). The largest counts."""
@@ -42,6 +48,7 @@ class DelayedScaling:
 
     def rotate(self) -> None:
         """Enter the staged amaxes into the histories of the slots that ran and renew their scales."""
+        self._books.closed = False
         if not any(self.ran):
             return
         ran = torch.tensor(self.ran, device=self.scale.device)

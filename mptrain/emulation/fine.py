@@ -40,8 +40,8 @@ class FineQuantizers(Operands):
         counts = books.row(slot).get("counts") if booked else None
         fmt, margin = config.format_of(role), config.margin
         made, amax = tiles.cast(x, tile, fmt, margin=margin, carrier=carrier, counts=counts)
-        if booked:
-            books.note(slot, amax)
+        if dim == ALONG:
+            self._note(slot, role, amax)
         if counts is not None:
             tiles.book(books, slot, x, tile, made)
         return made

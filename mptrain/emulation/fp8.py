@@ -9,6 +9,7 @@ The input and the weight are kept for backward as real 8-bit tensors with their 
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Self
 
 import torch
@@ -25,6 +26,8 @@ from mptrain.policy import Quantization
 class Operands:
     """The operands of one layer: how they are cast, into what dtype (``carrier``), and the rows of their books."""
 
+    copied = False
+
     def __init__(self, config: Quantization, slots: dict[str, int], counters: Counters, carrier: torch.dtype) -> None:
         self.config, self.carrier = config, carrier
         self._slots, self._counters = slots, counters
@@ -33,10 +36,24 @@ class Operands:
     def bypassed(self) -> bool:
         return self._counters.bypassed
 
+    def __deepcopy__(self, memo: Any) -> Self:
+        """For a copy of the model: it runs where the original does, at its scales, and enters nothing in its books."""
+        made = copy.copy(self)
+        made.copied = True
+        return made
+
     def _booked(self, role: str) -> bool:
         """In a recomputed forward the operands were booked before; grad_output is seen once and only in backward."""
         books = self._counters
-        return not books.quiet and not (books.replaying and role != "grad_output")
+        return not (self.copied or books.quiet or (books.replaying and role != "grad_output"))
+
+    def _note(self, slot: int, role: str, amax: Tensor) -> None:
+        """Of a copy's operands only Inf and NaN count: they spoil the step."""
+        books = self._counters
+        if self._booked(role):
+            books.note(slot, amax)
+        elif self.copied and not books.quiet and not books.replaying:
+            books.note(slot, amax.where(~amax.isfinite(), 0.0))
 
 
 class Quantizers(Operands):
@@ -68,13 +85,12 @@ class Quantizers(Operands):
             first, second = self._cast(x, role, scale, None, sums)
         else:
             first, second, scale, amax = self._quantize_delayed(x, role, sums, booked)
-        if booked:
-            books.note(slot, amax)
-            if sums:
-                books.scale[slot] = scale
-                if "errors" in books.sums:
-                    errors, blocks = books.sums["errors"][slot], books.sums["blocks"][slot]
-                    kernels.observe(books.part_of(x), fmt=fmt, scale=scale, errors=errors, blocks=blocks)
+        self._note(slot, role, amax)
+        if sums:
+            books.scale[slot] = scale
+            if "errors" in books.sums:
+                errors, blocks = books.sums["errors"][slot], books.sums["blocks"][slot]
+                kernels.observe(books.part_of(x), fmt=fmt, scale=scale, errors=errors, blocks=blocks)
         return first, second, scale
 
     def _cast(
@@ -92,9 +108,17 @@ class Quantizers(Operands):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         table, slot = self._delayed, self._slots[role]
         assert table is not None
+        if booked and role == "input" and self._counters.closed:
+            table.rotate()  # another micro-batch in the same forward context
         scale = table.scale[slot]
         if table.cold[slot] and not table.ran[slot]:
-            scale = table.warm(slot, kernels.amax(x))
+            amax = kernels.amax(x)
+            config = self.config
+            scale = (
+                kernels.current_scale(amax, config.format_of(role), config.margin)
+                if self.copied
+                else table.warm(slot, amax)
+            )
         scale = scale.clone()  # backward must divide by this micro-batch's scale after the table has moved on
         amax = torch.empty((), dtype=torch.float32, device=x.device)
         first, second = self._cast(x, role, scale, amax, sums)

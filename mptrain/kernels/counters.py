@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,8 @@ class Counters:
     explain a skip and never cause one, or watching a run would change it. ``quiet`` is set in evaluation: then backends
     neither count, nor stage, nor report. ``bypassed``: converted layers run as plain FP32 layers, as they do outside
     every region of their model (:mod:`mptrain.regions`). ``order``: the place
-    of each layer in the model. ``held_elsewhere``: of (layer, role), does another rank
+    of each layer in the model. ``closed``: a backward ended, and the next forward is of another micro-batch.
+    ``held_elsewhere``: of (layer, role), does another rank
     hold the same and count it? Such rows are ``muted`` here. ``share``: MAX over the
     ranks that hold parts of one operand, so that tensor-parallel ones have the scale of the whole.
     """
@@ -75,6 +77,7 @@ class Counters:
         self.quiet = False
         self.bypassed = True
         self.micro = 0
+        self.closed = False
         self.turn = 0  # of the parts that large tensors are sampled by; a function of the step, as all is
         self.decisive = 0
         self.order: dict[str, int] = {}
@@ -84,6 +87,13 @@ class Counters:
         self.sums: dict[str, Tensor] = {}
         self._noted: set[int] = set()
         self.allocate(torch.device("cpu"))
+
+    def __deepcopy__(self, memo: Any) -> Counters:
+        """Itself: copies of a model run where the original does."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a prepared model cannot be pickled: save model.state_dict(), and prepare a new model with it")
 
     def add(self, layer: str, roles: tuple[str, ...] = OPERANDS) -> dict[str, int]:
         """Reserve rows of a layer; returns role -> index of the row. Call before :meth:`allocate`."""
@@ -150,6 +160,7 @@ class Counters:
         if self.decisive or self.counting:
             self._blame()
         self.micro += 1
+        self.closed = True
 
     def _blame(self) -> None:
         finite = self.amax.isfinite()
