@@ -43,16 +43,17 @@ class ConversionReport:
 
 
 def select(
-    model: nn.Module, keep: str, *, multiple: int, setting: str = "precision.keep"
+    model: nn.Module, keep: str, *, multiple: int, setting: str = "precision.keep", keep_default: str = ""
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """The linear layers to convert, and the kept ones with the reason.
 
-    ``keep`` is a full-match regex (``blocks.2`` does not hit ``blocks.20``), set by ``setting``; ``multiple``: both
-    dimensions of the weight must be divisible by it (16 for FP8 GEMMs on tensor cores). A layer with several names goes
-    by its first, and is kept if any of them matches. A subclass that computes something else than ``nn.Linear`` is
-    kept.
+    ``keep`` and ``keep_default`` are full-match regexes (``blocks.2`` does not hit ``blocks.20``), set by ``setting``
+    and ``setting_default``; ``multiple``: both dimensions of the weight must be divisible by it (16 for FP8 GEMMs on
+    tensor cores). A layer with several names goes by its first, and is kept if any of them matches. A subclass that
+    computes something else than ``nn.Linear`` is kept.
     """
-    pattern = re.compile(keep)
+    asked = {setting: keep, f"{setting}_default": keep_default}
+    patterns = {which: re.compile(regex) for which, regex in asked.items() if regex}
     chosen: dict[str, nn.Linear] = {}
     kept: dict[str, str] = {}
     for module, names in _names(model).items():
@@ -61,8 +62,8 @@ def select(
         name = names[0]
         if name == "":
             kept["(root)"] = "the model itself is the layer and cannot be swapped: wrap it in nn.Sequential"
-        elif keep and any(pattern.fullmatch(alias) for alias in names):
-            kept[name] = f"matches {setting}"
+        elif any(matches := [which for which, one in patterns.items() if any(map(one.fullmatch, names))]):
+            kept[name] = f"matches {matches[0]}"
         elif type(module).forward is not nn.Linear.forward:
             kept[name] = f"{type(module).__name__} has a forward of its own, which a swap would drop"
         elif "weight" not in module._parameters:

@@ -56,6 +56,8 @@ def numerics(policy: dict[str, Any]) -> dict[str, Any]:
     """A precision policy (plain values) without its name and without the settings that it does not use."""
     policy = copy.deepcopy(policy)
     policy.pop("name", None)
+    kept = policy["keep"], policy.pop("keep_default", "")  # of runs before it, `keep` was both
+    policy["keep"] = "|".join(filter(None, kept))
     quantization, loss_scale = policy["quantization"], policy["loss_scale"]
     if quantization["scaling"] == "none":
         policy["quantization"] = {"scaling": "none"}

@@ -134,7 +134,8 @@ class PrecisionPolicy:
     """A precision: formats, loss scaling, quantization, kernels asked for, and the modules left alone.
 
     ``compute``: the format of GEMMs that are not quantized and of activations. ``reduce``: the format of gradient
-    reduction between ranks. ``keep``: a full-match regex of module names that stay in ``compute``.
+    reduction between ranks. ``keep``: a full-match regex of module names that stay in ``compute``, besides those of
+    ``keep_default``, which the recipes set (embeddings, head, router).
     Master weights, gradient accumulation, norms and optimizer state are FP32 in every policy.
     """
 
@@ -145,6 +146,7 @@ class PrecisionPolicy:
     quantization: Quantization = field(default_factory=Quantization)
     backend: BackendName = BackendName.auto
     keep: str = ""
+    keep_default: str = ""
 
     def __post_init__(self) -> None:
         require(self.compute in COMPUTE_FORMATS, "precision.compute", self.compute, "fp32, tf32, bf16 or fp16")
@@ -152,10 +154,12 @@ class PrecisionPolicy:
         if self.quantized:
             narrow = self.compute in (Format.bf16, Format.fp32)
             require(narrow, "precision.compute", self.compute, "bf16 (or fp32) beside quantized GEMMs")
-        try:
-            re.compile(self.keep)
-        except re.error as error:
-            raise ValueError(f"precision.keep={self.keep!r} is not a regular expression: {error}") from error
+        for setting in ("keep", "keep_default"):
+            pattern = getattr(self, setting)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"precision.{setting}={pattern!r} is not a regular expression: {error}") from error
 
     @property
     def quantized(self) -> bool:

@@ -74,7 +74,7 @@ HEALTHY = {
     "fp8": policy_of("fp8"),
     "fp8-delayed": policy_of("fp8-delayed"),
     "fp8-rowwise": policy_of("fp8-rowwise"),
-    "fp8-tied-head": policy_of("fp8", keep=""),
+    "fp8-tied-head": policy_of("fp8", keep_default=""),
     "fp8-native": policy_of("fp8", "native"),
     "fp8-native-rowwise": policy_of("fp8", "native", "rowwise"),
 }
@@ -219,7 +219,7 @@ def test_hooks_and_mode_are_gone_afterwards_also_after_an_error():
 
 def test_a_layer_left_in_bf16_because_of_its_size():
     config = replace(SIZES, vocab_size=250)
-    audit = Step(policy_of("fp8", keep=""), config=config).audited()
+    audit = Step(policy_of("fp8", keep_default=""), config=config).audited()
     (problem,) = audit.problems()
     assert problem.startswith("head: kept in bf16: 250x32 is not divisible by 16")
     assert {row.format for row in audit.rows if row.layer == "blocks.1.mlp.up"} == {"fp8"}
@@ -352,7 +352,7 @@ def test_nothing_quantized_without_a_word(monkeypatch):
     """A conversion that reports every layer and swaps none, and one that does not even report."""
     for names in (("head", *(f"blocks.{i}.{name}" for i in range(LAYERS) for name in LINEAR)), ()):
         step = Step(HEALTHY["bf16"])
-        step.precision.policy = policy_of("fp8", keep="")
+        step.precision.policy = policy_of("fp8", keep_default="")
         step.precision.report = ConversionReport(names)
         problems = step.audited().problems()
         assert problems[0] == "nothing was quantized"

@@ -71,7 +71,12 @@ class Backend:
 
     def convert(self, model: nn.Module, counters: Counters) -> ConversionReport:
         self._counters = counters
-        chosen, kept = select(model, self._policy.keep, multiple=self._policy.quantization.multiple)
+        chosen, kept = select(
+            model,
+            self._policy.keep,
+            keep_default=self._policy.keep_default,
+            multiple=self._policy.quantization.multiple,
+        )
         slots = {name: counters.add(name) for name in chosen}
         counters.allocate(self._device)
         made = _linear_class()

@@ -72,7 +72,9 @@ class Backend:
     def convert(self, model: nn.Module, counters: Counters) -> ConversionReport:
         self._counters = counters
         config = self._policy.quantization
-        chosen, kept = select(model, self._policy.keep, multiple=config.multiple)
+        chosen, kept = select(
+            model, self._policy.keep, keep_default=self._policy.keep_default, multiple=config.multiple
+        )
         slots = {name: counters.add(name) for name in chosen}
         counters.allocate(self._device)
         if config.scaling is Scaling.delayed:

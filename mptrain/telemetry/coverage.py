@@ -12,7 +12,8 @@ from mptrain.convert import ConversionReport
 from mptrain.policy import PrecisionPolicy
 from mptrain.telemetry.products import joined
 
-KEPT_AS_ASKED = "matches precision.keep"  # mptrain.convert.select's words: information, not a problem
+# mptrain.convert.select's words: information, not a problem
+KEPT_AS_ASKED = ("matches precision.keep", "matches precision.keep_default")
 ROLES = {
     ("output", 2): ("input", "weight"),
     ("grad_input", 2): ("grad_output", "weight"),
@@ -132,18 +133,20 @@ class Audit:
     def _nothing_quantized(self) -> list[str]:
         if not self.policy.quantized or any(row.format.startswith("fp8") for row in self.rows):
             return []
-        kept = {name: why for name, why in self.report.kept.items() if why == KEPT_AS_ASKED}
-        why = f": precision.keep={self.policy.keep!r} keeps every linear layer" if kept and not self._chosen() else ""
+        kept = {name: why for name, why in self.report.kept.items() if why in KEPT_AS_ASKED}
+        setting = "keep" if self.policy.keep else "keep_default"
+        asked = f": precision.{setting}={getattr(self.policy, setting)!r} keeps every linear layer"
+        why = asked if kept and not self._chosen() else ""
         return [f"nothing was quantized{why}"]
 
     def _chosen(self) -> bool:
-        return bool(self.report.converted) or any(why != KEPT_AS_ASKED for why in self.report.kept.values())
+        return bool(self.report.converted) or any(why not in KEPT_AS_ASKED for why in self.report.kept.values())
 
     def _fallbacks(self) -> Iterable[tuple[Row, str]]:
         """Layers that the policy wants quantized and that could not be, with the reason that the conversion gave."""
         for row in self.rows:
-            why = self.report.kept.get(row.layer or "(root)", KEPT_AS_ASKED)
-            if why != KEPT_AS_ASKED:
+            why = self.report.kept.get(row.layer or "(root)", KEPT_AS_ASKED[0])
+            if why not in KEPT_AS_ASKED:
                 yield row, f"{LAYER}: kept in {joined(row.ran)}: {why}"
 
     def _deviations(self) -> Iterable[tuple[Row, str]]:

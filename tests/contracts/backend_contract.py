@@ -165,7 +165,7 @@ def check_what_is_converted(case: Case) -> None:
         return
     assert set(report.converted) == {"first", "second", "tied", "frozen"}, str(report)
     assert f"20x{case.unit} is not divisible by {case.policy.quantization.multiple}" in report.kept["odd"]
-    assert report.kept["head"] == "matches precision.keep"
+    assert report.kept["head"] == "matches precision.keep_default"
     assert type(run.model.odd) is nn.Linear
     assert all(type(run.model.get_submodule(name)) is not nn.Linear for name in report.converted)
 
