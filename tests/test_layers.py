@@ -37,13 +37,14 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "regions": ("kernels.counters",),
     "gradients": ("distributed",),
     "agreement": ("distributed",),
+    "verified": ("convert", "formats", "policy"),
     "blame": ("convert", "distributed", "kernels.counters", "outcome"),
     "emulation": ("kernels", "formats", "policy", "distributed"),
     "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation", "quiet", "regions"),
     "backends.base": ("convert", "kernels.counters", "policy", "distributed"),  # backends themselves only by name
     "precision": (
         "policy", "scaling", "backends.base", "convert", "kernels.counters", "outcome", "distributed", "settings",
-        "agreement", "blame", "formats", "gradients", "regions",
+        "agreement", "blame", "gradients", "regions", "verified",
     ),
     "checkpoint": ("storage", "distributed"),
     "optim": ("settings", "distributed", "quiet"),

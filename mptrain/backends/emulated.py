@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from mptrain import kernels
-from mptrain.convert import ConversionReport, select, swap
+from mptrain.convert import ConversionReport, is_conv1d, leave_fast_path, select
 from mptrain.distributed import Agree
 from mptrain.emulation.delayed import DelayedScaling
-from mptrain.emulation.fine import FineLinear, FineQuantizers
-from mptrain.emulation.fp8 import EmulatedLinear, Quantizers
+from mptrain.emulation.fine import FineQuantizers
+from mptrain.emulation.fp8 import Operands, Quantizers, emulate
 from mptrain.emulation.gemm import carrier_dtype
 from mptrain.emulation.mode import RoundedOperands
 from mptrain.formats import Format
@@ -58,13 +58,13 @@ class Backend:
         if config.scaling is Scaling.delayed:
             self._delayed = DelayedScaling(config, counters, self._device, self._agree)
 
-        def make(name: str, layer: nn.Linear) -> nn.Module:
+        for name, layer in chosen.items():
             if config.fine:
-                return FineLinear.sharing(layer, FineQuantizers(config, slots[name], counters, self._carrier))
-            books = Quantizers(config, slots[name], counters, self._delayed, self._carrier)
-            return EmulatedLinear.sharing(layer, books)
-
-        swap(model, chosen, make)
+                books: Operands = FineQuantizers(config, slots[name], counters, self._carrier)
+            else:
+                books = Quantizers(config, slots[name], counters, self._delayed, self._carrier)
+            emulate(layer, books, transposed=is_conv1d(layer))
+        leave_fast_path(model, chosen)
         return ConversionReport(tuple(chosen), kept)
 
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:

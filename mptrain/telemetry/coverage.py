@@ -133,20 +133,22 @@ class Audit:
     def _nothing_quantized(self) -> list[str]:
         if not self.policy.quantized or any(row.format.startswith("fp8") for row in self.rows):
             return []
-        kept = {name: why for name, why in self.report.kept.items() if why in KEPT_AS_ASKED}
+        kept = any(why in KEPT_AS_ASKED for why in self.report.kept.values())
         setting = "keep" if self.policy.keep else "keep_default"
         asked = f": precision.{setting}={getattr(self.policy, setting)!r} keeps every linear layer"
         why = asked if kept and not self._chosen() else ""
         return [f"nothing was quantized{why}"]
 
     def _chosen(self) -> bool:
-        return bool(self.report.converted) or any(why not in KEPT_AS_ASKED for why in self.report.kept.values())
+        linear = {name: why for name, why in self.report.kept.items() if name not in self.report.others}
+        return bool(self.report.converted) or any(why not in KEPT_AS_ASKED for why in linear.values())
 
     def _fallbacks(self) -> Iterable[tuple[Row, str]]:
         """Layers that the policy wants quantized and that could not be, with the reason that the conversion gave."""
         for row in self.rows:
-            why = self.report.kept.get(row.layer or "(root)", KEPT_AS_ASKED[0])
-            if why not in KEPT_AS_ASKED:
+            layer = row.layer or "(root)"
+            why = self.report.kept.get(layer, KEPT_AS_ASKED[0])
+            if why not in KEPT_AS_ASKED and layer not in self.report.others:
                 yield row, f"{LAYER}: kept in {joined(row.ran)}: {why}"
 
     def _deviations(self) -> Iterable[tuple[Row, str]]:
