@@ -130,7 +130,7 @@ class Precision:
 
     def forward(self) -> AbstractContextManager[object]:
         """The context of one micro-batch's forward. Call backward outside it."""
-        if self._due and all(p.grad is None for p in self._names.parameters):  # thrown away, and its faults with it
+        if self._due and not self._names.any_gradient():  # thrown away, and what was seen of that batch with it
             self.counters.end_step()
             self._due = False
         return self.backend.forward(policy_on=True)

@@ -9,11 +9,14 @@ oneDNN applies ``alpha`` to its FP32 accumulator, which is exactly that (bit-equ
 from __future__ import annotations
 
 import functools
+import os
 import time
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+CARRIERS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @functools.cache
@@ -21,7 +24,13 @@ def carrier_dtype(device_type: str) -> torch.dtype:
     """BF16 where the machine multiplies it fast, else FP32 (equally exact). Measured once a process, about 20 ms.
 
     Without AVX512-BF16 a BF16 GEMM is a disaster: 1024^3 capped to AVX2 took 2,128 ms against 12 ms in FP32.
+    ``MPTRAIN_CARRIER=bf16|fp32`` in the environment says which, for tests. ValueError for anything else.
     """
+    forced = os.environ.get("MPTRAIN_CARRIER", "")
+    if forced:
+        if forced not in CARRIERS:
+            raise ValueError(f"MPTRAIN_CARRIER={forced}: the carrier of emulated FP8 is bf16 or fp32")
+        return CARRIERS[forced]
     if device_type != "cpu":
         return torch.bfloat16
     return torch.bfloat16 if bf16_speedup() >= 1.0 else torch.float32
