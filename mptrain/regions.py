@@ -7,6 +7,7 @@ of them a prepared model runs in FP32; what is entered is left again, whatever w
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from mptrain.formats import Format
 from mptrain.kernels.counters import Counters
 
 Casts = AbstractContextManager[object]
+_THREAD = threading.local()
 _OPEN: list[Counters] = []  # of the regions that are open, the innermost last; their counters tell precisions apart
 
 
@@ -66,6 +69,7 @@ class Region(ContextDecorator):
         counters = self._counters
         if self._opening is not None and not counters.quiet and not is_open(counters):
             self._opening()
+        roundings().append(None)  # what an outer region rounds to ends here
         self._casts.__enter__()
         self._before.append((counters.bypassed, counters.replaying))
         counters.bypassed, counters.replaying = self._state
@@ -79,6 +83,21 @@ class Region(ContextDecorator):
                 del _OPEN[place]
                 break
         self._casts.__exit__(*raised)
+        roundings().pop()
+
+
+def roundings() -> list[Format | None]:
+    """What products are emulated in on this thread, for each region that is open; the innermost, the last, rules."""
+    try:
+        found: list[Format | None] = _THREAD.roundings
+    except AttributeError:
+        found = _THREAD.roundings = [None]
+    return found
+
+
+def rounding_to() -> Format | None:
+    """The innermost of :func:`roundings`."""
+    return roundings()[-1]
 
 
 def is_open(counters: Counters) -> bool:

@@ -88,7 +88,7 @@ def wanted_flops(policy, backend, *, checkpointing, accumulate):
         for gemm, stage in THREE:
             wanted[f"blocks.*.{name}", gemm, stage] = 2 * rows * n * k * LAYERS * accumulate
         # Torch's own linear keeps its operands before it multiplies: recomputation ends at a block's last one.
-        if checkpointing and not (backend == "autocast" and name == "mlp.down"):
+        if checkpointing and not (not policy.quantized and name == "mlp.down"):
             wanted[f"blocks.*.{name}", "output", "recompute"] = 2 * rows * n * k * LAYERS * accumulate
     product = 2 * B * T * T * E * LAYERS * accumulate  # of all heads, not halved for causality
     attention = "blocks.*.attention", "attention"

@@ -34,12 +34,12 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "kernels": ("formats",),
     "distributed": ("convert", "kernels", "formats", "settings"),
     "outcome": ("scaling",),
-    "regions": ("kernels.counters",),
+    "regions": ("formats", "kernels.counters"),
     "gradients": ("distributed",),
     "agreement": ("distributed",),
     "verified": ("convert", "formats", "policy"),
     "blame": ("convert", "distributed", "kernels.counters", "outcome"),
-    "emulation": ("kernels", "formats", "policy", "distributed"),
+    "emulation": ("kernels", "formats", "policy", "distributed", "regions"),
     "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation", "quiet", "regions"),
     "backends.base": ("convert", "kernels.counters", "policy", "distributed"),  # backends themselves only by name
     "precision": (
