@@ -205,8 +205,8 @@ def deploy_matrix(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """``bench cpu``, ``telemetry``, ``dist``, ``plan`` or ``gpu``: against targets, peers and limits (``--help``)."""
-    subjects = ("cpu", "telemetry", "dist", "plan", "gpu")
+    """``bench cpu``, ``telemetry``, ``dist``, ``plan``, ``gpu``, ``verdict``: against targets, peers and limits."""
+    subjects = ("cpu", "telemetry", "dist", "plan", "gpu", "verdict")
     if not argv or argv[0] not in subjects:
         known = ", ".join(f"bench {name}" for name in subjects)
         raise ValueError(f"bench needs a subject: mptrain {known}")

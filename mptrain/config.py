@@ -93,6 +93,7 @@ class RunConfig:
     run_dir: str = ""
     runs_dir: str = "runs"
     sweep_dir: str = ""
+    sweep_seeds: int = 0
     resume: str = "none"
     baseline: str = "auto"
 
