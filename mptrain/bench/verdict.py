@@ -232,7 +232,7 @@ def run(argv: list[str]) -> int:
         said, missed = "", False
         if limit is not None:
             sign, word = (1, "at most") if limit == ALPHA else (-1, "at least")
-            missed = sign * (rate - limit) > 4 * math.sqrt(limit * (1 - limit) / (asked.runs // 4))
+            missed = sign * (rate - limit) > 5 * math.sqrt(limit * (1 - limit) / (asked.runs // 4))
             said = f"{word} {limit:.1%}{'  MISSED' if missed else ''}"
         rows.append({"what": what, "rate": rate, "limit": limit, "missed": missed})
         print(f"{what:96}{rate:8.2%}  {said}", flush=True)

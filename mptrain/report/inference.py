@@ -139,11 +139,12 @@ def seeds_needed(interval: Interval, margin: float) -> int | None:
     n = np.arange(2, MOST_SEEDS + 1)
     squares = np.square(_spreads(interval))
     error: Floats = np.sqrt(squares.sum() / n)
-    table, freedom, estimated = PAIRED, n - 1.0, n - 1.0
+    freedom: Floats = np.asarray(n - 1, dtype=np.float64)
+    table, estimated = PAIRED, freedom
     if len(squares) == 2:  # Welch's own for n seeds on either side, between n - 1 and twice that
         table, freedom = UNPAIRED, freedom * (squares.sum() ** 2 / max(float(np.square(squares).sum()), 1e-300))
         estimated = freedom * n / (n + 1)  # harmonic mean of what n seeds estimate where both sides spread alike
-    width = np.array([factor(int(seeds), table) for seeds in n]) * stdtrit(estimated, TAIL)
+    width: Floats = np.array([factor(int(seeds), table) for seeds in n]) * stdtrit(estimated, TAIL)
     reached = np.flatnonzero(power(_distance(interval, margin), error, freedom, width) >= POWER)
     return int(n[reached[0]]) if len(reached) else None
 
