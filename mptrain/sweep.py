@@ -91,8 +91,8 @@ def _plan(composed: DictConfig) -> Path:
     given = _given(composed)
     varied = _varied(given)
     if not composed.sweep_dir:
-        what = "-".join(key.rpartition(".")[2].rpartition("/")[2] for key in varied) or "jobs"
-        same = [word for word in given if not (composed.sweep_seeds and word.startswith("seed="))]  # more to come there
+        same = [word for word in given if not (composed.sweep_seeds and word.startswith("seed="))]  # more may follow
+        what = "-".join(key.rpartition(".")[2].rpartition("/")[2] for key in _varied(same)) or "jobs"
         name = f"sweep-{what}-{short_hash(sorted(same))[:6]}"
         with read_write(composed), open_dict(composed), read_write(composed.hydra):
             composed.sweep_dir = str(Path(composed.runs_dir) / name)
@@ -100,7 +100,11 @@ def _plan(composed: DictConfig) -> Path:
     folder = Path(composed.sweep_dir)
     folder.mkdir(parents=True, exist_ok=True)
     counts = [len(values) for values in varied.values()]
-    named = seeds.named(folder, _seeds(composed, varied), composed.sweep_seeds)
+    given_seeds = _seeds(composed, varied)
+    named = seeds.named(folder, given_seeds, composed.sweep_seeds)
+    for seed in given_seeds or ():
+        if named.uncounted(seed):
+            Console().print(f"seed={seed} will not count: {named.uncounted(seed)}", highlight=False, soft_wrap=True)
     plan = {
         "overrides": given,
         "varied": list(varied),

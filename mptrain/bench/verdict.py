@@ -70,6 +70,7 @@ FAMILY: dict[str, Draw] = {
     "Student's t, 3 degrees": lambda rng, shape: rng.standard_t(3, shape),
     "one in ten 5 times as wide": _outliers,
 }
+WORST = ("normal", "gamma", "Weibull")  # of all 49 pairs of shapes, unpaired seeds needed most with one of these
 OUTSIDE: dict[str, Draw] = {
     "gamma, skewness 1": lambda rng, shape: (rng.standard_gamma(4, shape) - 4) / 2,
     "lognormal, s 0.5 (skewness 1.7)": lognormal(0.5),
@@ -103,8 +104,11 @@ def unpaired_cases(rng: np.random.Generator, n: int, runs: int) -> Iterator[tupl
     for more in SIZES:
         sides = []
         for size in (n, n + more):
-            drawn = {name: draw(rng, (size, runs)) for name, draw in FAMILY.items()}
-            sides.append({name: (x.mean(0), x.var(0, ddof=1)) for name, x in drawn.items()})
+            moments = {}
+            for name in WORST:
+                drawn = FAMILY[name](rng, (size, runs))
+                moments[name] = drawn.mean(0), drawn.var(0, ddof=1)
+            sides.append(moments)
         for ours, theirs in ((a, b) for a in sides[0] for b in sides[1]):
             for sign in (1, -1) if ours in SKEWED and theirs in SKEWED else (1,):
                 mean, variance = sides[1][theirs]
@@ -138,7 +142,8 @@ def decided(sides: Sequence[Floats], distance: float) -> float:
 
 
 def up(value: float) -> float:
-    return math.ceil(100 * value) / 100
+    """Return ``value``, with 1 % more for the error of the draws, rounded up."""
+    return math.ceil(101 * value) / 100
 
 
 def paired_factor(rng: np.random.Generator, n: int, runs: int) -> float:
@@ -178,11 +183,11 @@ def bounds(rng: np.random.Generator, last: int, runs: int) -> dict[int, float]:
     return {n: up(high * factor(n, PAIRED) * width) for n, width in exact.items()}
 
 
-def constants(rng: np.random.Generator, runs: int) -> None:
-    """Print the tables of ``mptrain.report.inference``."""
-    for name, of, part in (("PAIRED", paired_factor, 6), ("UNPAIRED", unpaired_factor, 1)):
-        print(name, {n: up(of(rng, n, part * runs)) for n in range(2, 11)}, flush=True)
-    print("LOOKS", {last: bounds(rng, last, 10 * runs) for last in LOOKS}, flush=True)
+def constants(seed: int, runs: int) -> None:
+    """Print the tables of ``mptrain.report.inference``; each number has draws of its own."""
+    for name, of, part in (("PAIRED", paired_factor, 10), ("UNPAIRED", unpaired_factor, 4)):
+        print(name, {n: up(of(np.random.default_rng((seed, n)), n, part * runs)) for n in range(2, 11)}, flush=True)
+    print("LOOKS", {last: bounds(np.random.default_rng((seed, last)), last, 10 * runs) for last in LOOKS}, flush=True)
 
 
 # --- the rates
@@ -225,7 +230,7 @@ def run(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     rng = np.random.default_rng(asked.seed)
     if asked.constants:
-        constants(rng, asked.runs)
+        constants(asked.seed, asked.runs)
         return 0
     rows = []
     for what, rate, limit in rates(rng, asked.runs):
