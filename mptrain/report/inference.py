@@ -143,10 +143,8 @@ def seeds_needed(interval: Interval, margin: float) -> int | None:
         table, ratio = UNPAIRED, total**2 / max(sum(variance**2 for variance in variances), 1e-300)
     for n in range(2, MOST_SEEDS + 1):
         freedom = ratio * (n - 1)
-        estimated = (
-            freedom if table is PAIRED else freedom * n / (n + 1)
-        )  # harmonic mean, where both sides spread alike
-        width = factor(n, table) * quantile(TAIL, max(estimated, 1.0))
+        estimated = freedom if table is PAIRED else max(1.0, freedom * n / (n + 1))  # harmonic mean of equal spreads
+        width = factor(n, table) * quantile(TAIL, estimated)
         if power(distance, math.sqrt(total / n), freedom, width) >= POWER:
             return n
     return None

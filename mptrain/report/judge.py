@@ -56,8 +56,8 @@ def rules(margin: float, metric: str, last: int = 0) -> list[str]:
         f"given back, or the last {SKIPS_ALARM} steps or more are all skipped, and the baseline's does not.",
         f"A variant as good as the baseline is called worse, and one that is worse by {near} is called equivalent, in "
         f"at most {1 - TAIL:.1%} of comparisons each, if the differences between seeds are {FAMILY}. For normal ones "
-        "it is 1.3 to 1.9 %. Outside of this family are stronger skew (lognormal with s = 0.5: 4 to 6 %; with s = 1: "
-        "8 to 18 %), uniform differences of 2 or 3 seeds (2.7 %) and those of few distinct values. With many variants "
+        "it is 1.2 to 1.9 %. Outside of this family are stronger skew (lognormal with s = 0.5: 4 to 6 %; with s = 1: "
+        "7 to 18 %), uniform differences of 2 or 3 seeds (2.7 %) and those of few distinct values. With many variants "
         "expect that share of them. `mptrain bench verdict` simulates the rates.",
         _several_looks(last) if last else _one_look(),
     ]
@@ -67,7 +67,7 @@ def _one_look() -> str:
     return (
         "These are the rates of one look at a number of seeds fixed before it; a verdict while runs are at work is "
         "provisional. Adding seeds to an undecided comparison until it decides makes them up to 8 %, so the number "
-        f"that undecided names is one of new seeds: it decides with a probability of {POWER:.0%} (78 % for the most "
+        f"that undecided names is one of new seeds: it decides with a probability of {POWER:.0%} (77 % for the most "
         "skewed of the family) if difference and spread are what they seem. To look more than once, name the last "
         "number before the first look: sweep_seeds=10."
     )
