@@ -226,6 +226,8 @@ def run(argv: list[str]) -> int:
     """A run from a JSON file of settings: what verify-resume starts, alone or under torchrun."""
     with left_cleanly():
         made = build.build(from_plain(RunConfig, json.loads(Path(argv[0]).read_text()), "config"))
+        if made is None:
+            raise SystemExit(0)
         made.train()
         stopped = made.trainer.interrupts.stopped_by
         raise SystemExit(0 if stopped is None else 128 + stopped)

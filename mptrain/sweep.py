@@ -239,7 +239,9 @@ def _follow(composed: DictConfig) -> float:
     settings = config.parse(composed)
     with contextlib.suppress(Told):
         if _joined(settings).share(False):  # the first one knows
-            build.build(settings).train()
+            run = build.build(settings)
+            if run is not None:
+                run.train()
     return WORST
 
 
@@ -295,6 +297,8 @@ def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
     with (folder / "console.log").open("a") as log:
         try:
             run = build.build(settings, Console(file=log, width=120))
+            if run is None:
+                return
             run.train()
         except Exception as error:
             _fail(folder, error)

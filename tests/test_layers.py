@@ -90,6 +90,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "keeping": ("checkpoint", "distributed", "telemetry.ledger"),
     "protocols": ("checkpoint", "telemetry.record"),
     "validation": ("precision", "distributed", "protocols"),
+    "resumption": ("config", "files", "identity", "settings"),
     "assembly": ANY,
     "verify": ANY,
     "prepare": ANY,  # with build and run the composition root
@@ -104,7 +105,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
 EXTERNAL: dict[str, tuple[str, ...]] = {
     "torch": ANY,
     "hydra": ("config", "build", "cli", "sweep"),
-    "omegaconf": ("config", "build", "cli", "sweep"),
+    "omegaconf": ("config", "build", "cli", "resumption", "sweep"),
     "transformer_engine": ("backends.transformer_engine",),
     "torchao": ("backends.native", "optim", "quantization"),
     "wandb": ("wandb_logger",),
@@ -207,7 +208,8 @@ def test_the_program_composes_and_does_nothing_else():
     """train.py: hydra, the configuration, the composition root and the sweeps of it."""
     known = set(TREE) - {""}
     found = imports((ROOT / "train.py").read_text(), "", False, known)
-    allowed = {"hydra", "omegaconf", "mptrain.build", "mptrain.config", "mptrain.policy", "mptrain.sweep"}
+    allowed = {"hydra", "hydra.core.hydra_config", "omegaconf"}
+    allowed |= {f"mptrain.{name}" for name in ("build", "config", "policy", "resumption", "sweep")}
     allowed |= {"mptrain.distributed.joining"}  # how a process of several ends
     assert {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names} <= allowed
     assert {"mptrain.build", "mptrain.config"} <= found

@@ -166,7 +166,7 @@ def _side(variant: Matched, base: Side | None, window: int, plan: Planned) -> tu
         if run.status is not Status.finished or run.seed is None:
             reasons[run.folder] = run.why
             continue
-        foreign = plan.uncounted(run.seed) or (_foreign(run, base.runs.get(run.seed)) if base else "")
+        foreign = run.mixed or plan.uncounted(run.seed) or (_foreign(run, base.runs.get(run.seed)) if base else "")
         if foreign:
             reasons[run.folder] = foreign
             continue
