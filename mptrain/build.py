@@ -66,14 +66,14 @@ def build(config: RunConfig, console: Console | None = None) -> Run | None:
     earlier = ranks.by_first(lambda: _earlier(start, prepared))
     if earlier is not None:
         over = earlier.finished(config.trainer.max_steps)
-        if over:
+        if over and config.resume == "auto":
             console.print(over, highlight=False, soft_wrap=True)
             return None
         ranks.by_first(lambda: require_fit(earlier.checkpoint, prepared.shell))
         if config.resume != "auto" and earlier.step >= config.trainer.max_steps:
             raise ValueError(
-                f"{earlier.checkpoint} is of step {earlier.step}, and trainer.max_steps={config.trainer.max_steps} leaves "
-                f"nothing to do: set trainer.max_steps={2 * earlier.step}"
+                f"{earlier.checkpoint} is of step {earlier.step}, and trainer.max_steps={config.trainer.max_steps} "
+                f"leaves nothing to do: set trainer.max_steps={2 * earlier.step}"
             )
     fp32 = ranks.by_first(lambda: _known_baseline(prepared))
     held: list[TextIO] = []
