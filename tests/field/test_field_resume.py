@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from commands import ROOT, TINY, events_of, rows_of, summary_of, train
+from commands import CORPUS, ROOT, TINY, events_of, rows_of, summary_of, train
 
 from mptrain import config
 from mptrain.report import runs
@@ -137,12 +137,9 @@ def test_one_typed_key_overrides_one_key(finished):
 
 
 @pytest.mark.parametrize("other", ["seed=4", "data.root=OTHER"])
-def test_what_cannot_be_meant_is_refused_unless_said(finished, tmp_path, other):
+def test_what_cannot_be_meant_is_refused_unless_said(finished, other):
     folder, go_on = finished
-    (tmp_path / "other").mkdir()
-    for name in "abcdefgh":
-        (tmp_path / "other" / f"{name}.py").write_text(f"import {name}\n" * 2000)
-    other = other.replace("OTHER", str(tmp_path / "other"))
+    other = other.replace("OTHER", str(CORPUS.parent / "email"))
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     text = go_on(other, "trainer.max_steps=8", code=2)
     (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
