@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim import SGD
 
 from mptrain import Precision
+from mptrain.emulation.gemm import scaled_mm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -307,3 +308,14 @@ def test_empty_batches_pass(name):
         assert out.shape == shape
         precision.backward(out.float().sum())
     assert precision.step(SGD(model.parameters(), lr=0.1)).applied
+
+
+@pytest.mark.parametrize("carrier", [torch.bfloat16, torch.float32])
+def test_a_bias_is_added_before_the_one_rounding(carrier):
+    """Sums that FP32 holds exactly, so that the right result is one rounding of an FP64 sum: bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-8, 9, (64, 192), generator=generator).to(carrier)
+    b = torch.randint(-8, 9, (192, 32), generator=generator).to(carrier)
+    bias = torch.randint(-8192, 8192, (32,), generator=generator) * 2.0**-10  # 14 bits: BF16 has 8
+    right = (a.double() @ b.double() / 32 + bias.double()).to(torch.bfloat16)
+    assert torch.equal(scaled_mm(a, b, torch.tensor(4.0), torch.tensor(8.0), bias, torch.bfloat16), right)
