@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from mptrain.emulation.thread import Suspended
 from mptrain.kernels.counters import Counters
 
 Casts = AbstractContextManager[object]
@@ -42,7 +43,7 @@ class Plain:
 
 
 class Region(ContextDecorator):
-    """A stretch of one model's forward or backward, with its casts.
+    """A stretch of one model's forward or backward, with its casts. FP16 and TF32 emulated around it end at its edge.
 
     ``quantized``: do converted layers quantize here, or run as plain FP32 layers? ``replaying``: is a forward met here
     the recomputation of an earlier one, booked already? ``opening`` is called when the region is the outermost of its
@@ -61,11 +62,13 @@ class Region(ContextDecorator):
         self._counters, self._casts, self._opening = counters, casts, opening
         self._state = not quantized, replaying
         self._before: list[tuple[bool, bool]] = []
+        self._suspended = Suspended()
 
     def __enter__(self) -> None:
         counters = self._counters
         if self._opening is not None and not counters.quiet and not is_open(counters):
             self._opening()
+        self._suspended.__enter__()
         self._casts.__enter__()
         self._before.append((counters.bypassed, counters.replaying))
         counters.bypassed, counters.replaying = self._state
@@ -79,6 +82,7 @@ class Region(ContextDecorator):
                 del _OPEN[place]
                 break
         self._casts.__exit__(*raised)
+        self._suspended.__exit__(*raised)
 
 
 def is_open(counters: Counters) -> bool:

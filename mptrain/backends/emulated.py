@@ -14,7 +14,7 @@ from mptrain.emulation.delayed import DelayedScaling
 from mptrain.emulation.fine import FineLinear, FineQuantizers
 from mptrain.emulation.fp8 import EmulatedLinear, Quantizers
 from mptrain.emulation.gemm import carrier_dtype
-from mptrain.emulation.mode import RoundedOperands
+from mptrain.emulation.rounding import Rounded
 from mptrain.formats import Format
 from mptrain.kernels.counters import Counters
 from mptrain.policy import PrecisionPolicy, Scaling
@@ -75,13 +75,17 @@ class Backend:
         if not policy_on:
             return Plain(self._device.type)
         if not self._policy.quantized:
-            return RoundedOperands(self._policy.compute)
+            return Rounded(self._policy.compute, self._device.type)
         if self._policy.compute is Format.bf16:
             return torch.autocast(self._device.type, dtype=torch.bfloat16)
         return Plain(self._device.type)
 
     def backward(self) -> AbstractContextManager[object]:
-        return Region(self._counters, Plain(self._device.type), quantized=True, replaying=True)
+        device = self._device.type
+        casts: AbstractContextManager[object] = Plain(device)
+        if not self._policy.quantized:
+            casts = Rounded(self._policy.compute, device, casting=False)
+        return Region(self._counters, casts, quantized=True, replaying=True)
 
     def replay(self) -> AbstractContextManager[object]:
         return Region(self._counters, self.casts(True), quantized=True, replaying=True)
