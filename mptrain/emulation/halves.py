@@ -30,24 +30,17 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if "Half" not in str(error) or not _all_half(args, kwargs):
                 raise
         return _widened(func, args, kwargs)
-    if kind == _WRITES or kwargs:
-        return _widened(func, args, kwargs) if _all_half(args, kwargs) else func(*args, **kwargs)
-    wide = []
-    changed = False
-    for x in args:
-        if isinstance(x, Tensor):
-            if x.dtype is torch.float16:
-                x, changed = x.float(), True
-            elif x.is_floating_point() and kind == _PRODUCT:  # of two types: torch's error, or none of ours
-                return func(*args)
-        wide.append(x)
-    out = func(*wide)
-    if not changed:
-        return out
+    attends = kind == _ATTENTION  # its statistics are FP32
+    if not (args[0].dtype is torch.float16 if attends else _all_half(args, kwargs)):
+        return func(*args, **kwargs)  # FP32, or of two types, which torch refuses
+    if kind == _WRITES:
+        return _widened(func, args, kwargs)
+    out = func(*[_wide(x) for x in args], **{name: _wide(x) for name, x in kwargs.items()})
     if isinstance(out, Tensor):
-        return out.half()
-    first_only = kind == _ATTENTION and not func.overloadpacket.__name__.endswith("_backward")  # the rest: statistics
-    return tuple(_narrow(x) if place == 0 or not first_only else x for place, x in enumerate(out))
+        return _narrow(out)
+    if attends and not func.overloadpacket.__name__.endswith("_backward"):
+        return _narrow(out[0]), *out[1:]
+    return tuple(_narrow(x) for x in out)
 
 
 def _kind_of(func: Any) -> int:
@@ -56,6 +49,10 @@ def _kind_of(func: Any) -> int:
     if func._schema.is_mutable:
         return _WRITES
     return _ATTENTION if is_attention(func) else _PRODUCT
+
+
+def _wide(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype is torch.float16 else x
 
 
 def _narrow(x: Any) -> Any:
