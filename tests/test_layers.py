@@ -34,7 +34,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "kernels": ("formats",),
     "distributed": ("convert", "kernels", "formats", "settings"),
     "outcome": ("scaling",),
-    "regions": ("kernels.counters",),
+    "regions": ("emulation.thread", "kernels.counters"),
     "gradients": ("distributed",),
     "agreement": ("distributed",),
     "blame": ("convert", "distributed", "kernels.counters", "outcome"),
@@ -49,7 +49,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "optim": ("settings", "distributed", "quiet"),
     "telemetry": (
         "kernels", "formats", "distributed", "outcome", "scaling", "settings", "policy", "convert", "precision",
-        "memory.live",
+        "memory.live", "emulation.products",
     ),
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings", "interrupts", "protocols",
         "validation", "keeping", "spikes", "trainer_config",
@@ -64,7 +64,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "folder": ("config", "files", "identity", "settings"),
     "memory": ("policy", "formats", "settings", "files"),
     "memory.live": ("kernels", "distributed"),  # what the meter of a real step shares with a plan
-    "memory.cuda": ("emulation", "formats", "policy"),
+    "memory.cuda": ("formats", "policy"),
     "memory.trace": ("backends.base", "distributed", "emulation", "kernels", "optim", "policy", "precision"),
     "memory.training": ("backends.base", "distributed", "settings"),
     "memory.fit": ("distributed", "formats", "policy"),

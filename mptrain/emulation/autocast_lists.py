@@ -58,7 +58,7 @@ PROMOTE = (
 )  # fmt: skip
 BANNED = ("binary_cross_entropy",)
 
-_KEY = DispatchKey.AutocastIPU
+_KEY: DispatchKey = getattr(DispatchKey, "AutocastIPU")  # noqa: B009 - missing in torch's stubs
 _AUTOCAST = DispatchKeySet(_KEY) | DispatchKeySet(DispatchKey.AutocastCPU)
 _BELOW_OURS = torch._C._dispatch_keyset_full_after(_KEY)
 _BELOW_AUTOCAST = torch._C._dispatch_keyset_full_after(DispatchKey.AutocastCPU)
@@ -73,7 +73,7 @@ class CudaLists:
         self._included = torch._C._IncludeDispatchKeyGuard(_KEY)
 
     def __enter__(self) -> None:
-        self._included.__enter__()
+        self._included.__enter__()  # type: ignore[no-untyped-call]
         torch.set_autocast_enabled("ipu", True)  # the switch of the key
 
     def __exit__(self, *raised: Any) -> None:
@@ -140,8 +140,8 @@ def _tensors(values: Any) -> list[Tensor]:
 def _refused(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     raise RuntimeError(
         "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast, and CUDA's autocast "
-        "refuses them: leave the sigmoid away and use binary_cross_entropy_with_logits or BCEWithLogitsLoss, or call it "
-        "under torch.autocast(device_type, enabled=False) on FP32 tensors"
+        "refuses them: leave the sigmoid away and use binary_cross_entropy_with_logits or BCEWithLogitsLoss, or call "
+        "it under torch.autocast(device_type, enabled=False) on FP32 tensors"
     )
 
 
@@ -211,10 +211,12 @@ def _uncast(op: Any) -> Callable[..., Any]:
 def _kernels() -> dict[str, Callable[..., Any]]:
     own = {name.removeprefix("aten::") for name in registered("AutocastCPU")}
     found = {name: _recurrent(_overload(name)) for name in RECURRENT}
-    for names, policy in ((HALF, _to(torch.float16)), (FLOAT, _to(torch.float32))):
-        found |= {name: _kernel(_overload(name), policy) for name in names if name not in own}
-    for names, policy in ((FLOAT_RESULT, _float_result), (NORMS, _norm), (PROMOTE, _promoted), (BANNED, _refused)):
-        found |= {name: _kernel(_overload(name), policy) for name in names}
+    for name in (*HALF, *FLOAT):
+        if name not in own:  # what is in both lists the CPU's kernel does, in C++
+            found[name] = _kernel(_overload(name), _to(torch.float16 if name in HALF else torch.float32))
+    others = dict.fromkeys(FLOAT_RESULT, _float_result) | dict.fromkeys(NORMS, _norm)
+    others |= dict.fromkeys(PROMOTE, _promoted) | dict.fromkeys(BANNED, _refused)
+    found |= {name: _kernel(_overload(name), policy) for name, policy in others.items()}
     known = {*found, *HALF, *FLOAT}
     return found | {name: _uncast(_overload(name)) for name in own - known}
 
@@ -234,9 +236,9 @@ def _register() -> None:
     with _LOCK:
         if _LIBRARIES:
             return
-        others = torch.library.Library("_", "IMPL", _KEY.name)
-        others.fallback(torch.library.fallthrough_kernel)
-        library = torch.library.Library("aten", "IMPL", _KEY.name)
+        others = torch.library.Library("_", "IMPL", _KEY.name)  # type: ignore[no-untyped-call]
+        others.fallback(torch.library.fallthrough_kernel)  # type: ignore[no-untyped-call]
+        library = torch.library.Library("aten", "IMPL", _KEY.name)  # type: ignore[no-untyped-call]
         for name, kernel in _kernels().items():
-            library.impl(name, kernel, with_keyset=True)
+            library.impl(name, kernel, with_keyset=True)  # type: ignore[no-untyped-call]
         _LIBRARIES.extend((others, library))

@@ -16,7 +16,7 @@ OPERANDS: dict[str, tuple[int, ...]] = {
     "_scaled_mm": (0, 1), "_scaled_mm_v2": (0, 1), "_grouped_mm": (0, 1), "_scaled_grouped_mm": (0, 1),
     "_scaled_grouped_mm_v2": (0, 1), "convolution": (0, 1), "_convolution": (0, 1), "cudnn_convolution": (0, 1),
     "_slow_conv2d_forward": (0, 1), "convolution_overrideable": (0, 1), "convolution_backward": (0, 1, 2),
-    "conv_tbc": (0, 1), "addmm_": (1, 2), "baddbmm_": (1, 2), "addbmm_": (1, 2),
+    "conv_tbc": (0, 1), "conv_tbc_backward": (0, 1, 2), "addmm_": (1, 2), "baddbmm_": (1, 2), "addbmm_": (1, 2),
 }  # fmt: skip
 VECTORS: dict[str, tuple[int, ...]] = {
     "mv": (0, 1), "addmv": (1, 2), "addmv_": (1, 2), "dot": (0, 1), "vdot": (0, 1), "addr": (1, 2), "addr_": (1, 2),
@@ -26,14 +26,15 @@ VECTORS: dict[str, tuple[int, ...]] = {
 ATTENTION = ("_scaled_dot_product_", "_flash_attention_", "_efficient_attention_")
 INSIDE = (
     "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "mkldnn_rnn_layer", "mkldnn_rnn_layer_backward",
-    "_cudnn_rnn", "_cudnn_rnn_backward", "miopen_rnn", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "_trilinear",
-    "_cdist_forward", "mkldnn_convolution", "mkldnn_linear", "_mkldnn_transformer", "cudnn_convolution_transpose",
-    "cudnn_convolution_relu", "cudnn_convolution_add_relu", "conv_depthwise3d", "_conv_depthwise2d",
-    "slow_conv_transpose2d", "slow_conv_transpose3d", "slow_conv3d_forward", "slow_conv_dilated2d",
-    "slow_conv_dilated3d", "conv_tbc_backward", "_sparse_addmm", "sparse_sampled_addmm", "_int_mm", "_weight_int4pack_mm",
-    "_weight_int8pack_mm", "_dyn_quant_matmul_4bit", "_fused_sdp_choice_backward", "_compute_linear_combination",
+    "_cudnn_rnn", "_cudnn_rnn_backward", "miopen_rnn", "mkldnn_convolution", "mkldnn_linear",
+    "cudnn_convolution_transpose", "cudnn_convolution_relu", "cudnn_convolution_add_relu", "conv_depthwise3d",
+    "_conv_depthwise2d", "slow_conv_transpose2d", "slow_conv_transpose3d", "slow_conv3d_forward", "slow_conv_dilated2d",
+    "slow_conv_dilated3d", "sparse_sampled_addmm", "_weight_int4pack_mm", "_weight_int8pack_mm",
 )  # fmt: skip
 """Operators of torch that multiply matrices and of whose operands nothing is said here."""
+
+COMPOSED = ("_euclidean_dist", "linalg_pinv", "linalg_matrix_exp")
+"""Operators of torch that call products themselves, below autograd: those are seen if a mode stays on meanwhile."""
 
 _OWN = ("aten", "prim", "prims", "mptrain", "profiler", "_c10d_functional", "c10d", "fsdp", "inductor")
 

@@ -29,6 +29,9 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if func is torch.ops.aten.convolution_backward.default:
         return _convolution_backward(func, args, kwargs)
+    if func is torch.ops.aten.conv_tbc_backward.default:
+        grad_input, grad_weight, _ = func(*_rounded(args, operands), **kwargs)
+        return grad_input, grad_weight, args[0].sum((0, 1))
     return func(*_rounded(args, operands), **kwargs)
 
 
@@ -47,7 +50,7 @@ def _rounded(args: tuple[Any, ...], operands: tuple[int, ...]) -> list[Any]:
     changed = list(args)
     for place in operands:
         x: Tensor = args[place]
-        if x.dtype is torch.float32:
+        if x.dtype is torch.float32 and x.layout is torch.strided:
             turned = x.ndim == 2 and not x.is_contiguous() and x.t().is_contiguous()  # a transpose stays one
             one = torch.ones((), dtype=torch.float32, device=x.device)
             rounded = kernels.fake_quantize(x.t() if turned else x, one, Format.tf32)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mptrain.emulation import halves, tf32
+from mptrain.emulation import halves, products, tf32
 from mptrain.formats import Format
 
 _KEY = "mptrain.emulation"  # in torch's own thread state: autograd's threads get that of the one that called backward
@@ -27,11 +27,26 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if types and _foreign(types):
             return NotImplemented  # what a subclass (DTensor) runs in its turn is seen again
         fmt = self.fmt
+        if func in COMPOSED and fmt is not None:
+            with self:
+                return func._op_dk(_key_of(args), *args, **(kwargs or {}))
         if fmt is Format.fp16:
             return halves.run(func, args, kwargs or {})
         if fmt is Format.tf32:
             return tf32.run(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+COMPOSED = frozenset(
+    getattr(packet, overload)
+    for packet in (getattr(torch.ops.aten, name) for name in products.COMPOSED)
+    for overload in packet.overloads()
+)
+
+
+def _key_of(args: Any) -> torch._C.DispatchKey | None:
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    return torch._C._parse_dispatch_key(torch._C._dispatch_key_for_device(device.type))
 
 
 def _foreign(types: Any) -> bool:
