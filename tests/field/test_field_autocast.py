@@ -1,8 +1,8 @@
 """Emulated FP16 goes by CUDA autocast's lists, operator by operator. The lists are torch's own.
 
 Oracle of an FP16 entry: the FP32 operator on operands that were rounded to FP16, its result rounded. A product is that
-bit for bit or one unit in the last place off (2^-10 of the value), where kernels sum in another order; a cell or a chain
-rounds between its products, so of those the bound is 2^-8 of the largest value.
+bit for bit or one unit in the last place off (2^-10 of the value), where kernels sum in another order; a cell or a
+chain rounds between its products, so of those the bound is 2^-8 of the largest value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from mptrain.emulation import autocast_lists
 from mptrain.emulation.rounding import Rounded
 from mptrain.formats import Format
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:torch.chain_matmul is deprecated", "ignore:Using torch.cross without"),
+]
 
 ULP = 2.0**-10
 CHAINS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "chain_matmul", "linalg_multi_dot")
@@ -33,6 +36,7 @@ def entries(*lists: str):
     """(operator, its arguments, keywords, module) of torch's lists, without what only CUDA has."""
     torch.manual_seed(0)
     every = AutocastTestLists("cpu")
+    found = []
     for which in lists:
         for place, (name, args, *rest) in enumerate(getattr(every, which)):
             if name.startswith("cudnn"):
@@ -40,7 +44,8 @@ def entries(*lists: str):
             if name == "einsum":  # torch's entry has matrices for an equation of four dimensions
                 args, rest = ("ij,jk->ik", *rest[0]), []
             kwargs = rest[0] if rest and isinstance(rest[0], dict) else {}
-            yield pytest.param(which, name, args, kwargs, id=f"{name}-{place}")
+            found.append(pytest.param(which, name, args, kwargs, id=f"{name}-{place}"))
+    return found
 
 
 def call(which, name, args, kwargs):
@@ -79,11 +84,10 @@ def test_the_fp16_list(which, name, args, kwargs):
 
 @pytest.mark.parametrize(("which", "name", "args", "kwargs"), entries("torch_fp32", "nn_fp32", "methods_fp32"))
 def test_the_fp32_list(which, name, args, kwargs):
-    wanted = call(which, name, each(args, torch.Tensor.float), kwargs)
-    with half():
-        got = call(which, name, each(args, torch.Tensor.half), kwargs)
     inputs = each(args, torch.Tensor.half)
     wanted = call(which, name, each(inputs, torch.Tensor.float), kwargs)
+    with half():
+        got = call(which, name, inputs, kwargs)
     assert got.dtype is torch.float32
     assert torch.equal(got, wanted)
 
@@ -93,14 +97,14 @@ def test_the_fp32_list(which, name, args, kwargs):
     entries("torch_need_autocast_promote", "torch_expect_builtin_promote", "methods_expect_builtin_promote"),
 )
 def test_what_promotes(which, name, args, kwargs):
-    args, kwargs = (args, {}) if not isinstance(kwargs, torch.dtype) else (args, {})
     wanted = call(which, name, each(args, torch.Tensor.float), kwargs)
     with half():
         got = call(which, name, args, kwargs)
     if isinstance(got, bool):
         assert got == wanted
     else:
-        assert got.dtype is wanted.dtype and torch.equal(got, wanted)
+        assert got.dtype is wanted.dtype
+        assert torch.equal(got, wanted)
 
 
 def test_our_table_is_that_of_torch():
@@ -138,34 +142,29 @@ def test_overflow_of_fp32_operators():
 
 
 def test_banned_as_under_cuda():
-    with half(), pytest.raises(RuntimeError, match="unsafe to autocast.*BCEWithLogitsLoss"):
+    with half(), pytest.raises(RuntimeError, match=r"unsafe to autocast.*BCEWithLogitsLoss"):
         F.binary_cross_entropy(torch.rand(4), torch.rand(4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
 def test_other_dtypes_pass(dtype):
-    a, b = torch.randn(8, 8, dtype=dtype) * 1e6, torch.randn(8, 8, dtype=dtype)
-    with half():
-        for product in (torch.mm, torch.matmul, torch.mul, lambda x, y: torch.einsum("ij,jk->ik", x, y)):
-            got = product(a, b)
-            assert got.dtype is dtype
-            assert torch.equal(got, product(a, b))
-        found = torch.mm(a, b), a.exp(), a.sum()
-    assert torch.equal(found[0], torch.mm(a, b))
-    assert torch.equal(found[1], a.exp()) or not a.exp().isfinite().all()
-    assert torch.equal(found[2], a.sum())
+    a, b = torch.randn(8, 8, dtype=dtype) * 100, torch.randn(8, 8, dtype=dtype) * 1e6
+    products = torch.mm, torch.matmul, torch.mul, lambda x, y: torch.einsum("ij,jk->ik", x, y), lambda x, y: y.sum() + x
+    wanted = [product(a, b) for product in products]
+    for name in ("fp16", "tf32"):
+        with Rounded(Format[name], "cpu"):
+            found = [product(a, b) for product in products]
+        assert all(x.dtype is dtype and torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
 def test_out_goes_uncast_as_under_cuda():
     a, b = torch.randn(8, 8), torch.randn(8, 8)
+    out, narrow = torch.empty(8, 8), torch.empty(8, 8, dtype=torch.float16)
     with half():
-        out = torch.empty(8, 8)
         assert torch.mm(a, b, out=out) is out
-        assert torch.equal(out, a @ b if out.dtype is torch.float16 else torch.mm(a, b, out=torch.empty(8, 8)))
-        narrow = torch.empty(8, 8, dtype=torch.float16)
-        torch.mm(a.half(), b.half(), out=narrow)
+        assert torch.mm(a.half(), b.half(), out=narrow) is narrow
         with pytest.raises(RuntimeError):
-            torch.mm(a, b.half(), out=out)
+            torch.mm(a, b.half(), out=torch.empty(8, 8))
     assert torch.equal(out, torch.mm(a, b))
     assert torch.equal(narrow, torch.mm(a.half().float(), b.half().float()).half())
 
@@ -190,7 +189,6 @@ def test_inner_autocasts_rule():
         alone = torch.mm(a, b), layer(torch.mm(a, b)), torch.mm(a, b).softmax(0), torch.stack([a, a.bfloat16()])
     with half():
         with torch.autocast("cpu", enabled=False):
-            assert torch.equal(torch.mm(a, b), torch.mm(a, b))
             off = torch.mm(a, b), layer(a), F.linear(a, b), torch.einsum("ij,jk", a, b)
             assert a.half().softmax(0).dtype is torch.float16
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -238,8 +236,8 @@ def test_modules_of_torch_amp():
     x = torch.randn(4, 8)
     with precision.forward():
         out = Double.apply(x, weight)
-        loss = out.float().sum() + 0 * model(x).sum()
+        loss = out.float().mean() + 0 * model(x).sum()
     assert out.dtype is torch.float16
     precision.backward(loss)
-    wanted = x.half().float().t().mm(torch.ones(4, 8)).half().float()
-    assert torch.allclose(weight.grad / precision.scaler.scale, wanted, rtol=ULP)
+    wanted = x.half().float().t().mm(torch.full((4, 8), 1 / 32))
+    assert torch.allclose(weight.grad / precision.scaler.scale, wanted, rtol=ULP, atol=1e-7)
