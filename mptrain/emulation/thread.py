@@ -27,9 +27,9 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if types and _foreign(types):
             return NotImplemented  # what a subclass (DTensor) runs in its turn is seen again
         fmt = self.fmt
-        if func in COMPOSED and fmt is not None:
+        if fmt is not None and _holds_others(func):
             with self:
-                return func._op_dk(_key_of(args), *args, **(kwargs or {}))
+                return _opened(func, args, kwargs or {})
         if fmt is Format.fp16:
             return halves.run(func, args, kwargs or {})
         if fmt is Format.tf32:
@@ -37,16 +37,26 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-COMPOSED = frozenset(
-    getattr(packet, overload)
-    for packet in (getattr(torch.ops.aten, name) for name in products.COMPOSED)
-    for overload in packet.overloads()
-)
+_HOLDS_OTHERS: dict[Any, bool] = {}
 
 
-def _key_of(args: Any) -> torch._C.DispatchKey | None:
-    device = next(x.device for x in args if isinstance(x, Tensor))
-    return torch._C._parse_dispatch_key(torch._C._dispatch_key_for_device(device.type))
+def _holds_others(func: Any) -> bool:
+    """Is it a composite, whose parts are to be seen? In inference mode those of autograd arrive here whole."""
+    known = _HOLDS_OTHERS.get(func)
+    if known is None:
+        implicit = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        known = implicit or (func.namespace == "aten" and func.overloadpacket.__name__ in products.COMPOSED)
+        _HOLDS_OTHERS[func] = known
+    return known
+
+
+def _opened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` by its own kernel, the mode staying on for what that calls."""
+    out = func.decompose(*args, **kwargs)
+    if out is NotImplemented:
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        out = func._op_dk(torch._C._parse_dispatch_key(torch._C._dispatch_key_for_device(device.type)), *args, **kwargs)
+    return out
 
 
 def _foreign(types: Any) -> bool:
