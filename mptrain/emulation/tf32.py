@@ -17,6 +17,7 @@ from mptrain.emulation.products import VECTORS, operands_of
 from mptrain.formats import Format
 
 _OPERANDS: dict[Any, tuple[int, ...]] = {}
+_ONES: dict[torch.device, Tensor] = {}
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,7 +53,16 @@ def _rounded(args: tuple[Any, ...], operands: tuple[int, ...]) -> list[Any]:
         x: Tensor = args[place]
         if x.dtype is torch.float32 and x.layout is torch.strided:
             turned = x.ndim == 2 and not x.is_contiguous() and x.t().is_contiguous()  # a transpose stays one
-            one = torch.ones((), dtype=torch.float32, device=x.device)
-            rounded = kernels.fake_quantize(x.t() if turned else x, one, Format.tf32)
+            rounded = kernels.fake_quantize(x.t() if turned else x, _one(x), Format.tf32)
             changed[place] = rounded.t() if turned else rounded
     return changed
+
+
+def _one(x: Tensor) -> Tensor:
+    """The scale that changes nothing; made once for each device, and anew among a plan's fake tensors."""
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return torch.ones((), dtype=torch.float32, device=x.device)
+    one = _ONES.get(x.device)
+    if one is None:
+        one = _ONES[x.device] = torch.ones((), dtype=torch.float32, device=x.device)
+    return one

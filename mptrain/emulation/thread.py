@@ -55,7 +55,9 @@ def _opened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = func.decompose(*args, **kwargs)
     if out is NotImplemented:
         device = next(x.device for x in args if isinstance(x, Tensor))
-        out = func._op_dk(torch._C._parse_dispatch_key(torch._C._dispatch_key_for_device(device.type)), *args, **kwargs)
+        key = torch._C._parse_dispatch_key(torch._C._dispatch_key_for_device(device.type))
+        assert key is not None
+        out = func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
     return out
 
 
