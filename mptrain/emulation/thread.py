@@ -52,6 +52,11 @@ def _holds_others(func: Any) -> bool:
 
 def _opened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func`` by its own kernel, the mode staying on for what that calls."""
+    if any(isinstance(x, Tensor) and x.is_nested and type(x) is Tensor for x in args):
+        raise NotImplementedError(
+            f"{func}: FP16 and TF32 are not emulated for nested tensors of strided layout; make them with "
+            "layout=torch.jagged, or train with precision=bf16"
+        )
     out = func.decompose(*args, **kwargs)
     if out is NotImplemented:
         device = next(x.device for x in args if isinstance(x, Tensor))

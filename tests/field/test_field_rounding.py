@@ -23,6 +23,7 @@ pytestmark = [
         "ignore:LSTM with projections is not supported with oneDNN",
         "ignore:torch.chain_matmul is deprecated",
         "ignore:`gradient_checkpointing_enable` is deprecated",
+        "ignore:`torch.jit.script` is deprecated",
     ),
 ]
 
@@ -293,6 +294,41 @@ def test_local_products_of_distributed_tensors_are_rounded(name, tmp_path):
         assert got.dtype is wanted.dtype
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.parametrize("name", NAMES)
+def test_nested_tensors_are_rounded_or_refused(name):
+    model = nn.Linear(WIDTH, WIDTH, bias=False)
+    precision = Precision(name).prepare(model)
+    parts = [torch.randn(3, WIDTH), torch.randn(5, WIDTH)]
+    with precision.forward():
+        wanted = torch.cat([model(part) for part in parts])
+        got = model(torch.nested.nested_tensor(parts, layout=torch.jagged)).values()
+        with pytest.raises(NotImplementedError, match=r"layout=torch\.jagged"):
+            model(torch.nested.nested_tensor(parts))
+    assert torch.allclose(got, wanted, rtol=2.0**-10, atol=1e-6)
+    assert got.dtype is wanted.dtype
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "jacrev", "script"])
+@pytest.mark.parametrize("name", NAMES)
+def test_transforms_are_rounded_too(name, transform):
+    """torch.func's transforms and scripted modules reach the same products."""
+    torch.manual_seed(0)
+    x, w = torch.randn(8, WIDTH), torch.randn(WIDTH, WIDTH)
+    scripted = torch.jit.script(nn.Linear(WIDTH, WIDTH, bias=False)) if transform == "script" else nn.Identity()
+    run = {
+        "vmap": lambda: torch.func.vmap(lambda row: row @ w)(x),
+        "grad": lambda: torch.func.grad(lambda a: (x @ a).float().square().mean())(w),
+        "jvp": lambda: torch.func.jvp(lambda a: x @ a, (w,), (torch.ones_like(w),))[1],
+        "jacrev": lambda: torch.func.jacrev(lambda a: (x @ a).float().sum(0))(w),
+        "script": lambda: scripted(x).detach(),
+    }[transform]
+    right = run()
+    with Precision(name).prepare(nn.Linear(1, 1)).forward():
+        got = run()
+    assert 1e-5 < distance(got.float(), right) < 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
