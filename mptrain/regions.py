@@ -7,7 +7,6 @@ of them a prepared model runs in FP32; what is entered is left again, whatever w
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mptrain.formats import Format
+from mptrain.emulation.thread import Suspended
 from mptrain.kernels.counters import Counters
 
 Casts = AbstractContextManager[object]
-_THREAD = threading.local()
 _OPEN: list[Counters] = []  # of the regions that are open, the innermost last; their counters tell precisions apart
 
 
@@ -45,7 +43,7 @@ class Plain:
 
 
 class Region(ContextDecorator):
-    """A stretch of one model's forward or backward, with its casts.
+    """A stretch of one model's forward or backward, with its casts. FP16 and TF32 emulated around it end at its edge.
 
     ``quantized``: do converted layers quantize here, or run as plain FP32 layers? ``replaying``: is a forward met here
     the recomputation of an earlier one, booked already? ``opening`` is called when the region is the outermost of its
@@ -64,12 +62,13 @@ class Region(ContextDecorator):
         self._counters, self._casts, self._opening = counters, casts, opening
         self._state = not quantized, replaying
         self._before: list[tuple[bool, bool]] = []
+        self._suspended = Suspended()
 
     def __enter__(self) -> None:
         counters = self._counters
         if self._opening is not None and not counters.quiet and not is_open(counters):
             self._opening()
-        roundings().append(None)  # what an outer region rounds to ends here
+        self._suspended.__enter__()
         self._casts.__enter__()
         self._before.append((counters.bypassed, counters.replaying))
         counters.bypassed, counters.replaying = self._state
@@ -83,21 +82,7 @@ class Region(ContextDecorator):
                 del _OPEN[place]
                 break
         self._casts.__exit__(*raised)
-        roundings().pop()
-
-
-def roundings() -> list[Format | None]:
-    """What products are emulated in on this thread, for each region that is open; the innermost, the last, rules."""
-    try:
-        found: list[Format | None] = _THREAD.roundings
-    except AttributeError:
-        found = _THREAD.roundings = [None]
-    return found
-
-
-def rounding_to() -> Format | None:
-    """The innermost of :func:`roundings`."""
-    return roundings()[-1]
+        self._suspended.__exit__(*raised)
 
 
 def is_open(counters: Counters) -> bool:

@@ -34,12 +34,12 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "kernels": ("formats",),
     "distributed": ("convert", "kernels", "formats", "settings"),
     "outcome": ("scaling",),
-    "regions": ("formats", "kernels.counters"),
+    "regions": ("emulation.thread", "kernels.counters"),
     "gradients": ("distributed",),
     "agreement": ("distributed",),
     "verified": ("convert", "formats", "policy"),
     "blame": ("convert", "distributed", "kernels.counters", "outcome"),
-    "emulation": ("kernels", "formats", "policy", "distributed", "regions"),
+    "emulation": ("kernels", "formats", "policy", "distributed"),
     "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation", "quiet", "regions"),
     "backends.base": ("convert", "kernels.counters", "policy", "distributed"),  # backends themselves only by name
     "precision": (
@@ -50,7 +50,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "optim": ("settings", "distributed", "quiet"),
     "telemetry": (
         "kernels", "formats", "distributed", "outcome", "scaling", "settings", "policy", "convert", "precision",
-        "memory.live",
+        "memory.live", "emulation.products",
     ),
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings", "interrupts", "protocols",
         "validation", "keeping", "spikes", "trainer_config",
@@ -65,7 +65,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "folder": ("config", "files", "identity", "settings"),
     "memory": ("policy", "formats", "settings", "files"),
     "memory.live": ("kernels", "distributed"),  # what the meter of a real step shares with a plan
-    "memory.cuda": ("emulation", "formats", "policy"),
+    "memory.cuda": ("formats", "policy"),
     "memory.trace": ("backends.base", "distributed", "emulation", "kernels", "optim", "policy", "precision"),
     "memory.training": ("backends.base", "distributed", "settings"),
     "memory.fit": ("distributed", "formats", "policy"),

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from mptrain import kernels
 from mptrain.convert import ConversionReport, is_conv1d, leave_fast_path, select
 from mptrain.distributed import Agree
-from mptrain.emulation import autocast, rounding
 from mptrain.emulation.delayed import DelayedScaling
 from mptrain.emulation.fine import FineQuantizers
 from mptrain.emulation.fp8 import Operands, Quantizers, emulate
 from mptrain.emulation.gemm import carrier_dtype
+from mptrain.emulation.rounding import Rounded
 from mptrain.formats import Format
 from mptrain.kernels.counters import Counters
 from mptrain.policy import PrecisionPolicy, Scaling
@@ -32,8 +32,6 @@ class Backend:
         self._counters = Counters()
         self._delayed: DelayedScaling | None = None
         self._carrier = torch.float32
-        if policy.compute is Format.fp16 and device.type == "cpu":
-            autocast.need(self)
         if policy.quantized:  # measured, so the ranks of one machine may differ: fast for one is right for all
             fast = agree(torch.tensor(carrier_dtype(device.type) is torch.bfloat16, device=device))
             self._carrier = torch.bfloat16 if fast else torch.float32
@@ -77,15 +75,16 @@ class Backend:
         if not policy_on:
             return Plain(self._device.type)
         if not self._policy.quantized:
-            return rounding.casts(self._policy.compute, self._device.type)
+            return Rounded(self._policy.compute, self._device.type)
         if self._policy.compute is Format.bf16:
             return torch.autocast(self._device.type, dtype=torch.bfloat16)
         return Plain(self._device.type)
 
     def backward(self) -> AbstractContextManager[object]:
-        if self._policy.quantized:
-            return Region(self._counters, Plain(self._device.type), quantized=True, replaying=True)
-        casts = rounding.backward_casts(self._policy.compute, self._device.type)
+        device = self._device.type
+        casts: AbstractContextManager[object] = Plain(device)
+        if not self._policy.quantized:
+            casts = Rounded(self._policy.compute, device, casting=False)
         return Region(self._counters, casts, quantized=True, replaying=True)
 
     def replay(self) -> AbstractContextManager[object]:

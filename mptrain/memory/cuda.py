@@ -33,7 +33,7 @@ FRAGMENTATION_FRAC = 0.05
 """Assumed: what the caching allocator holds beyond what is alive."""
 
 
-# torch.amp's FP32 list for CUDA, as far as the forward of a model meets it
+# torch.amp's FP32 list, as far as a forward meets it
 WIDE = {
     F.layer_norm, F.rms_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, F.mse_loss,
     F.l1_loss, F.smooth_l1_loss, F.binary_cross_entropy_with_logits, F.kl_div, F.softplus, F.normalize,
