@@ -50,7 +50,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "optim": ("settings", "distributed", "quiet"),
     "telemetry": (
         "kernels", "formats", "distributed", "outcome", "scaling", "settings", "policy", "convert", "precision",
-        "memory.live", "emulation.products",
+        "memory.live", "emulation.gemm", "emulation.products",
     ),
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "settings", "interrupts", "protocols",
         "validation", "keeping", "spikes", "trainer_config",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+BIAS_COLUMNS = 3  # of a product whose bias goes through it, see _with_bias
 CARRIERS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -100,10 +101,10 @@ def _with_bias(a: Tensor, b: Tensor, bias: Tensor, inverse: float) -> Tensor:
         return torch.addmm(bias.to(a.dtype), a, b, alpha=inverse)
     rest = bias.float() / inverse
     rows = []
-    for _ in range(3):
+    for _ in range(BIAS_COLUMNS):
         rows.append(rest.to(torch.bfloat16))
         rest = rest - rows[-1]
-    left = torch.cat([a, a.new_ones(()).expand(a.shape[0], 3)], dim=1)
+    left = torch.cat([a, a.new_ones(()).expand(a.shape[0], BIAS_COLUMNS)], dim=1)
     right = torch.cat([b.t(), torch.stack(rows, dim=1)], dim=1).t()
     return torch.addmm(a.new_empty(()), left, right, beta=0, alpha=inverse)
 

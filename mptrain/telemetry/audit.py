@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mptrain import kernels
 from mptrain.convert import ConversionReport
+from mptrain.emulation.gemm import BIAS_COLUMNS
 from mptrain.emulation.products import is_attention, operands_of, unknown
 from mptrain.formats import Format
 from mptrain.policy import PrecisionPolicy
@@ -218,6 +219,7 @@ class StepAudit:
         if not operands_of(func):
             self._see_unknown(func, args, layer, stage)
             return
+        args = self._without_bias(args, layer, stage) if func is torch.ops.aten.addmm.default else args
         operands = [args[i] for i in operands_of(func)]
         shown = operands if outer is None else list(outer)  # kernels may copy operands to lay them out anew
         gemm, turned = self._gemm(func, layer, stage, shown, wrapped=outer is not None)
@@ -235,6 +237,14 @@ class StepAudit:
         evidence = joined(dict.fromkeys(sorted(s.evidence for s in seen)))
         key = (layer, gemm, stage, names, tuple(s.ran for s in seen), tuple(s.carrier for s in seen), evidence)
         self._add(key, flops_of(func, args, kwargs, out))
+
+    def _without_bias(self, args: tuple[Any, ...], layer: str, stage: str) -> tuple[Any, ...]:
+        """The product alone, where the emulation has put a layer's bias into it as further columns."""
+        left, right = args[1:3]
+        k = left.shape[1] - BIAS_COLUMNS
+        if not self._emulated or stage == "backward" or layer not in self._sizes or self._sizes[layer][1] != k:
+            return args
+        return args[0], left[:, :k], right[:k], *args[3:]
 
     def _see_unknown(self, func: Any, args: tuple[Any, ...], layer: str, stage: str) -> None:
         """Only the types of what it was given are known; an emulation has not rounded inside it."""
