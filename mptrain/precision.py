@@ -129,7 +129,7 @@ class Precision:
 
     def forward(self) -> AbstractContextManager[object]:
         """The context of one micro-batch's forward. Call backward outside it."""
-        if self._due and all(p.grad is None for p in self._names.parameters):  # thrown away, and its faults with it
+        if self._due and self._thrown_away():
             self.counters.end_step()
             self._due = False
         return self.backend.forward(policy_on=True)
@@ -209,6 +209,13 @@ class Precision:
             torch.clear_autocast_cache()  # a step inside forward(): the casts of the weights before it are stale
         values = [found_inf.float(), norm, scale, event.float(), scaler.scale]
         return StepOutcome(torch.stack(values if stops is None else [*values, stops]), blame)
+
+    def _thrown_away(self) -> bool:
+        """Have the gradients of the last backward, and its faults with them, been dropped without a step?"""
+        if any(p.grad is not None for p in self._names.parameters):
+            return False
+        self._names.bind()  # sharding since prepare() would have put other parameters in their place
+        return all(p.grad is None for p in self._names.parameters)
 
     def _begin_round(self) -> None:
         """Before the first backward after a step: the loss scale has moved, and gradients may have stayed."""
