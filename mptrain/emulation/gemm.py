@@ -31,7 +31,9 @@ def carrier_dtype(device_type: str) -> torch.dtype:
     forced = os.environ.get("MPTRAIN_CARRIER")
     if forced is not None:
         if forced not in FORCED:
-            raise ValueError(f"MPTRAIN_CARRIER={forced} is not a carrier of FP8 values: set it to bf16 or fp32, or unset it")
+            raise ValueError(
+                f"MPTRAIN_CARRIER={forced} is not a carrier of FP8 values: set it to bf16 or fp32, or unset it"
+            )
         return FORCED[forced]
     if device_type != "cpu":
         return torch.bfloat16
