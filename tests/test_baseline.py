@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import time
 
 import pytest
 
