@@ -26,8 +26,12 @@ class Agreement:
         """Elementwise MAX over the ranks; the same shape, dtype and device."""
         return self.ranks.max(value)
 
-    def find(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Look whether the processes train one model, unless that is known."""
+    def find(self, model: nn.Module) -> None:
+        """Look whether the processes train ``model`` together, unless that is known."""
+        if not self.known and joined():
+            self._find(model.parameters())
+
+    def _find(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.known or not joined():
             return
         ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
@@ -36,7 +40,7 @@ class Agreement:
 
     def over(self, parameters: list[nn.Parameter]) -> bool:
         """Are some of ``parameters`` sharded? ValueError if nothing says whether the processes belong together."""
-        self.find(parameters)
+        self._find(parameters)
         if not self.known and joined():
             raise ValueError(
                 "several processes run, and the model is neither in DDP nor sharded by fully_shard: say "
@@ -53,10 +57,14 @@ class Agreement:
         ``norms``: FP32 [parameters], ``sizes``: of which belong to each optimizer; ``own``: were this rank's operands
         not finite? One process alone has nobody to ask (None).
         """
+        if self.ranks.size == 1 and len(sizes) == 1:
+            total = torch.linalg.vector_norm(norms)
+            found_inf = (total - total).ne(0)  # NaN for Inf and NaN: two kernels where isfinite takes 4
+            return [total], [found_inf if own is None else found_inf | own], None
         parts = [norms] if len(sizes) == 1 else torch.split(norms, sizes)
         if self.ranks.size == 1:
             totals = [torch.linalg.vector_norm(part) for part in parts]
-            found = [(norm - norm).ne(0) for norm in totals]  # NaN for Inf and NaN: two kernels where isfinite takes 4
+            found = [(norm - norm).ne(0) for norm in totals]
             return totals, found if own is None else [one | own for one in found], None
         asked = torch.tensor(float(stop), dtype=torch.float64).to(norms.device, non_blocking=True)
         squares = norms.double().square()  # in FP64 no square of a finite norm overflows

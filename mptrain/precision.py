@@ -147,7 +147,7 @@ class Precision:
         if not self._due:
             self._begin_round()
         if scaler.active and self._carried.scale is not scaler.scale:
-            self._carried.begin(scaler.scale, self._seen(), sharded=self._sharded)
+            self._carried.begin(scaler.scale, self._seen, sharded=self._sharded)
         self._losses.add(loss.detach())
         self._running = True
         try:
@@ -224,7 +224,7 @@ class Precision:
         if self._foreign and all(p.grad is None or not p.grad.any() for p in self._seen()):
             self._foreign = False  # what the other backward left was thrown away
         if self.scaler.active:
-            self._carried.begin(self.scaler.scale, self._seen(), sharded=self._sharded)
+            self._carried.begin(self.scaler.scale, self._seen, sharded=self._sharded)
 
     def _seen(self) -> list[nn.Parameter]:
         """The parameters of the model and of every optimizer that stepped."""
@@ -301,8 +301,8 @@ class Precision:
         """What a skip will be explained with when the outcome is read."""
         unreduced = dict(self.unreduced)
         self.unreduced.clear()
-        if not any(one is not False for one in skips):
-            return lambda: Blame("")
+        if skips.count(False) == len(skips):
+            return _nothing_to_blame
         assert self._fault is not None
         evidence = Evidence(parameters, norms, self._fault, self._losses, unreduced)
         if any(skips):
@@ -336,6 +336,10 @@ class Precision:
         """Continue a run of this policy or another: what has no meaning here is ignored, what is missing starts."""
         self.scaler.load_state_dict(state.get("scaler", {}))
         self.backend.load_state_dict(state.get("fp8", {}))
+
+
+def _nothing_to_blame() -> Blame:
+    return Blame("")
 
 
 def _check_masters(model: nn.Module, policy: PrecisionPolicy) -> None:

@@ -95,6 +95,7 @@ class Trainer:
         self.device = precision.device
         self.step_number = 0
         self.interrupts = Interrupts()
+        self._optimizer_draws = getattr(optimizer, "weights", "") == "bf16_stochastic"
         self.stopping = False  # a rank was asked to, and all of them know
         self.losses: dict[int, float] = {}  # step -> mean training loss of its micro-batches, as read back
         self.final: dict[str, float] = {}
@@ -152,7 +153,7 @@ class Trainer:
             seen = watching is not None and watching.recording
             if self.compression is not None:
                 self.compression.sampling = seen
-            with self._drilled(step):
+            with NOTHING if self.drill is None else self._drilled(self.drill, step):
                 loss = self._audited() if audited else self._gradients(self.wrapped if seen else self.run_model)
             self._settle()
             rate = self.schedule.at(self.ledger.applied)
@@ -160,7 +161,8 @@ class Trainer:
                 group["lr"] = rate
             if watching:
                 watching.see_gradients()
-            self._draw(self.share.size * self.share.accumulate)
+            if self._optimizer_draws:
+                self._draw(self.share.size * self.share.accumulate)
             self._at("waiting for the others' gradients")
             self.memory.updating()
             stop = self.interrupts.stopped_by is not None
@@ -178,11 +180,9 @@ class Trainer:
         self.throughput.add(time.perf_counter() - start)
         self.sink.tick(step)
 
-    def _drilled(self, step: int) -> AbstractContextManager[object]:
+    def _drilled(self, drill: Drill, step: int) -> AbstractContextManager[object]:
         """One step may be a fire drill."""
-        if self.drill is None or self.drill.step != step:
-            return NOTHING
-        return self.drill.planted(self.model)
+        return drill.planted(self.model) if drill.step == step else NOTHING
 
     def _tell(self, sample: Sample) -> None:
         """Hand on what the monitor saw. The ledger hears of it before it enters the step."""
@@ -201,7 +201,8 @@ class Trainer:
         alone = getattr(model, "no_sync", nullcontext)  # DDP's: gradients are summed once, with the last micro-batch
         total: Tensor | None = None
         for micro in range(n):
-            self._at(f"in micro-batch {micro}")
+            if self.watch is not None:
+                self._at(f"in micro-batch {micro}")
             batch = self.data.batch(
                 self.step_number + self.ledger.skipped_batches, micro=micro, microbatches=n,
                 batch_size=share.batch_size, seed=self.seed, rank=share.rank, world_size=share.size,

@@ -18,6 +18,7 @@ from mptrain.distributed import local
 from mptrain.memory import live
 
 GIB = 2**30
+NOTHING = nullcontext()
 MEMORY_STEP = 1  # the second step: optimizer state exists, and warm-up is not over
 REBUILT_STEP = 2  # DDP makes its buckets anew in the second step's forward (torch 2.13, static_graph)
 WARMUP_STEPS = 3  # kernels chosen, optimizer state allocated, memory measured: none of it is the speed of training
@@ -109,7 +110,7 @@ class PeakMemory:
         """What the next step is to be run in: on a CPU :meth:`measured` for one, as soon as it can be."""
         first = REBUILT_STEP if self.others.get("communication") else MEMORY_STEP
         if steps_done < first or self._device.type != "cpu" or not math.isnan(self.peak_gib):
-            return nullcontext()
+            return NOTHING
         return self.measured(model, optimizer)
 
     @contextmanager
