@@ -51,8 +51,8 @@ class Agreement:
 
     def reached(
         self, norms: Tensor, sizes: list[int], parameters: list[nn.Parameter], own: Tensor | None, stop: bool
-    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """Of each optimizer the global gradient norm and found_inf (0-dim), and how many ranks were asked to stop.
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor], Tensor | None]:
+        """:func:`together` of all optimizers, found_inf of each (0-dim), and how many ranks were asked to stop.
 
         ``norms``: FP32 [parameters], ``sizes``: of which belong to each optimizer; ``own``: were this rank's operands
         not finite? One process alone has nobody to ask (None).
@@ -60,12 +60,14 @@ class Agreement:
         if self.ranks.size == 1 and len(sizes) == 1:
             total = torch.linalg.vector_norm(norms)
             found_inf = (total - total).ne(0)  # NaN for Inf and NaN: two kernels where isfinite takes 4
-            return [total], [found_inf if own is None else found_inf | own], None
+            found_inf = found_inf if own is None else found_inf | own
+            return (total, total, found_inf), [found_inf], None
         parts = [norms] if len(sizes) == 1 else torch.split(norms, sizes)
         if self.ranks.size == 1:
             totals = [torch.linalg.vector_norm(part) for part in parts]
             found = [(norm - norm).ne(0) for norm in totals]
-            return totals, found if own is None else [one | own for one in found], None
+            found = found if own is None else [one | own for one in found]
+            return together(totals, found), found, None
         asked = torch.tensor(float(stop), dtype=torch.float64).to(norms.device, non_blocking=True)
         squares = norms.double().square()  # in FP64 no square of a finite norm overflows
         if self._sharded:  # each element once, however many ranks hold it
@@ -79,7 +81,7 @@ class Agreement:
         else:
             totals = [torch.linalg.vector_norm(part) for part in parts]
         found = [(told[n + i] > 0) | (norm - norm).ne(0) for i, norm in enumerate(totals)]
-        return totals, found, told[-1].float()
+        return together(totals, found), found, told[-1].float()
 
     def _counts(self, parameters: list[nn.Parameter], device: torch.device) -> Tensor:
         """Which parameters count here, bool [parameters]; kept, for copying it to a device takes longer than a step's

@@ -48,23 +48,15 @@ class Names:
         return next((n for n, known in enumerate(self.known) if group and known.startswith(group)), -1)
 
 
-class Losses:
-    """The losses of a step's micro-batches; of very many, the last :data:`MOST_LOSSES`."""
+Losses = deque[tuple[int, Tensor]]  # (micro-batch from 0, its loss) of a step, at most MOST_LOSSES
 
-    def __init__(self) -> None:
-        self._last: deque[Tensor] = deque(maxlen=MOST_LOSSES)
-        self._seen = 0
 
-    def add(self, loss: Tensor) -> None:
-        self._last.append(loss)
-        self._seen += 1
-
-    def first_bad(self) -> tuple[int, str] | None:
-        """The micro-batch (from 0) of the first non-finite loss, and which kind it is."""
-        for micro, loss in enumerate(self._last, start=self._seen - len(self._last)):
-            if not bool(loss.isfinite().all()):
-                return micro, "NaN" if bool(loss.isnan().any()) else "Inf"
-        return None
+def first_bad(losses: Losses) -> tuple[int, str] | None:
+    """Find the micro-batch (from 0) of the first non-finite loss, and which kind it is."""
+    for micro, loss in losses:
+        if not bool(loss.isfinite().all()):
+            return micro, "NaN" if bool(loss.isnan().any()) else "Inf"
+    return None
 
 
 @dataclass
@@ -101,7 +93,7 @@ def _of_rank(evidence: Evidence, names: Names, counters: Counters, rank: int) ->
     first = counters.first_fault(evidence.fault)
     if first is not None:
         return Blame(f"{first}", first.layer, first.role, first.kind, first.phase, first.micro_batch, rank)
-    bad_loss = evidence.losses.first_bad()
+    bad_loss = first_bad(evidence.losses)
     if bad_loss is not None:
         micro, kind = bad_loss
         return Blame(f"{kind} loss of micro-batch {micro}", "", "loss", kind, "forward", micro, rank)

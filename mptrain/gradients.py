@@ -60,12 +60,14 @@ def parameters_of(optimizer: Any) -> list[nn.Parameter]:
     return list(shards) if shards is not None else [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def with_gradient(optimizer: Any) -> list[nn.Parameter]:
-    """:func:`parameters_of` that have a gradient now."""
-    shards = getattr(optimizer, "shards", None)
-    if shards is not None:
-        return [p for p in shards if p.grad is not None]
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def with_gradient(optimizers: Iterable[Any]) -> list[list[nn.Parameter]]:
+    """List the :func:`parameters_of` each optimizer that have a gradient now."""
+    each = []
+    for optimizer in optimizers:
+        shards = getattr(optimizer, "shards", None)
+        groups = [group["params"] for group in optimizer.param_groups] if shards is None else [shards]
+        each.append([p for parameters in groups for p in parameters if p.grad is not None])
+    return each
 
 
 def held(parameters: Sequence[nn.Parameter], *, sharded: bool) -> list[Tensor]:
@@ -77,7 +79,7 @@ def held(parameters: Sequence[nn.Parameter], *, sharded: bool) -> list[Tensor]:
 
 def measured(parameters: Sequence[nn.Parameter], *, sharded: bool) -> tuple[list[Tensor], Tensor]:
     """The elements of each gradient that this rank holds, to be read, and its 2-norm: FP32 [parameters]."""
-    gradients = held(parameters, sharded=sharded)
+    gradients = held(parameters, sharded=True) if sharded else [p.grad for p in parameters if p.grad is not None]
     try:
         return gradients, torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
     except (NotImplementedError, RuntimeError):  # one is sparse, complex or FP64
@@ -151,7 +153,8 @@ class Carried:
     def begin(self, scale: Tensor, parameters: Callable[[], Iterable[nn.Parameter]], *, sharded: bool) -> None:
         """Before a backward with this ``scale``: bring what is left of earlier ones to it."""
         changed = self.scale is not None and self.scale is not scale
-        if changed or any(p.grad is not None for stepped, _ in self._noted for p in stepped):
+        stayed = [p for stepped, _ in self._noted for p in stepped if p.grad is not None]
+        if changed or stayed:
             divided = self._divided()
             for parameter in dict.fromkeys([*parameters(), *divided]) if changed else divided:
                 if parameter.grad is None:

@@ -22,6 +22,7 @@ whatever mesh a gradient is sharded over), the ranks that found something, the r
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -33,9 +34,9 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from mptrain import gradients
-from mptrain.agreement import Agreement, together
+from mptrain.agreement import Agreement
 from mptrain.backends.base import Backend, resolve
-from mptrain.blame import Evidence, Losses, Names, explanation
+from mptrain.blame import MOST_LOSSES, Evidence, Losses, Names, explanation
 from mptrain.convert import ConversionReport
 from mptrain.distributed import Ranks
 from mptrain.formats import Format
@@ -70,7 +71,7 @@ class Precision:
         self._admitted: tuple[Any, ...] = ()
         self._sharded = False
         self._carried = gradients.Carried()
-        self._losses = Losses()
+        self._losses: Losses = deque(maxlen=MOST_LOSSES)
         self._fault: Tensor | None = None  # of the round's operands, once its first step has ended it
         self._found: Tensor | None = None  # by the round's steps so far
         self._due = False  # a backward ran, and no step since
@@ -148,7 +149,7 @@ class Precision:
             self._begin_round()
         if scaler.active and self._carried.scale is not scaler.scale:
             self._carried.begin(scaler.scale, self._seen, sharded=self._sharded)
-        self._losses.add(loss.detach())
+        self._losses.append((self.counters.micro, loss.detach()))
         self._running = True
         try:
             with self.backend.backward():
@@ -173,9 +174,10 @@ class Precision:
             self._admit(optimizers)
         if type(clip) is not float or not clip >= 0:
             clip = gradients.valid_clip(clip)
-        each = [gradients.with_gradient(optimizer) for optimizer in optimizers]
+        each = gradients.with_gradient(optimizers)
         parameters = each[0] if len(each) == 1 else [p for those in each for p in those]
-        self._require_gradients(parameters)
+        if not parameters or self._foreign or not self._due:
+            self._require_gradients(parameters)
         sharded = self._sharded
         scale = scaler.scale if self._carried.scale is None else self._carried.scale
         scaled = scaler.active and not self._carried.knows(parameters)
@@ -186,11 +188,12 @@ class Precision:
             self._fault = self.counters.end_step()
         own = self._fault[: self.counters.decisive].any() if self.counters.decisive else None
         sizes = [len(those) for those in each]
-        totals, found, stops = self._agreement.reached(norms, sizes, parameters, own, stop)
-        norm, healthy, found_inf = together(totals, found)
+        (norm, healthy, found_inf), found, stops = self._agreement.reached(norms, sizes, parameters, own, stop)
         # A CPU reads for nothing, and a found_inf tensor costs AdamW one subtraction per parameter.
         skips = [bool(one) if one.device.type == "cpu" else None for one in found]
-        blame = self._witness(parameters, held, norms, skips)
+        healthy_all = skips.count(False) == len(skips)
+        blame = _nothing_to_blame if healthy_all else self._witness(parameters, held, norms, skips)
+        self.unreduced.clear()
         divisor = scale if scaled else None
         if scaled:
             norm, healthy = norm / scale, healthy / scale
@@ -220,7 +223,7 @@ class Precision:
     def _begin_round(self) -> None:
         """Before the first backward after a step: the loss scale has moved, and gradients may have stayed."""
         self._fault = self._found = None
-        self._losses = Losses()
+        self._losses = deque(maxlen=MOST_LOSSES)
         if self._foreign and all(p.grad is None or not p.grad.any() for p in self._seen()):
             self._foreign = False  # what the other backward left was thrown away
         if self.scaler.active:
@@ -299,12 +302,8 @@ class Precision:
         self, parameters: list[nn.Parameter], held: list[Tensor], norms: Tensor, skips: list[bool | None]
     ) -> Callable[[], Blame]:
         """What a skip will be explained with when the outcome is read."""
-        unreduced = dict(self.unreduced)
-        self.unreduced.clear()
-        if skips.count(False) == len(skips):
-            return _nothing_to_blame
         assert self._fault is not None
-        evidence = Evidence(parameters, norms, self._fault, self._losses, unreduced)
+        evidence = Evidence(parameters, norms, self._fault, self._losses, dict(self.unreduced))
         if any(skips):
             evidence = evidence.separate(held)
         return explanation(evidence, self._names, self.counters, self.ranks)

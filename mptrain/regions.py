@@ -12,12 +12,14 @@ from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mptrain.kernels.counters import Counters
 
 Casts = AbstractContextManager[object]
+MAY_JOIN = dist.is_available()
 _OPEN: list[Counters] = []  # of the regions that are open, the innermost last; their counters tell precisions apart
 
 
@@ -25,13 +27,13 @@ class Plain:
     """Casts of no kind: an autocast around it, the user's own or another model's, does not reach inside."""
 
     def __init__(self, device_type: str) -> None:
-        self._device_type = device_type
+        self.device_type = device_type
         self._entered: list[torch.autocast | None] = []
 
     def __enter__(self) -> None:
         casts = None
-        if torch.is_autocast_enabled(self._device_type):
-            casts = torch.autocast(self._device_type, enabled=False)
+        if torch.is_autocast_enabled(self.device_type):
+            casts = torch.autocast(self.device_type, enabled=False)
             casts.__enter__()  # type: ignore[no-untyped-call]
         self._entered.append(casts)
 
@@ -59,26 +61,30 @@ class Region(ContextDecorator):
         opening: Callable[[], None] | None = None,
     ) -> None:
         self._counters, self._casts, self._opening = counters, casts, opening
+        self._plain_on = casts.device_type if isinstance(casts, Plain) else None
         self._state = not quantized, replaying
-        self._before: list[tuple[bool, bool]] = []
+        self._before: list[tuple[bool, bool, bool]] = []
 
     def __enter__(self) -> None:
         counters = self._counters
         if self._opening is not None and not counters.quiet and not is_open(counters):
             self._opening()
-        self._casts.__enter__()
-        self._before.append((counters.bypassed, counters.replaying))
+        casting = self._plain_on is None or torch.is_autocast_enabled(self._plain_on)  # else there is nothing to do
+        if casting:
+            self._casts.__enter__()
+        self._before.append((counters.bypassed, counters.replaying, casting))
         counters.bypassed, counters.replaying = self._state
         _OPEN.append(counters)
 
     def __exit__(self, *raised: Any) -> None:
         counters = self._counters
-        counters.bypassed, counters.replaying = self._before.pop()
+        counters.bypassed, counters.replaying, casting = self._before.pop()
         for place in range(len(_OPEN) - 1, -1, -1):  # another thread may have opened one since
             if _OPEN[place] is counters:
                 del _OPEN[place]
                 break
-        self._casts.__exit__(*raised)
+        if casting:
+            self._casts.__exit__(*raised)
 
 
 def is_open(counters: Counters) -> bool:
@@ -114,7 +120,7 @@ class Fence:
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return None
-        if self.on_call is not None:
+        if self.on_call is not None and MAY_JOIN and dist.is_initialized():
             self.on_call(module)
         if self._counters is None or not _OPEN or _OPEN[-1] is self._counters:
             if module._forward_hooks and self._leaves(module):

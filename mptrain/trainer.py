@@ -163,8 +163,10 @@ class Trainer:
                 watching.see_gradients()
             if self._optimizer_draws:
                 self._draw(self.share.size * self.share.accumulate)
-            self._at("waiting for the others' gradients")
-            self.memory.updating()
+            if self.watch is not None:
+                self._at("waiting for the others' gradients")
+            if self.memory.measuring:
+                self.memory.updating()
             stop = self.interrupts.stopped_by is not None
             outcome = self.precision.step(self.optimizer, clip=self.config.clip, stop=stop)
         if watching:
@@ -270,7 +272,7 @@ class Trainer:
             return
         unread = torch.stack([loss.float() for _, loss, _ in self._unread])
         parts = self.ranks.size // self.share.size  # that see the same samples
-        values = (self.ranks.sum(unread) / parts).tolist()
+        values = (self.ranks.sum(unread) / parts if parts > 1 else self.ranks.sum(unread)).tolist()
         steps, rates = [step for step, _, _ in self._unread], [rate for *_, rate in self._unread]
         self._unread.clear()
         self.losses |= dict(zip(steps, values, strict=True))

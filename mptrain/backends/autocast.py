@@ -58,13 +58,14 @@ class Backend:
     def convert(self, model: nn.Module, counters: Counters) -> ConversionReport:
         self._counters = counters
         plain = Plain(self._device.type)
+        self._always_plain = self._policy.compute is Format.fp32 and self._device.type == "cpu"
         self._forward = Region(counters, plain, quantized=True)  # made once: a step enters two
         self._backward = Region(counters, plain, quantized=True, replaying=True)
         counters.allocate(self._device)
         return ConversionReport()
 
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
-        if policy_on and self._policy.compute is Format.fp32 and self._device.type == "cpu":
+        if policy_on and self._always_plain:
             return self._forward
         return Region(self._counters, self.casts(policy_on), quantized=policy_on)
 
