@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mptrain.convert import parameter_names
 from mptrain.distributed import Ranks
@@ -51,6 +52,18 @@ class Names:
 Losses = deque[tuple[int, Tensor]]  # (micro-batch from 0, its loss) of a step, at most MOST_LOSSES
 
 
+def all_bad(losses: Losses) -> Tensor | None:
+    """Is every loss Inf or NaN? Bool 0-dim; None: no. A batch without a target has a NaN loss and gradients of zero."""
+    if not losses:
+        return None
+    last = losses[-1][1]
+    if last.device.type != "cpu":
+        return torch.stack([loss.float().sum() for _, loss in losses]).isfinite().any().logical_not()
+    if isinstance(last, FakeTensor) or math.isfinite(last.item()):
+        return None
+    return None if any(bool(loss.isfinite().all()) for _, loss in losses) else torch.tensor(True)
+
+
 def first_bad(losses: Losses) -> tuple[int, str] | None:
     """Find the micro-batch (from 0) of the first non-finite loss, and which kind it is."""
     for micro, loss in losses:
@@ -77,6 +90,11 @@ class Evidence:
         return replace(self, norms=torch.where(truly, self.norms, finite))
 
 
+def nothing() -> Blame:
+    """What a step that was applied is explained with."""
+    return Blame("")
+
+
 def explanation(evidence: Evidence, names: Names, counters: Counters, ranks: Ranks) -> Callable[[], Blame]:
     """What a skip is explained with when its outcome is read. On several ranks a collective: the earliest of all."""
 
@@ -96,7 +114,9 @@ def _of_rank(evidence: Evidence, names: Names, counters: Counters, rank: int) ->
     bad_loss = first_bad(evidence.losses)
     if bad_loss is not None:
         micro, kind = bad_loss
-        return Blame(f"{kind} loss of micro-batch {micro}", "", "loss", kind, "forward", micro, rank)
+        empty = kind == "NaN" and not bool(evidence.norms.any())
+        why = ", and no gradient: is every target ignored (-100)?" if empty else ""
+        return Blame(f"{kind} loss of micro-batch {micro}{why}", "", "loss", kind, "forward", micro, rank)
     if evidence.unreduced:
         told = sorted(evidence.unreduced, key=names.place)
         return _of_gradients(told, torch.stack([evidence.unreduced[name] for name in told]), names, rank)

@@ -10,7 +10,8 @@
 The order inside ``step`` is fixed: found_inf is read before clipping, because clipping an Inf gradient leaves
 {nan, 0} and hides it (measured); it is checked in every precision, because BF16 and FP8 runs overflow too.
 Found are Inf and NaN in any gradient (by its norm, so a finite gradient whose sum of squares leaves FP32 counts as
-well) and non-finite operands of quantized GEMMs, which an E4M3 cast would hide by saturating Inf to 448.
+well), non-finite operands of quantized GEMMs, which an E4M3 cast would hide by saturating Inf to 448, and a step
+without a finite loss (every target ignored: gradients are zeros, and decay would move the weights).
 
 Steps between one backward and the next are a round: each optimizer steps, or skips, on the gradients of its own
 parameters, operands that were not finite skip all of them, and the loss scale moves once.
@@ -36,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from mptrain import gradients
 from mptrain.agreement import Agreement
 from mptrain.backends.base import Backend, resolve
-from mptrain.blame import MOST_LOSSES, Evidence, Losses, Names, explanation
+from mptrain.blame import MOST_LOSSES, Evidence, Losses, Names, all_bad, explanation, nothing
 from mptrain.convert import ConversionReport
 from mptrain.distributed import Ranks
 from mptrain.formats import Format
@@ -52,8 +53,8 @@ State = dict[str, dict[str, Tensor]]
 class Precision:
     """``policy``: a :class:`PrecisionPolicy`, a name from conf/precision, or the path of a recipe YAML.
 
-    ``ranks``: the processes that train this model together, :class:`mptrain.World`, or :data:`mptrain.ALONE`. Left out
-    it is found: one process is alone, and the first forward tells whether the model is in DDP or sharded.
+    ``ranks``: the processes that train this model together, :class:`mptrain.World`, or :data:`mptrain.ALONE`; left out,
+    one process is alone, and the first forward tells whether the model is in DDP or sharded.
     ValueError if the policy is unknown or its backend is missing here.
     """
 
@@ -79,7 +80,7 @@ class Precision:
         self._foreign = False  # a gradient came from another backward
 
     def __getattr__(self, name: str) -> Any:
-        """Only reached by what is missing: what ``prepare`` sets."""
+        """Only reached by what ``prepare`` sets."""
         if name in ("backend", "report", "scaler", "device", "_names"):
             raise RuntimeError("this Precision has no model yet: call precision.prepare(model) first")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -90,8 +91,7 @@ class Precision:
         return self._agreement.ranks
 
     def __deepcopy__(self, memo: Any) -> Precision:
-        """Itself: a copy of the model stays with it."""
-        return self
+        return self  # a copy of the model stays with it
 
     def __reduce__(self) -> Any:
         raise TypeError("a Precision is bound to a live model and cannot be pickled: save its state_dict()")
@@ -121,10 +121,8 @@ class Precision:
         self.counters.decisive = len(self.counters.slots)
         self.counters.order = {name: place for place, (name, _) in enumerate(model.named_modules())}
         self.scaler = LossScaler(self.policy.loss_scale, self.device)
-        fence = Fence(self.counters, self.backend.casts)
-        if not self._agreement.known:
-            fence.on_call = self._agreement.find
-        fence.around(model)
+        on_call = None if self._agreement.known else self._agreement.find
+        Fence(self.counters, self.backend.casts, on_call).around(model)
         self._watch_for_other_backwards(model)
         return self
 
@@ -166,8 +164,8 @@ class Precision:
 
         ``clip``: the largest norm of all these gradients together, 0 for no clipping. A fused optimizer gets scale and
         clip factor as one divisor and found_inf as tensors: no pass of its own, no read by the host. Any other one
-        costs one read a step and one pass over the gradients. ``stop``: this rank was asked to; all of them read so in
-        the outcome, which is ``applied`` if every optimizer stepped.
+        costs one read a step and one pass over the gradients. ``stop``: this rank was asked to; all read so in the
+        outcome, which is ``applied`` if every optimizer stepped.
         """
         scaler = self.scaler
         if optimizers != self._admitted or not optimizers:
@@ -188,11 +186,10 @@ class Precision:
             self._fault = self.counters.end_step()
         own = self._fault[: self.counters.decisive].any() if self.counters.decisive else None
         sizes = [len(those) for those in each]
-        (norm, healthy, found_inf), found, stops = self._agreement.reached(norms, sizes, parameters, own, stop)
-        # A CPU reads for nothing, and a found_inf tensor costs AdamW one subtraction per parameter.
-        skips = [bool(one) if one.device.type == "cpu" else None for one in found]
-        healthy_all = skips.count(False) == len(skips)
-        blame = _nothing_to_blame if healthy_all else self._witness(parameters, held, norms, skips)
+        lost = all_bad(self._losses)
+        (norm, healthy, found_inf), found, stops = self._agreement.reached(norms, sizes, parameters, own, lost, stop)
+        skips = [bool(one) if one.device.type == "cpu" else None for one in found]  # a CPU reads for nothing
+        blame = nothing if skips.count(False) == len(skips) else self._witness(parameters, held, norms, skips)
         self.unreduced.clear()
         divisor = scale if scaled else None
         if scaled:
@@ -215,9 +212,8 @@ class Precision:
 
     def _thrown_away(self) -> bool:
         """Have the gradients of the last backward, and its faults with them, been dropped without a step?"""
-        if any(p.grad is not None for p in self._names.parameters):
-            return False
-        self._names.bind()  # sharding since prepare() would have put other parameters in their place
+        if all(p.grad is None for p in self._names.parameters):
+            self._names.bind()  # sharding since prepare() would have put other parameters in their place
         return all(p.grad is None for p in self._names.parameters)
 
     def _begin_round(self) -> None:
@@ -335,10 +331,6 @@ class Precision:
         """Continue a run of this policy or another: what has no meaning here is ignored, what is missing starts."""
         self.scaler.load_state_dict(state.get("scaler", {}))
         self.backend.load_state_dict(state.get("fp8", {}))
-
-
-def _nothing_to_blame() -> Blame:
-    return Blame("")
 
 
 def _check_masters(model: nn.Module, policy: PrecisionPolicy) -> None:

@@ -99,10 +99,14 @@ class Fence:
     does; one that was pickled has none that acts.
     """
 
-    def __init__(self, counters: Counters | None = None, casts: Callable[[bool], Casts] | None = None) -> None:
-        self._counters, self._casts = counters, casts
+    def __init__(
+        self,
+        counters: Counters | None = None,
+        casts: Callable[[bool], Casts] | None = None,
+        on_call: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        self._counters, self._casts, self.on_call = counters, casts, on_call
         self._entered: list[Region | None] = []
-        self.on_call: Callable[[nn.Module], None] | None = None
 
     @property
     def acts(self) -> bool:

@@ -201,7 +201,7 @@ class Trainer:
         share = self.share
         n = share.accumulate
         alone = getattr(model, "no_sync", nullcontext)  # DDP's: gradients are summed once, with the last micro-batch
-        total: Tensor | None = None
+        losses: list[Tensor] = []
         for micro in range(n):
             if self.watch is not None:
                 self._at(f"in micro-batch {micro}")
@@ -216,10 +216,8 @@ class Trainer:
                 if n * share.size > 1:
                     loss = loss / (n * share.size)
                 self.precision.backward(loss)
-            detached = loss.detach()
-            total = detached if total is None else total + detached
-        assert total is not None
-        return total
+            losses.append(loss.detach())
+        return losses[0] if n == 1 else n * torch.stack(losses).nanmean()  # NaN: of one without a target
 
     def _draw(self, turn: int) -> None:
         """Random numbers are a function of (seed, step, turn), as the data is: of the micro-batch for dropout, wherever
