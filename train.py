@@ -3,9 +3,10 @@
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mptrain import build, config, sweep
+from mptrain import build, config, resumption, sweep
 from mptrain.distributed.joining import left_cleanly
 from mptrain.policy import conf_dir
 
@@ -16,7 +17,9 @@ def main(composed: DictConfig) -> float | None:
         return sweep.job(composed)
     with config.clear_errors():  # here for the run, below for the command line
         sweep.require_single(composed)
-        run = build.build(config.parse(composed))
+        run = build.build(resumption.settings(composed, list(HydraConfig.get().overrides.task)))
+        if run is None:  # it is finished, as was said
+            return None
         run.train()
     if run.trainer.interrupts.stopped_by is not None:
         sys.exit(128 + run.trainer.interrupts.stopped_by)
@@ -25,5 +28,6 @@ def main(composed: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     config.register()
+    sys.argv[1:] = config.readable(sys.argv[1:])
     with left_cleanly(), config.clear_errors(), sweep.reported():
         main()

@@ -36,6 +36,13 @@ class Names:
         linear = (name for name, module in self._model.named_modules() if isinstance(module, nn.Linear))
         self.multiplied = {f"{name}.weight" for name in linear}  # these stand in the order of their products
 
+    def any_gradient(self) -> bool:
+        """Does a parameter of the model hold a gradient?"""
+        if any(p.grad is not None for p in self.parameters):
+            return True
+        self.bind()  # sharding may have put others in their place
+        return any(p.grad is not None for p in self.parameters)
+
     def __call__(self, parameters: list[nn.Parameter]) -> list[str]:
         """The name of each, ``parameter of SHAPE outside the model`` for those that the model does not have."""
         if any(parameter not in self._of for parameter in parameters):

@@ -23,11 +23,14 @@ from mptrain.checkpoint import Checkpoints, read_about, require_fit
 from mptrain.config import RunConfig
 from mptrain.distributed import Ranks, rank, world_size
 from mptrain.folder import describe, discard, folder_of, remember, remembered
+from mptrain.identity import job_mark
 from mptrain.loggers import ConsoleSink, JsonLines, NullSink, RankLog, Sinks
 from mptrain.memory.training import TrainingPlan, plan, rank_job
 from mptrain.policy import PrecisionPolicy
 from mptrain.prepare import Prepared, prepare
 from mptrain.report.terminal import emulation_note, print_lines
+from mptrain.resumption import Earlier, Resumed
+from mptrain.resumption import remember as remember_attempt
 from mptrain.run import Run, about
 from mptrain.settings import to_plain
 from mptrain.telemetry.audit import StepAudit
@@ -35,8 +38,9 @@ from mptrain.telemetry.drill import DebugConfig
 from mptrain.wandb_logger import WandbSink
 
 
-def build(config: RunConfig, console: Console | None = None) -> Run:
-    """Make everything a run needs. ValueError or OSError, naming the setting to change, if it cannot be.
+def build(config: RunConfig, console: Console | None = None) -> Run | None:
+    """Make everything a run needs; None for one that is finished, which is told and left alone. ValueError or OSError,
+    naming the setting to change, if it cannot be.
 
     With several ranks all of them call it; the first one alone reads and writes the run's folder, and speaks.
     """
@@ -49,24 +53,47 @@ def build(config: RunConfig, console: Console | None = None) -> Run:
     asked = _asked_checkpoint(config) if world_size() == 1 else None  # what is quick to refuse comes first
     prepared = prepare(config, lambda text: console.print(text, highlight=False))
     ranks = prepared.ranks
+    if len(set(ranks.gather(job_mark(to_plain(config))))) > 1:
+        raise ValueError(
+            f"not every rank has the same settings: run_dir={config.run_dir} must be in a folder that all of them see"
+        )
     prepared = replace(prepared, config=ranks.share(config))
     config = prepared.config
     asked = asked or ranks.by_first(lambda: _asked_checkpoint(config))
     start = asked
     if config.resume == "auto":
         start = _newest(config, ranks, console)
-    if start is not None:
-        ranks.by_first(lambda: require_fit(start, prepared.shell))
+    earlier = ranks.by_first(lambda: _earlier(start, prepared))
+    if earlier is not None:
+        over = earlier.finished(config.trainer.max_steps)
+        if over and config.resume == "auto":
+            console.print(over, highlight=False, soft_wrap=True)
+            return None
+        ranks.by_first(lambda: require_fit(earlier.checkpoint, prepared.shell))
+        if config.resume != "auto" and earlier.step >= config.trainer.max_steps:
+            raise ValueError(
+                f"{earlier.checkpoint} is of step {earlier.step}, and trainer.max_steps={config.trainer.max_steps} "
+                f"leaves nothing to do: set trainer.max_steps={2 * earlier.step}"
+            )
     fp32 = ranks.by_first(lambda: _known_baseline(prepared))
     held: list[TextIO] = []
     folder = ranks.by_first(lambda: _claimed(config, start, held))
     try:
-        return _build(prepared, console, folder, held, start, fp32)
+        return _build(prepared, console, folder, held, earlier, fp32)
     except BaseException:
         if first:
             discard(folder)
             held[0].close()
         raise
+
+
+def _earlier(start: Path | None, prepared: Prepared) -> Earlier | None:
+    """The run so far. ValueError if this one is not meant to go on with it."""
+    if start is None:
+        return None
+    config, earlier = prepared.config, Earlier.of(start, int(read_about(start)["step"]))
+    earlier.require_meant(config, prepared.data.fingerprint)
+    return earlier
 
 
 def _claimed(config: RunConfig, start: Path | None, held: list[TextIO]) -> Path:
@@ -81,7 +108,7 @@ def _build(
     console: Console,
     folder: Path,
     held: list[TextIO],
-    start: Path | None,
+    earlier: Earlier | None,
     fp32: Figures | None,
 ) -> Run:
     config, ranks = prepared.config, prepared.ranks
@@ -98,8 +125,8 @@ def _build(
     trainer.audit = StepAudit(trainer.model, trainer.precision, min_coverage=config.audit.min_coverage)
     if config.precision.quantized:
         console.print(f"{trainer.precision.report}; {trainer.precision.backend.carrier}", highlight=False)
-    if start is not None:
-        trainer.resume(start)
+    if earlier is not None:
+        trainer.resume(earlier.checkpoint)
     since = trainer.step_number
     if config.run_dir:
         checkpoints.set_aside(since)
@@ -110,8 +137,20 @@ def _build(
         if config.logger.wandb:
             sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console, config.logger.group))
         sinks.sinks.append(ConsoleSink(console, config.trainer.max_steps, since, prepared.data.unit))
-        describe(folder, about(prepared, trainer))
+        found = about(prepared, trainer)
+        if earlier is not None:
+            _went_on(folder, earlier, earlier.resumed(config, found), sinks, console)
+        describe(folder, found)
     return Run(prepared, trainer, sinks, console, folder, held, fp32, planned)
+
+
+def _went_on(folder: Path, earlier: Earlier, resumed: Resumed, sinks: Sinks, console: Console) -> None:
+    """Tell what is different from the attempt before, in the terminal, as an event, in the folder's history."""
+    remember_attempt(folder, earlier, resumed)
+    for line in resumed.lines():
+        console.print(line, highlight=False, soft_wrap=True)
+    reason = "; ".join(f"{name}: {before} -> {now}" for name, (before, now) in resumed.changes.items())
+    sinks.event({"step": resumed.step, "event": "resumed", "reason": reason, "mixed": bool(resumed.mixed)})
 
 
 def _planned(prepared: Prepared, console: Console) -> TrainingPlan | None:

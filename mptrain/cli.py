@@ -205,8 +205,8 @@ def deploy_matrix(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """``bench cpu``, ``telemetry``, ``dist``, ``plan`` or ``gpu``: against targets, peers and limits (``--help``)."""
-    subjects = ("cpu", "telemetry", "dist", "plan", "gpu")
+    """``bench cpu``, ``telemetry``, ``dist``, ``plan``, ``gpu``, ``verdict``: against targets, peers and limits."""
+    subjects = ("cpu", "telemetry", "dist", "plan", "gpu", "verdict")
     if not argv or argv[0] not in subjects:
         known = ", ".join(f"bench {name}" for name in subjects)
         raise ValueError(f"bench needs a subject: mptrain {known}")
@@ -226,6 +226,8 @@ def run(argv: list[str]) -> int:
     """A run from a JSON file of settings: what verify-resume starts, alone or under torchrun."""
     with left_cleanly():
         made = build.build(from_plain(RunConfig, json.loads(Path(argv[0]).read_text()), "config"))
+        if made is None:
+            raise SystemExit(0)
         made.train()
         stopped = made.trainer.interrupts.stopped_by
         raise SystemExit(0 if stopped is None else 128 + stopped)

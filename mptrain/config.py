@@ -13,12 +13,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -33,6 +35,7 @@ from mptrain.telemetry.drill import DebugConfig
 from mptrain.telemetry.monitor import TelemetryConfig
 from mptrain.trainer_config import TrainerConfig
 
+LARGEST_SEED = 2**63 - 1  # what torch's generators take
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, torch.OutOfMemoryError)
 
@@ -93,12 +96,14 @@ class RunConfig:
     run_dir: str = ""
     runs_dir: str = "runs"
     sweep_dir: str = ""
+    sweep_seeds: int = 0
     resume: str = "none"
+    resume_anyway: bool = False
     baseline: str = "auto"
 
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(0 <= self.seed <= LARGEST_SEED, "seed", self.seed, f"from 0 to {LARGEST_SEED}")
         if self.trainer.on_spike == "rollback" and not self.checkpoint.every:
             raise ValueError("trainer.on_spike=rollback needs checkpoints to go back to: set checkpoint.every=50")
 
@@ -131,9 +136,50 @@ def parse(composed: DictConfig) -> RunConfig:
     """What Hydra composed, as validated dataclasses. ValueError (or OmegaConf's own) for what cannot work."""
     _refuse_added(OmegaConf.to_container(composed), to_plain(RunConfig()))
     config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    check_open(config)
+    return config
+
+
+def check_open(config: RunConfig) -> None:
+    """ValueError for what the Config of a model's or a data's kind does not know."""
     for package, group, values in (("mptrain.models", "model", config.model), ("mptrain.data", "data", config.data)):
         parse_open(package, group, values)
-    return config
+
+
+def plain(composed: DictConfig) -> dict[str, Any]:
+    """What Hydra composed as nested plain values. ValueError for keys that the schema does not have."""
+    values: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    _refuse_added(values, to_plain(RunConfig()))
+    return values  # type: ignore[no-any-return]
+
+
+def typed_paths(overrides: list[str]) -> list[tuple[str, bool]]:
+    """Of each override its dotted setting (of ``precision=fp8`` the whole group) and whether it deletes."""
+    found = OverridesParser.create().parse_overrides(overrides)
+    return [(one.key_or_group.replace("/", "."), one.is_delete()) for one in found if one.package is None]
+
+
+def readable(words: list[str]) -> list[str]:
+    """Command-line words as Hydra's grammar reads them: a value that it cannot read is quoted, ``~`` is the home."""
+    parser = OverridesParser.create()
+    made = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and re.fullmatch(r"[+~]{0,2}[\w./@-]+", key) and not _reads(parser, word):
+            value = str(Path(value).expanduser()) if value.startswith("~") else value
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            quoted = f'{key}="{escaped}"'
+            word = quoted if _reads(parser, quoted) else word
+        made.append(word)
+    return made
+
+
+def _reads(parser: OverridesParser, word: str) -> bool:
+    try:
+        parser.parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def _refuse_added(values: Any, known: Any, where: str = "") -> None:

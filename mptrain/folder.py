@@ -29,10 +29,22 @@ def folder_of(config: RunConfig, *, resumed: bool) -> tuple[Path, TextIO]:
     try:
         folder = _made(config, resumed)
         held = claim(folder)
-        write_whole(folder / "config.json", json.dumps(to_plain(config), indent=2) + "\n")
+        text = json.dumps(to_plain(config), indent=2) + "\n"
+        _keep_earlier(folder, text)
+        write_whole(folder / "config.json", text)
     except OSError as error:
         raise ValueError(f"{setting} cannot be written ({error.strerror}): choose another folder") from error
     return folder, held
+
+
+def _keep_earlier(folder: Path, text: str) -> None:
+    """The settings of the attempt before, as ``config.N.json``, if they were others."""
+    path = folder / "config.json"
+    if path.exists() and path.read_text() != text:
+        number = 1
+        while (folder / f"config.{number}.json").exists():
+            number += 1
+        write_whole(folder / f"config.{number}.json", path.read_text())
 
 
 def _made(config: RunConfig, resumed: bool) -> Path:

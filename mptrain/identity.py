@@ -22,11 +22,15 @@ from mptrain.distributed import world_size
 from mptrain.settings import to_plain
 
 FILE = "run.json"
+HISTORY = "history.json"  # what changed from one attempt of a run to the next
 LOCK = ".lock"  # in a run's folder, held while the run is at work
 JOB_LOCK = ".job.lock"  # beside it, held by the sweep whose job the run is, from before it is prepared
 COMPARED = ("model", "data", "optim", "trainer", "seed")  # settings that make two runs comparable step by step
 STORAGE = ("weights", "moments")  # of optim: the formats of what is stored
-ASIDE = ("run_dir", "runs_dir", "sweep_dir", "resume", "baseline", "logger", "checkpoint")  # change no number of a run
+ASIDE = (  # change no number of a run
+    "run_dir", "runs_dir", "sweep_dir", "sweep_seeds", "resume", "resume_anyway",
+    "baseline", "logger", "checkpoint",
+)  # fmt: skip
 MARKED = 1 << 16  # values of a parameter in the mark of the weights
 
 

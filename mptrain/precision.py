@@ -40,12 +40,12 @@ from mptrain.backends.base import Backend, resolve
 from mptrain.blame import MOST_LOSSES, Evidence, Losses, Names, all_bad, explanation, nothing
 from mptrain.convert import ConversionReport
 from mptrain.distributed import Ranks
-from mptrain.formats import Format
 from mptrain.kernels.counters import Counters
 from mptrain.outcome import Blame, StepOutcome
 from mptrain.policy import PrecisionPolicy
 from mptrain.regions import Fence, fenced
 from mptrain.scaling import LossScaler
+from mptrain.verified import Unseen, reported, require_masters
 
 State = dict[str, dict[str, Tensor]]
 
@@ -113,10 +113,11 @@ class Precision:
                     f"{what} prepared already (or the copy of a prepared model), and its layers may be swapped: build "
                     "it anew for this policy, or copy it before it is prepared"
                 )
-        _check_masters(model, self.policy)
+        require_masters(model, self.policy)
         self.device = device or next(p.device for p in model.parameters() if p.requires_grad)
         self.backend = resolve(self.policy, self.device)(self.policy, self.device, self._agreement.max)
-        self.report = self.backend.convert(model, self.counters)
+        self.report = reported(model, self.backend.convert(model, self.counters), quantized=self.policy.quantized)
+        self._unseen = Unseen(model, self.report)
         self._names = Names(model)
         self.counters.decisive = len(self.counters.slots)
         self.counters.order = {name: place for place, (name, _) in enumerate(model.named_modules())}
@@ -128,7 +129,7 @@ class Precision:
 
     def forward(self) -> AbstractContextManager[object]:
         """The context of one micro-batch's forward. Call backward outside it."""
-        if self._due and self._thrown_away():
+        if self._due and not self._names.any_gradient():  # thrown away, and what was seen of that batch with it
             self.counters.end_step()
             self._due = False
         return self.backend.forward(policy_on=True)
@@ -176,6 +177,8 @@ class Precision:
         parameters = each[0] if len(each) == 1 else [p for those in each for p in those]
         if not parameters or self._foreign or not self._due:
             self._require_gradients(parameters)
+        if self._unseen.layers:
+            self._unseen.check(self.policy)
         sharded = self._sharded
         scale = scaler.scale if self._carried.scale is None else self._carried.scale
         scaled = scaler.active and not self._carried.knows(parameters)
@@ -209,12 +212,6 @@ class Precision:
             torch.clear_autocast_cache()  # a step inside forward(): the casts of the weights before it are stale
         values = [found_inf.float(), norm, scale, event.float(), scaler.scale]
         return StepOutcome(torch.stack(values if stops is None else [*values, stops]), blame)
-
-    def _thrown_away(self) -> bool:
-        """Have the gradients of the last backward, and its faults with them, been dropped without a step?"""
-        if all(p.grad is None for p in self._names.parameters):
-            self._names.bind()  # sharding since prepare() would have put other parameters in their place
-        return all(p.grad is None for p in self._names.parameters)
 
     def _begin_round(self) -> None:
         """Before the first backward after a step: the loss scale has moved, and gradients may have stayed."""
@@ -331,20 +328,3 @@ class Precision:
         """Continue a run of this policy or another: what has no meaning here is ignored, what is missing starts."""
         self.scaler.load_state_dict(state.get("scaler", {}))
         self.backend.load_state_dict(state.get("fp8", {}))
-
-
-def _check_masters(model: nn.Module, policy: PrecisionPolicy) -> None:
-    """ValueError for trained parameters that are no FP32 masters, and frozen ones that the policy would not widen."""
-    wide = policy.compute in (Format.fp32, Format.tf32) and not policy.quantized
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.dtype is torch.float32:
-            continue
-        if parameter.requires_grad or parameter.dtype is torch.float64:
-            raise ValueError(
-                f"{name} is {parameter.dtype}: parameters are the FP32 master weights, call model.float() first"
-            )
-        if wide:
-            raise ValueError(
-                f"{name} is {parameter.dtype} and frozen, and precision={policy.name} multiplies in FP32: "
-                "use precision=bf16, or call model.float() first"
-            )

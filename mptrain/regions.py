@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from mptrain.emulation.thread import Suspended, current
 from mptrain.kernels.counters import Counters
 
 Casts = AbstractContextManager[object]
@@ -44,7 +45,7 @@ class Plain:
 
 
 class Region(ContextDecorator):
-    """A stretch of one model's forward or backward, with its casts.
+    """A stretch of one model's forward or backward, with its casts. FP16 and TF32 emulated around it end at its edge.
 
     ``quantized``: do converted layers quantize here, or run as plain FP32 layers? ``replaying``: is a forward met here
     the recomputation of an earlier one, booked already? ``opening`` is called when the region is the outermost of its
@@ -63,28 +64,34 @@ class Region(ContextDecorator):
         self._counters, self._casts, self._opening = counters, casts, opening
         self._plain_on = casts.device_type if isinstance(casts, Plain) else None
         self._state = not quantized, replaying
-        self._before: list[tuple[bool, bool, bool]] = []
+        self._before: list[tuple[bool, bool, bool, bool]] = []
+        self._suspended = Suspended()
 
     def __enter__(self) -> None:
         counters = self._counters
         if self._opening is not None and not counters.quiet and not is_open(counters):
             self._opening()
+        rounding = current() is not None
+        if rounding:
+            self._suspended.__enter__()
         casting = self._plain_on is None or torch.is_autocast_enabled(self._plain_on)  # else there is nothing to do
         if casting:
             self._casts.__enter__()
-        self._before.append((counters.bypassed, counters.replaying, casting))
+        self._before.append((counters.bypassed, counters.replaying, casting, rounding))
         counters.bypassed, counters.replaying = self._state
         _OPEN.append(counters)
 
     def __exit__(self, *raised: Any) -> None:
         counters = self._counters
-        counters.bypassed, counters.replaying, casting = self._before.pop()
+        counters.bypassed, counters.replaying, casting, rounding = self._before.pop()
         for place in range(len(_OPEN) - 1, -1, -1):  # another thread may have opened one since
             if _OPEN[place] is counters:
                 del _OPEN[place]
                 break
         if casting:
             self._casts.__exit__(*raised)
+        if rounding:
+            self._suspended.__exit__(*raised)
 
 
 def is_open(counters: Counters) -> bool:

@@ -23,6 +23,7 @@ from mptrain.memory.grading import Grade, graded
 from mptrain.memory.training import TrainingPlan
 from mptrain.prepare import Prepared
 from mptrain.report.terminal import print_comparison, print_end
+from mptrain.resumption import command
 from mptrain.telemetry.coverage import summary_of
 from mptrain.telemetry.meters import weighted_rate
 from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED
@@ -69,7 +70,7 @@ class Run:
             for lock in self.held:
                 lock.close()
         print_comparison(self.console, summary)
-        print_end(self._say, self.folder, self.trainer.stopped_early)
+        print_end(self._say, self.folder, command(self.folder) if self.trainer.stopped_early else "")
         return summary
 
     @contextmanager

@@ -31,12 +31,20 @@ def from_plain(kind: Any, values: Mapping[str, Any], where: str) -> Any:
     made: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            raise ValueError(f"unknown setting {where}.{key}{did_you_mean(str(key), sorted(fields))}")
-        made[key] = _convert(_default(fields[key]), value, f"{where}.{key}")
+            raise ValueError(f"unknown setting {_inside(where, key)}{did_you_mean(str(key), sorted(fields))}")
+        default = _default(fields[key])
+        if default is dataclasses.MISSING and fields[key].type in ("str", str):
+            default = ""
+        made[key] = _convert(default, value, _inside(where, key))
     missing = [name for name, f in fields.items() if name not in made and _default(f) is dataclasses.MISSING]
     if missing:
-        raise ValueError(f"{where}.{missing[0]} has no value: set {where}.{missing[0]}=...")
+        name = _inside(where, missing[0])
+        raise ValueError(f"{name} has no value: set {name}=...")
     return kind(**made)
+
+
+def _inside(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else str(key)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -62,6 +70,8 @@ def _convert(default: Any, value: Any, where: str) -> Any:
         return value
     if value is None:  # str(None) would be the setting "None"
         raise ValueError(f"{where} has no value: leave it out for its default, {default!r}")
+    if isinstance(value, list | tuple | Mapping) and not isinstance(default, list | tuple):
+        raise ValueError(f"{where}={value!r} is not {WORDS.get(type(default), type(default).__name__)}")
     if isinstance(default, int) and isinstance(value, float) and not value.is_integer():
         raise ValueError(f"{where}={value!r} is not a whole number")
     if isinstance(default, bool) and not isinstance(value, bool):

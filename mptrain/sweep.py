@@ -41,7 +41,7 @@ from mptrain.distributed.joining import join
 from mptrain.files import object_in, write_whole
 from mptrain.folder import claim
 from mptrain.identity import JOB_LOCK, job_mark, short_hash
-from mptrain.report import runs, watch
+from mptrain.report import runs, seeds, watch
 from mptrain.report.compare import compare
 from mptrain.report.comparison import Status
 from mptrain.report.output import write_all
@@ -51,7 +51,9 @@ from mptrain.wandb_logger import log_comparison
 
 PLAN, JOB, ERROR = "sweep.json", "job.json", "error.json"
 WORST = math.inf  # what a job that failed, or whose loss is not a number, tells a search that minimizes
-UNNAMED = ("sweep_dir", "runs_dir", "logger", "logger.wandb", "logger.project", "device")  # not part of a folder's name
+UNNAMED = (  # not part of a folder's name
+    "sweep_dir", "sweep_seeds", "runs_dir", "logger", "logger.wandb", "logger.project", "device",
+)  # fmt: skip
 
 _watch: watch.Watch | None = None  # of the sweep that this process has started
 _held: TextIO | None = None  # its lock on the sweep's folder
@@ -89,23 +91,37 @@ def _plan(composed: DictConfig) -> Path:
     given = _given(composed)
     varied = _varied(given)
     if not composed.sweep_dir:
-        what = "-".join(key.rpartition(".")[2].rpartition("/")[2] for key in varied) or "jobs"
-        name = f"sweep-{what}-{short_hash(sorted(given))[:6]}"
+        same = [word for word in given if not (composed.sweep_seeds and word.startswith("seed="))]  # more may follow
+        what = "-".join(key.rpartition(".")[2].rpartition("/")[2] for key in _varied(same)) or "jobs"
+        name = f"sweep-{what}-{short_hash(sorted(same))[:6]}"
         with read_write(composed), open_dict(composed), read_write(composed.hydra):
             composed.sweep_dir = str(Path(composed.runs_dir) / name)
             composed.hydra.overrides.task.append(f"sweep_dir='{composed.sweep_dir}'")  # quoted: it may hold a comma
     folder = Path(composed.sweep_dir)
     folder.mkdir(parents=True, exist_ok=True)
     counts = [len(values) for values in varied.values()]
+    given_seeds = _seeds(composed, varied)
+    named = seeds.named(folder, given_seeds, composed.sweep_seeds)
+    for seed in given_seeds or ():
+        if named.uncounted(seed):
+            Console().print(f"seed={seed} will not count: {named.uncounted(seed)}", highlight=False, soft_wrap=True)
     plan = {
         "overrides": given,
         "varied": list(varied),
         "jobs": math.prod(counts) if all(counts) else None,  # None: a search, or a pattern that Hydra expands
+        "seeds": [*named.seeds],
+        "last_seeds": named.last,
         "holds_fp32": "fp32" in varied.get("precision", []),
         "wandb_project": composed.logger.project if composed.logger.wandb else None,
     }
     write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
     return folder
+
+
+def _seeds(composed: DictConfig, varied: dict[str, list[str]]) -> list[int] | None:
+    """The seeds in the order they are given; None if a search or a pattern chooses them."""
+    given = varied.get("seed", [str(composed.seed)])
+    return [int(seed) for seed in given if seed.isdigit()] or None
 
 
 def _given(composed: DictConfig) -> list[str]:
@@ -120,7 +136,7 @@ def _varied(overrides: Sequence[str]) -> dict[str, list[str]]:
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.get_key_element()
         found.pop(key, None)
-        if override.is_choice_sweep():
+        if override.is_discrete_sweep():
             found[key] = [str(value) for value in override.sweep_string_iterator()]
         elif override.is_sweep_override():
             found[key] = []
@@ -178,9 +194,9 @@ def is_job() -> bool:
 def require_single(composed: DictConfig) -> None:
     """ValueError for a single run that is given what only sweeps have."""
     ablation = HydraConfig.get().runtime.choices.get("ablation")
-    asked = "sweep_dir" if composed.sweep_dir else "ablation" if ablation else ""
-    if asked:
-        raise ValueError(f"{asked} is for sweeps: add -m (python train.py -m ...)")
+    given = {"sweep_dir": composed.sweep_dir, "sweep_seeds": composed.sweep_seeds, "ablation": ablation}
+    for name in (name for name, value in given.items() if value):
+        raise ValueError(f"{name} is for sweeps: add -m (python train.py -m ...)")
 
 
 def job(composed: DictConfig) -> float:
@@ -223,7 +239,9 @@ def _follow(composed: DictConfig) -> float:
     settings = config.parse(composed)
     with contextlib.suppress(Told):
         if _joined(settings).share(False):  # the first one knows
-            build.build(settings).train()
+            run = build.build(settings)
+            if run is not None:
+                run.train()
     return WORST
 
 
@@ -279,6 +297,8 @@ def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
     with (folder / "console.log").open("a") as log:
         try:
             run = build.build(settings, Console(file=log, width=120))
+            if run is None:
+                return
             run.train()
         except Exception as error:
             _fail(folder, error)

@@ -67,7 +67,7 @@ def over(runs: list[dict[str, Evaluation]], name: str, other: str, *, hits: bool
         return top1_delta(ours.hits, theirs.hits) if hits else loss_delta(ours.losses, theirs.losses)
     part = "hits" if hits else "losses"
     means = [[sum(getattr(e, part)) / len(getattr(e, part)) for e in pair] for pair in pairs]
-    return mean_of([ours - theirs for ours, theirs in means], "paired t over seeds")
+    return mean_of([ours - theirs for ours, theirs in means], "paired t over seeds", seeds=True)
 
 
 def half_back(runs: list[dict[str, Evaluation]]) -> Interval:
@@ -79,7 +79,7 @@ def half_back(runs: list[dict[str, Evaluation]]) -> Interval:
     ]
     if len(each) == 1:
         return mean_of(each[0], "paired t over samples")
-    return mean_of([sum(values) / len(values) for values in each], "paired t over seeds")
+    return mean_of([sum(values) / len(values) for values in each], "paired t over seeds", seeds=True)
 
 
 def table(runs: list[dict[str, Evaluation]]) -> list[dict[str, Any]]:

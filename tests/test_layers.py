@@ -34,22 +34,23 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "kernels": ("formats",),
     "distributed": ("convert", "kernels", "formats", "settings"),
     "outcome": ("scaling",),
-    "regions": ("kernels.counters",),
+    "regions": ("emulation.thread", "kernels.counters"),
     "gradients": ("distributed",),
     "agreement": ("distributed",),
+    "verified": ("convert", "formats", "policy"),
     "blame": ("convert", "distributed", "kernels.counters", "outcome"),
     "emulation": ("kernels", "formats", "policy", "distributed"),
     "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation", "quiet", "regions"),
     "backends.base": ("convert", "kernels.counters", "policy", "distributed"),  # backends themselves only by name
     "precision": (
         "policy", "scaling", "backends.base", "convert", "kernels.counters", "outcome", "distributed",
-        "agreement", "blame", "formats", "gradients", "regions",
+        "agreement", "blame", "gradients", "regions", "verified",
     ),
     "checkpoint": ("storage", "distributed"),
     "optim": ("settings", "distributed", "quiet"),
     "telemetry": (
         "kernels", "formats", "distributed", "outcome", "scaling", "settings", "policy", "convert", "precision",
-        "memory.live",
+        "memory.live", "emulation.products",
     ),
     "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "interrupts", "protocols",
         "validation", "keeping", "spikes", "trainer_config",
@@ -64,7 +65,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "folder": ("config", "files", "identity", "settings"),
     "memory": ("formats", "settings", "files"),
     "memory.live": ("kernels", "distributed"),  # what the meter of a real step shares with a plan
-    "memory.cuda": ("emulation", "formats", "policy"),
+    "memory.cuda": ("formats", "policy"),
     "memory.trace": ("backends.base", "distributed", "emulation", "kernels", "optim", "policy", "precision"),
     "memory.training": ("backends.base", "distributed", "settings"),
     "memory.fit": ("distributed", "formats", "policy"),
@@ -88,6 +89,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "keeping": ("checkpoint", "distributed", "telemetry.ledger"),
     "protocols": ("checkpoint", "telemetry.record"),
     "validation": ("precision", "distributed", "protocols"),
+    "resumption": ("config", "files", "identity", "settings"),
     "assembly": ANY,
     "verify": ANY,
     "prepare": ANY,  # with build and run the composition root
@@ -102,7 +104,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
 EXTERNAL: dict[str, tuple[str, ...]] = {
     "torch": ANY,
     "hydra": ("config", "sweep"),
-    "omegaconf": ("config", "sweep"),
+    "omegaconf": ("config", "resumption", "sweep"),
     "transformer_engine": ("backends.transformer_engine",),
     "torchao": ("backends.native", "optim", "quantization"),
     "wandb": ("wandb_logger",),
@@ -205,7 +207,8 @@ def test_the_program_composes_and_does_nothing_else():
     """train.py: hydra, the configuration, the composition root and the sweeps of it."""
     known = set(TREE) - {""}
     found = imports((ROOT / "train.py").read_text(), "", False, known)
-    allowed = {"hydra", "omegaconf", "mptrain.build", "mptrain.config", "mptrain.policy", "mptrain.sweep"}
+    allowed = {"hydra", "hydra.core.hydra_config", "omegaconf"}
+    allowed |= {f"mptrain.{name}" for name in ("build", "config", "policy", "resumption", "sweep")}
     allowed |= {"mptrain.distributed.joining"}  # how a process of several ends
     assert {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names} <= allowed
     assert {"mptrain.build", "mptrain.config"} <= found

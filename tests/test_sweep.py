@@ -69,6 +69,18 @@ def test_without_a_folder_the_sweep_has_one_of_its_own(monkeypatch, tmp_path):
     assert all(re.fullmatch("sweep-seed-[0-9a-f]+", name) for name in names), names
 
 
+def test_a_sweep_that_names_its_last_number_of_seeds_goes_on_in_one_folder(monkeypatch, tmp_path):
+    for seeds in ("0", "0,1"):
+        given = ["-m", "precision=fp32", f"seed={seeds}", "sweep_seeds=4", "trainer.max_steps=1"]
+        train(monkeypatch, tmp_path, *given)
+    (folder,) = (tmp_path / "runs").iterdir()
+    plan = json.loads((folder / "sweep.json").read_text())
+    assert (plan["seeds"], plan["last_seeds"]) == ([0, 1], 4)
+    assert len(runs_in(folder)) == 2
+    said = train(monkeypatch, tmp_path, "-m", "precision=fp32", "seed=0,1", "sweep_seeds=7", code=2)
+    assert "sweep_seeds=7 cannot work: use 0 or one of 4, 5, 6, 8, 10" in said
+
+
 def test_jobs_that_would_compute_the_same_run_once(monkeypatch, tmp_path):
     start(monkeypatch, tmp_path, "precision=fp32,bf16", "precision.quantization.history=1,2", "seed=0")
     assert set(runs_in(tmp_path / "s")) == {"precision=fp32,history=1", "precision=bf16,history=1"}
@@ -104,6 +116,7 @@ def test_a_typo_ends_the_sweep_before_its_first_job(monkeypatch, tmp_path):
 def test_what_belongs_to_sweeps_is_refused_without_m(monkeypatch, tmp_path):
     assert "sweep_dir is for sweeps: add -m" in train(monkeypatch, tmp_path, "sweep_dir=x", code=2)
     assert "ablation is for sweeps: add -m" in train(monkeypatch, tmp_path, "ablation=rate", code=2)
+    assert "sweep_seeds is for sweeps: add -m" in train(monkeypatch, tmp_path, "sweep_seeds=4", code=2)
 
 
 def command(tmp_path, *overrides):

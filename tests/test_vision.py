@@ -114,7 +114,8 @@ def test_fp8_takes_every_inner_layer_and_keeps_both_ends():
     report = Precision("fp8").prepare(model).report
     inner = [f"blocks.{n}.{part}" for n in (0, 1) for part in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")]
     assert sorted(report.converted) == sorted(inner)
-    assert report.kept == dict.fromkeys(("embed", "head"), "matches precision.keep_default")
+    linear = {name: why for name, why in report.kept.items() if name not in report.others}
+    assert linear == dict.fromkeys(("embed", "head"), "matches precision.keep_default")
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp8"])

@@ -26,6 +26,8 @@ class Booking:
     each operand twice, along both of its dimensions; counted is the cast along the last one, and the scale is NaN.
     """
 
+    ran = False  # has the layer multiplied?
+
     def __init__(
         self,
         config: Quantization,
@@ -47,6 +49,7 @@ class Booking:
 
     def operands(self, x: Tensor, weight: Tensor) -> None:
         """Before the output GEMM: ``x`` [..., K] and ``weight`` [N, K] as the kernel gets them."""
+        self.ran = True
         if self.counting:
             self.book(x, "input")
             self.book(weight, "weight")

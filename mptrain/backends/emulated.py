@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from mptrain import kernels
-from mptrain.convert import ConversionReport, select, swap
+from mptrain.convert import ConversionReport, is_conv1d, leave_fast_path, select
 from mptrain.distributed import Agree
 from mptrain.emulation.delayed import DelayedScaling
-from mptrain.emulation.fine import FineLinear, FineQuantizers
-from mptrain.emulation.fp8 import EmulatedLinear, Quantizers
+from mptrain.emulation.fine import FineQuantizers
+from mptrain.emulation.fp8 import Operands, Quantizers, emulate
 from mptrain.emulation.gemm import carrier_dtype
-from mptrain.emulation.mode import RoundedOperands
+from mptrain.emulation.rounding import Rounded
 from mptrain.formats import Format
 from mptrain.kernels.counters import Counters
 from mptrain.policy import PrecisionPolicy, Scaling
@@ -58,13 +58,13 @@ class Backend:
         if config.scaling is Scaling.delayed:
             self._delayed = DelayedScaling(config, counters, self._device, self._agree)
 
-        def make(name: str, layer: nn.Linear) -> nn.Module:
+        for name, layer in chosen.items():
             if config.fine:
-                return FineLinear.sharing(layer, FineQuantizers(config, slots[name], counters, self._carrier))
-            books = Quantizers(config, slots[name], counters, self._delayed, self._carrier)
-            return EmulatedLinear.sharing(layer, books)
-
-        swap(model, chosen, make)
+                books: Operands = FineQuantizers(config, slots[name], counters, self._carrier)
+            else:
+                books = Quantizers(config, slots[name], counters, self._delayed, self._carrier)
+            emulate(layer, books, transposed=is_conv1d(layer))
+        leave_fast_path(model, chosen)
         return ConversionReport(tuple(chosen), kept)
 
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
@@ -75,13 +75,17 @@ class Backend:
         if not policy_on:
             return Plain(self._device.type)
         if not self._policy.quantized:
-            return RoundedOperands(self._policy.compute)
+            return Rounded(self._policy.compute, self._device.type)
         if self._policy.compute is Format.bf16:
             return torch.autocast(self._device.type, dtype=torch.bfloat16)
         return Plain(self._device.type)
 
     def backward(self) -> AbstractContextManager[object]:
-        return Region(self._counters, Plain(self._device.type), quantized=True, replaying=True)
+        device = self._device.type
+        casts: AbstractContextManager[object] = Plain(device)
+        if not self._policy.quantized:
+            casts = Rounded(self._policy.compute, device, casting=False)
+        return Region(self._counters, casts, quantized=True, replaying=True)
 
     def replay(self) -> AbstractContextManager[object]:
         return Region(self._counters, self.casts(True), quantized=True, replaying=True)

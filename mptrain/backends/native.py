@@ -76,6 +76,7 @@ class Backend:
             self._policy.keep,
             keep_default=self._policy.keep_default,
             multiple=self._policy.quantization.multiple,
+            replaced=True,
         )
         slots = {name: counters.add(name) for name in chosen}
         counters.allocate(self._device)

@@ -73,7 +73,7 @@ class Backend:
         self._counters = counters
         config = self._policy.quantization
         chosen, kept = select(
-            model, self._policy.keep, keep_default=self._policy.keep_default, multiple=config.multiple
+            model, self._policy.keep, keep_default=self._policy.keep_default, multiple=config.multiple, replaced=True
         )
         slots = {name: counters.add(name) for name in chosen}
         counters.allocate(self._device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # input [..., K], weight [N, K], bias [N] -> [..., N]
 
 
-def on_shards(layer: nn.Linear, x: Tensor, product: Product) -> Tensor:
+def on_shards(layer: nn.Module, x: Tensor, product: Product) -> Tensor:
     """``product`` of ``x`` and the layer's parameters; of sharded ones, of this rank's parts.
 
     Rows of the weight cut: the output is cut. Columns cut: partial products are added in FP32 and rounded once, the

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptrain import kernels
-from mptrain.emulation.fp8 import EmulatedLinear, Operands
+from mptrain.emulation import second
+from mptrain.emulation.fp8 import Operands
+from mptrain.emulation.functions import bias_gradient, rows_of, shaped, without_autocast
 from mptrain.emulation.gemm import scaled_mm
 from mptrain.kernels import tiles
 
@@ -46,6 +47,10 @@ class FineQuantizers(Operands):
             tiles.book(books, slot, x, tile, made)
         return made
 
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = _FineLinear.apply(x, weight, bias, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        return out
+
     def decode(self, kept: tuple[Tensor, Tensor], role: str) -> Tensor:
         """The carried values of codes and ratio that were kept for backward."""
         return tiles.decode(kept[0], self.config.tile_of(role, DOWN), kept[1], self.carrier)
@@ -56,7 +61,7 @@ class _FineLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: FineQuantizers, training: bool
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = rows_of(x)
         a, b = quantize(rows, "input", ALONG), quantize(weight, "weight", ALONG)
         assert a.carried is not None
         assert b.carried is not None
@@ -66,38 +71,33 @@ class _FineLinear(torch.autograd.Function):
             if quantize.config.tile_of("weight", DOWN) != quantize.config.tile_of("weight", ALONG):
                 b = quantize(weight, "weight", DOWN, carried=False)
             ctx.save_for_backward(a.codes, a.ratio, a.scale, b.codes, b.ratio, b.scale)
-        ctx.quantize, ctx.has_bias = quantize, bias is not None
-        return out.view(*x.shape[:-1], weight.shape[0])
+        ctx.quantize, ctx.weight, ctx.has_bias = quantize, weight, bias is not None
+        return shaped(out, x)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (grad_output,) = grad_outputs
         x8, x_ratio, x_scale, w8, w_ratio, w_scale = ctx.saved_tensors
         quantize: FineQuantizers = ctx.quantize
-        rows, dtype = grad_output.reshape(-1, grad_output.shape[-1]), grad_output.dtype
+        rows, dtype = rows_of(grad_output), grad_output.dtype
         grad_x = grad_w = grad_b = None
-        g = quantize(rows, "grad_output", ALONG)  # to be booked if for nothing else
+        g = quantize(rows.detach(), "grad_output", ALONG)  # to be booked if for nothing else
         if ctx.needs_input_grad[0]:
             assert g.carried is not None
-            grad_x = scaled_mm(g.carried, quantize.decode((w8, w_ratio), "weight"), g.scale, w_scale, None, dtype)
-            grad_x = grad_x.view(*grad_output.shape[:-1], w8.shape[1])
+            values = quantize.decode((w8, w_ratio), "weight")
+            if torch.is_grad_enabled():
+                grad_x = second.grad_input(rows, ctx.weight, g.carried.float() / g.scale, values.float() / w_scale)
+            else:
+                grad_x = scaled_mm(g.carried, values, g.scale, w_scale, None, dtype)
+            grad_x = shaped(grad_x.to(dtype), grad_output)
         if ctx.needs_input_grad[1]:
-            g = quantize(rows, "grad_output", DOWN)
+            g = quantize(rows.detach(), "grad_output", DOWN)
             assert g.carried is not None
             values = quantize.decode((x8, x_ratio), "input")
             grad_w = scaled_mm(g.carried.t(), values, g.scale, x_scale, None, dtype).float()
+            if torch.is_grad_enabled():
+                grad_w = second.refused(grad_w, rows, ctx.weight)
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_b = kernels.column_sums(rows)
+            grad_b = bias_gradient(rows)
         return grad_x, grad_w, grad_b, None, None
-
-
-class FineLinear(EmulatedLinear):
-    """``nn.Linear`` with FP8 operands at the scales of their rows or tiles."""
-
-    quantizers: FineQuantizers
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _quantized(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        arguments = input, weight, bias, self.quantizers, torch.is_grad_enabled()
-        out: Tensor = _FineLinear.apply(*arguments)  # type: ignore[no-untyped-call]
-        return out

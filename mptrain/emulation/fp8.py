@@ -10,6 +10,7 @@ The input and the weight are kept for backward as real 8-bit tensors with their 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, Self
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from mptrain import kernels
 from mptrain.distributed.tensor import on_shards
+from mptrain.emulation import second
 from mptrain.emulation.delayed import DelayedScaling
+from mptrain.emulation.functions import bias_gradient, rows_of, shaped, without_autocast
 from mptrain.emulation.gemm import scaled_mm
 from mptrain.kernels.counters import Counters
 from mptrain.policy import Quantization
@@ -27,6 +30,7 @@ class Operands:
     """The operands of one layer: how they are cast, into what dtype (``carrier``), and the rows of their books."""
 
     copied = False
+    ran = False  # has the layer multiplied these operands?
 
     def __init__(self, config: Quantization, slots: dict[str, int], counters: Counters, carrier: torch.dtype) -> None:
         self.config, self.carrier = config, carrier
@@ -41,6 +45,10 @@ class Operands:
         made = copy.copy(self)
         made.copied = True
         return made
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]: [..., N], in the dtype of ``x``."""
+        raise NotImplementedError
 
     def _booked(self, role: str) -> bool:
         """In a recomputed forward the operands were booked before; grad_output is seen once and only in backward."""
@@ -93,6 +101,10 @@ class Quantizers(Operands):
                 kernels.observe(books.part_of(x), fmt=fmt, scale=scale, errors=errors, blocks=blocks)
         return first, second, scale
 
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = _Linear.apply(x, weight, bias, self)  # type: ignore[no-untyped-call]
+        return out
+
     def _cast(
         self, x: Tensor, role: str, scale: Tensor, amax: Tensor | None, sums: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
@@ -130,61 +142,93 @@ class Quantizers(Operands):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Quantizers) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = rows_of(x)
         x8, x_values, x_scale = quantize(rows, "input")
         w8, w_values, w_scale = quantize(weight, "weight")
         out = scaled_mm(x_values, w_values.t(), x_scale, w_scale, bias, x.dtype)
         ctx.save_for_backward(x8, w8, x_scale, w_scale)
-        ctx.quantize, ctx.has_bias = quantize, bias is not None
-        return out.view(*x.shape[:-1], weight.shape[0])
+        ctx.quantize, ctx.weight, ctx.has_bias = quantize, weight, bias is not None
+        return shaped(out, x)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad_output,) = grad_outputs
         x8, w8, x_scale, w_scale = ctx.saved_tensors
-        rows = grad_output.reshape(-1, grad_output.shape[-1])
-        g_values, g_turned, g_scale = ctx.quantize(rows, "grad_output")
+        rows = rows_of(grad_output)
+        g_values, g_turned, g_scale = ctx.quantize(rows.detach(), "grad_output")
         grad_x = grad_w = grad_b = None
         dtype = grad_output.dtype
         if ctx.needs_input_grad[0]:
             w_values = kernels.decode(w8, g_values.dtype)
-            grad_x = scaled_mm(g_values, w_values, g_scale, w_scale, None, dtype)
-            grad_x = grad_x.view(*grad_output.shape[:-1], w8.shape[1])
+            if torch.is_grad_enabled():
+                grad_x = second.grad_input(rows, ctx.weight, g_values.float() / g_scale, w_values.float() / w_scale)
+            else:
+                grad_x = scaled_mm(g_values, w_values, g_scale, w_scale, None, dtype)
+            grad_x = shaped(grad_x.to(dtype), grad_output)
         if ctx.needs_input_grad[1]:
             x_values = kernels.decode(x8, g_values.dtype)
             grad_w = scaled_mm(g_turned, x_values, g_scale, x_scale, None, dtype).float()
+            if torch.is_grad_enabled():
+                grad_w = second.refused(grad_w, rows, ctx.weight)
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_b = kernels.column_sums(rows)  # from grad_output before the cast, as Transformer Engine
+            grad_b = bias_gradient(rows)
         return grad_x, grad_w, grad_b, None
 
 
-class EmulatedLinear(nn.Linear):
-    """``nn.Linear`` with FP8 operands; parameters are those of the layer it replaces, FP32 masters."""
+class Emulated(nn.Module):
+    """A layer of one product whose operands are FP8; everything else of it stays as it was.
+
+    It is the layer itself under another class (:func:`emulate`), so that its hooks, buffers, parameters, attributes and
+    methods remain, and references to it. ``transposed``: the weight is stored [in, out], as in transformers' Conv1D.
+    """
 
     quantizers: Operands
-
-    @classmethod
-    def sharing(cls, layer: nn.Linear, quantizers: Operands) -> Self:
-        with torch.device("meta"):
-            made = cls(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        made.weight, made.bias = layer.weight, layer.bias
-        made.quantizers = quantizers
-        return made
+    weight: Tensor
+    bias: Tensor | None
+    transposed = False
 
     def forward(self, input: Tensor) -> Tensor:
         if self.quantizers.bypassed:
-            return super().forward(input)
+            out: Tensor = super().forward(input)
+            return out
+        self.quantizers.ran = True
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         with torch.autocast(input.device.type, enabled=False):  # an FP32 carrier must stay FP32
-            return on_shards(self, input, self._quantized)
+            if self.transposed:
+                turned: Tensor = self._quantized(input, self.weight.t(), self.bias)
+                return turned
+            sharded: Tensor = on_shards(self, input, self._quantized)
+            return sharded
 
     # A graph break: the books (counts, amaxes, scales) change in place, in backward too, behind a compiler's back.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _quantized(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor = _Linear.apply(input, weight, bias, self.quantizers)  # type: ignore[no-untyped-call]
+        out: Tensor = self.quantizers.product(input, weight, bias)
         return out
 
     def extra_repr(self) -> str:
         q = self.quantizers.config
-        return f"{super().extra_repr()}, forward={q.forward}, backward={q.backward}, scaling={q.scaling.value}"
+        own = super().extra_repr()
+        added = f"forward={q.forward}, backward={q.backward}, scaling={q.scaling.value}"
+        return f"{own}, {added}" if own else added
+
+
+def emulate(layer: nn.Module, quantizers: Operands, *, transposed: bool = False) -> None:
+    """Have ``layer`` multiply in FP8 from here on, in its place."""
+    layer.quantizers = quantizers  # type: ignore[assignment]
+    kind: Any = type(layer)
+    layer.__class__ = _emulated(kind, transposed)
+
+
+@functools.cache
+def _emulated(kind: Any, transposed: bool) -> Any:
+    """``kind`` with the forward of :class:`Emulated`; under a name of this module, where a copy looks for it."""
+    name, number = f"Emulated{kind.__name__}", 1
+    while name in globals():
+        number += 1
+        name = f"Emulated{kind.__name__}{number}"
+    made = type(name, (Emulated, kind), {"__module__": __name__, "transposed": transposed})
+    globals()[name] = made
+    return made

@@ -17,10 +17,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mptrain.emulation.mode import WIDE
 from mptrain.formats import Format
 from mptrain.memory.live import CODES, Bytes
 from mptrain.policy import BackendName, LossScale, PrecisionPolicy, Scaling
@@ -31,6 +31,17 @@ MiB for an idle process. torch's own figures do not hold it."""
 
 FRAGMENTATION_FRAC = 0.05
 """Assumed: what the caching allocator holds beyond what is alive."""
+
+
+# torch.amp's FP32 list, as far as a forward meets it
+WIDE = {
+    F.layer_norm, F.rms_norm, F.group_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, F.mse_loss,
+    F.l1_loss, F.smooth_l1_loss, F.binary_cross_entropy_with_logits, F.kl_div, F.softplus, F.normalize,
+    torch.layer_norm, torch.rms_norm, torch.group_norm, torch.softmax, torch.log_softmax, torch.exp, torch.log,
+    torch.pow, torch.rsqrt, torch.cumsum, torch.sum, torch.prod, torch.norm, torch.logsumexp, Tensor.softmax,
+    Tensor.log_softmax, Tensor.exp, Tensor.log, Tensor.pow, Tensor.__pow__, Tensor.rsqrt, Tensor.cumsum, Tensor.sum,
+    Tensor.prod, Tensor.norm, Tensor.logsumexp,
+}  # fmt: skip
 
 
 class CudaCasts(TorchFunctionMode):

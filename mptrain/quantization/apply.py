@@ -113,6 +113,8 @@ def _misfit(layer: nn.Linear, method: Method, size: int | None) -> str:
         return f"in_features={inputs} is no multiple of --group-size {size}; {hint}"
     if inputs % method.multiple or layer.out_features % method.multiple:
         return f"{layer.out_features}x{inputs} is not divisible by {method.multiple}, which FP8 GEMMs need"
+    if method.dtype is torch.float8_e4m3fn and not layer.weight.any(dim=1).all():
+        return "one of its rows is all zero, of which torchao's FP8 makes NaN"
     return ""
 
 

@@ -244,8 +244,10 @@ def _metric(figures: Sequence[Figure]) -> Interval:
     only = figures[0].evaluation
     if only.unit == "images":
         assert only.top1 is not None
-        return only.top1 if len(figures) == 1 else mean_of(list(_means(figures).values()), OVER_SEEDS)
-    return perplexity(only.loss if len(figures) == 1 else mean_of(list(_means(figures).values()), OVER_SEEDS))
+        return only.top1 if len(figures) == 1 else mean_of(list(_means(figures).values()), OVER_SEEDS, seeds=True)
+    return perplexity(
+        only.loss if len(figures) == 1 else mean_of(list(_means(figures).values()), OVER_SEEDS, seeds=True)
+    )
 
 
 def _delta(figures: Sequence[Figure], others: Sequence[Figure]) -> Interval | None:
@@ -261,7 +263,7 @@ def _delta(figures: Sequence[Figure], others: Sequence[Figure]) -> Interval | No
         found = top1_delta(ours.hits, other.hits) if images else loss_delta(ours.losses, other.losses)
     else:
         changes = [_mean(ours) - _mean(other) for ours, other in pairs]
-        found = mean_of(changes, f"paired {OVER_SEEDS}")
+        found = mean_of(changes, f"paired {OVER_SEEDS}", seeds=True)
         if images and len(set(changes)) == 1:  # no spread to go by: of the images of all runs
             hits = [[hit for evaluation in side for hit in evaluation.hits] for side in zip(*pairs, strict=True)]
             found = top1_delta(*hits)

@@ -59,6 +59,8 @@ def speed(runs: Mapping[int, Run], base: Mapping[int, Run], *, emulated: bool) -
 
 
 def _place(run: Run) -> tuple[Any, ...]:
+    if run.elsewhere:  # like no other
+        return (run.folder,)
     return run.about.get("host"), run.about.get("machine"), run.about.get("torch")
 
 

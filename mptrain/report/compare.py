@@ -20,6 +20,7 @@ from mptrain.report.inference import first_lasting, paired, prediction_half_widt
 from mptrain.report.judge import Divergence, diverged, divergence, judge, rules
 from mptrain.report.matching import Matched, MatchedGroup, difference, group_labels, groups_of, labels
 from mptrain.report.runs import Floats, Run, expand, read
+from mptrain.report.seeds import Planned, planned
 
 MARGIN_FRAC = 0.005  # of the loss; DeepSeek-V3 reports 0.25 % between FP8 and BF16
 POINTS = 240  # of a drawn curve: one a pixel and a half
@@ -50,7 +51,8 @@ def compare(paths: Sequence[Path], baseline: Path | None = None, margin: float =
     ]
     notes = _notes(runs, groups, made)
     metric = made[0].metric
-    return Comparison(_title(paths), margin, made, rules(margin, metric), notes)
+    last = max(_planned(group).last for group in groups)
+    return Comparison(_title(paths), margin, made, rules(margin, metric, last), notes)
 
 
 def _title(paths: Sequence[Path]) -> str:
@@ -85,10 +87,11 @@ def _require_two(groups: list[MatchedGroup], chosen: str | None) -> None:
 
 @dataclass(frozen=True)
 class Side:
-    """The finished runs of one variant that count, one a seed, and their curves."""
+    """The finished runs of one variant that count, one a seed, and their curves; ``plan``: of the sweep they are of."""
 
     runs: dict[int, Run]
     window: int
+    plan: Planned
 
     @cached_property
     def curves(self) -> dict[int, Floats]:
@@ -109,6 +112,10 @@ class Side:
         return float(np.mean(list(values.values()))) if values and len(values) == len(self.runs) else None
 
 
+def _planned(matched: MatchedGroup) -> Planned:
+    return planned(run.folder for variant in matched.variants for run in variant.runs)
+
+
 def last_tenth(run: Run) -> float:
     """Mean training loss (nats) over the last tenth of the steps, NaN if one of them is not known."""
     curve = run.curve()
@@ -120,11 +127,12 @@ def _group(matched: MatchedGroup, label: str, chosen: str | None, names: dict[st
     window = max(1, steps // WINDOWS)
     ordered = sorted(matched.variants, key=lambda v: v.key != chosen)
     base = ordered[0] if ordered[0].key == chosen else None
-    base_side, base_rows = _side(base, None, window) if base else (Side({}, window), [])
+    plan = _planned(matched)
+    base_side, base_rows = _side(base, None, window, plan) if base else (Side({}, window, plan), [])
     metric = _metric([run for variant in ordered for run in variant.runs])
     variants = []
     for variant in ordered:
-        side, rows = (base_side, base_rows) if variant is base else _side(variant, base_side, window)
+        side, rows = (base_side, base_rows) if variant is base else _side(variant, base_side, window, plan)
         made = aggregates.variant(variant, names[variant.key], side.runs, base_side.runs if base else {})
         made = replace(made, runs=rows, curve=_curve(side), difference=_difference(side, base_side))
         if variant is base:
@@ -150,7 +158,7 @@ def _metric(runs: Sequence[Run]) -> str:
     return "training loss"
 
 
-def _side(variant: Matched, base: Side | None, window: int) -> tuple[Side, list[RunRow]]:
+def _side(variant: Matched, base: Side | None, window: int, plan: Planned) -> tuple[Side, list[RunRow]]:
     """The runs that count (of a seed the one finished last), and a row for each run, with why it does not."""
     counting: dict[int, Run] = {}
     reasons: dict[Path, str] = {}
@@ -158,14 +166,14 @@ def _side(variant: Matched, base: Side | None, window: int) -> tuple[Side, list[
         if run.status is not Status.finished or run.seed is None:
             reasons[run.folder] = run.why
             continue
-        foreign = _foreign(run, base.runs.get(run.seed)) if base else ""
+        foreign = run.mixed or plan.uncounted(run.seed) or (_foreign(run, base.runs.get(run.seed)) if base else "")
         if foreign:
             reasons[run.folder] = foreign
             continue
         if run.seed in counting:
             reasons[counting[run.seed].folder] = f"repeated by {run.name}, which counts"
         counting[run.seed] = run
-    return Side(counting, window), [aggregates.row(run, reasons.get(run.folder, "")) for run in variant.runs]
+    return Side(counting, window, plan), [aggregates.row(run, reasons.get(run.folder, "")) for run in variant.runs]
 
 
 def _foreign(run: Run, base: Run | None) -> str:
@@ -206,15 +214,17 @@ def _loss(side: Side, base: Side) -> Loss:
 
 def _delta(side: Side, base: Side, figure: str, *, relative: bool = True) -> Interval | None:
     ours, theirs = side.values(figure), base.values(figure)
-    shared = sorted(ours.keys() & theirs.keys() - base.astray.keys())
-    if len(shared) >= 2 or (ours.keys() & theirs.keys()):
-        return paired([(ours[s] - theirs[s]) / (theirs[s] if relative else 1.0) for s in shared])
+    plan = base.plan
+    shared = plan.counted(ours.keys() & theirs.keys() - base.astray.keys())
+    if plan.last or ours.keys() & theirs.keys():  # several looks are for pairs alone
+        return paired([(ours[s] - theirs[s]) / (theirs[s] if relative else 1.0) for s in shared], plan.last)
     sound = [value for seed, value in theirs.items() if seed not in base.astray]
     found = welch(list(ours.values()), sound)
     if found is None or not relative:
         return found
     level = float(np.mean(sound))
-    return replace(found, mean=found.mean / level, low=found.low / level, high=found.high / level)
+    mean, low, high, *spreads = (value / level for value in (found.mean, found.low, found.high, *found.spreads))
+    return replace(found, mean=mean, low=low, high=high, spreads=tuple(spreads))
 
 
 def _verdict(side: Side, base: Side, loss: Loss, metric: str, margin: float, has_base: bool) -> Verdict:
@@ -230,11 +240,11 @@ def _verdict(side: Side, base: Side, loss: Loss, metric: str, margin: float, has
     alone = [(seed, found) for seed, found in side.astray.items() if seed not in base.astray]
     if alone:
         return diverged(alone, len(side.runs))
-    steps = next(iter(side.runs.values())).max_steps or 0
+    steps, seeds, last = next(iter(side.runs.values())).max_steps or 0, len(side.runs), base.plan.last
     if metric == "top-1":
-        return judge(loss.top1_delta, margin, steps=steps, seeds=len(side.runs), points=True)
+        return judge(loss.top1_delta, margin, steps=steps, seeds=seeds, points=True, last=last)
     delta = loss.val_delta if metric == "validation loss" else loss.train_delta
-    return judge(delta, margin, steps=steps, seeds=len(side.runs))
+    return judge(delta, margin, steps=steps, seeds=seeds, last=last)
 
 
 def _baseline_why(side: Side) -> str:

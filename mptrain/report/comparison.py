@@ -35,13 +35,17 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % confidence interval over ``n`` seeds (pairs of them, where paired)."""
+    """A mean with its 95 % confidence interval over ``n`` seeds (pairs, or the seeds of the smaller side).
+
+    ``spreads``: the standard deviation of one seed's value: of the pairs, or of either side; empty where not kept.
+    """
 
     mean: float
     low: float
     high: float
     n: int
     method: str  # "paired t" or "Welch t"
+    spreads: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -155,5 +155,5 @@ def _cell(values: dict[str, Any]) -> Deployed:
 
 
 def _interval(values: dict[str, Any]) -> Interval:
-    ends = {name: number(values[name]) for name in ("mean", "low", "high")}
-    return Interval(**ends, n=int(values["n"]), method=str(values["method"]))
+    mean, low, high = (number(values[name]) for name in ("mean", "low", "high"))
+    return Interval(mean, low, high, int(values["n"]), str(values["method"]))

@@ -10,7 +10,17 @@ import numpy as np
 
 from mptrain.baseline import FEW_STEPS
 from mptrain.report.comparison import Interval, Kind, Verdict
-from mptrain.report.inference import MOST_SEEDS, POWER, TAIL, seeds_needed, smooth
+from mptrain.report.inference import (
+    FAMILY,
+    LOOKS,
+    MOST_SEEDS,
+    PAIRED,
+    POWER,
+    TAIL,
+    next_look,
+    seeds_needed,
+    smooth,
+)
 from mptrain.report.runs import Run
 from mptrain.telemetry.ledger import SKIPS_ALARM
 
@@ -26,30 +36,61 @@ class Divergence:
     text: str
 
 
-def rules(margin: float, metric: str) -> list[str]:
-    """The rules in sentences, for ``metric`` ("validation loss", "top-1", ...)."""
+def rules(margin: float, metric: str, last: int = 0) -> list[str]:
+    """Return the rules in sentences, for ``metric`` ("validation loss", "top-1", ...).
+
+    ``last``: the last number of seeds that a sweep named before its first verdict, 0 if it named none.
+    """
     loss = metric != "top-1"
     delta = "relative difference" if loss else "difference (in points of accuracy)"
     near = f"{100 * margin:g} %" if loss else f"{100 * margin:g} points"
+    widths = ", ".join(f"{PAIRED[n]:g} at {n}" for n in (2, 3, 5, 10))
     return [
         f"Compared is the final {metric}, with that of the baseline's run of the same seed. The interval is a 95 % "
         f"confidence interval of the mean {delta}, Student's t over the pairs (Welch's over the means where no seeds "
-        "are shared).",
+        f"are shared), its quantile times a factor for seeds that are not normally distributed ({widths} seeds).",
         f"equivalent: the whole interval lies on the good side of {near} worse.",
         "worse: not equivalent, and the whole interval lies on the bad side of 0.",
-        f"undecided: neither; the number of seeds that would decide it with a probability of {POWER:.0%} if difference "
-        f"and spread are what they seem. Also below {FEW_STEPS} steps, which say nothing about where training goes.",
+        f"undecided: neither. Also below {FEW_STEPS} steps, which say nothing about where training goes.",
         "diverged: in one seed the loss stops being a number, or ends with more than half of what training had won "
         f"given back, or the last {SKIPS_ALARM} steps or more are all skipped, and the baseline's does not.",
-        f"A variant as good as the baseline is called worse in at most {1 - TAIL:.1%} of comparisons; with many "
-        "variants expect that share of them.",
+        f"A variant as good as the baseline is called worse, and one that is worse by {near} is called equivalent, in "
+        f"at most {1 - TAIL:.1%} of comparisons each, if the differences between seeds are {FAMILY}. For normal ones "
+        "it is 1.2 to 1.9 %. Outside of this family are stronger skew (lognormal with s = 0.5: 4 to 6 %; with s = 1: "
+        "7 to 18 %), uniform differences of 2 or 3 seeds (2.7 %) and those of few distinct values. With many variants "
+        "expect that share of them. `mptrain bench verdict` simulates the rates.",
+        _several_looks(last) if last else _one_look(),
     ]
 
 
-def judge(delta: Interval | None, margin: float, *, steps: int, seeds: int, points: bool = False) -> Verdict:
-    """By ``delta``, the difference from the baseline with its interval; None where one seed is all.
+def _one_look() -> str:
+    return (
+        "These are the rates of one look at a number of seeds fixed before it; a verdict while runs are at work is "
+        "provisional. Adding seeds to an undecided comparison until it decides makes them up to 8 %, so the number "
+        f"that undecided names is one of new seeds: it decides with a probability of {POWER:.0%} (77 % for the most "
+        "skewed of the family) if difference and spread are what they seem. To look more than once, name the last "
+        "number before the first look: sweep_seeds=10."
+    )
+
+
+def _several_looks(last: int) -> str:
+    looks = ", ".join(map(str, LOOKS[last]))
+    return (
+        f"This sweep named its last number of seeds, {last}, before the first look, so it is looked at with {looks} "
+        "seeds (the first so many, in the order they were given), and these are the rates of all looks together. Each "
+        f"look spends its part of the {1 - TAIL:.1%}, so its interval is wider than that of a single look. The seeds "
+        f"asked for decide with a probability of {POWER:.0%} if difference and spread are what they seem, or are the "
+        "last."
+    )
+
+
+def judge(
+    delta: Interval | None, margin: float, *, steps: int, seeds: int, points: bool = False, last: int = 0
+) -> Verdict:
+    """Return the verdict on ``delta``, the difference from the baseline with its interval; None where there is none.
 
     ``points``: the difference is one of accuracy (below 0: worse), said in points; else of a loss (above 0: worse).
+    ``last``: as in :func:`rules`; ``seeds`` counts the variant's.
     """
     unit = "points" if points else "%"
     said = _why(delta, unit)
@@ -59,7 +100,8 @@ def judge(delta: Interval | None, margin: float, *, steps: int, seeds: int, poin
         more = f"undecided: {steps} steps are too few, use trainer.max_steps={FEW_STEPS} or more"
         return Verdict(Kind.undecided, more, said)
     if delta is None:
-        more = "needs 2 more seeds" if seeds == 1 else "needs the baseline's seeds"
+        few = min(LOOKS[last]) - seeds if last else 2 if seeds == 1 else 0
+        more = f"needs {few} more seed{'s' * (few > 1)}" if few > 0 else "needs the baseline's seeds"
         why = "one seed shows no spread; three are the fewest whose interval is of use"
         return Verdict(Kind.undecided, f"undecided: {more}", why)
     if delta.high < margin:
@@ -67,9 +109,20 @@ def judge(delta: Interval | None, margin: float, *, steps: int, seeds: int, poin
         return Verdict(Kind.equivalent, f"equivalent{better}", said)
     if delta.low > 0:
         return Verdict(Kind.worse, f"worse by {100 * delta.mean:.2g} {unit}", said)
-    wanted = seeds_needed(delta, margin)
-    more = f"more than {MOST_SEEDS - delta.n}" if wanted is None else str(max(1, wanted - delta.n))
-    return Verdict(Kind.undecided, f"undecided: needs {more} more seed{'' if more == '1' else 's'}", said)
+    return Verdict(Kind.undecided, f"undecided: {_more(delta, margin, seeds, last)}", said)
+
+
+def _more(delta: Interval, margin: float, seeds: int, last: int) -> str:
+    """What would decide: more seeds where their last number was named beforehand, else a comparison of new ones."""
+    if last:
+        following = next_look(delta, margin, last)
+        if following is None:
+            return f"{last} seeds were to be the last"
+        more = max(1, following - seeds)
+        return f"needs {more} more seed{'s' * (more > 1)}"
+    needed = seeds_needed(delta, margin)
+    sides = " on each side" if len(delta.spreads) > 1 else ""
+    return f"{delta.n} seeds are too few, plan {f'over {MOST_SEEDS}' if needed is None else needed} new ones{sides}"
 
 
 def _why(delta: Interval | None, unit: str) -> str:

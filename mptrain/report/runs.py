@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mptrain.files import number, object_in, rows_in
-from mptrain.identity import FILE, JOB_LOCK, LOCK
+from mptrain.identity import FILE, HISTORY, JOB_LOCK, LOCK
 from mptrain.report.comparison import Status
 
 Floats = npt.NDArray[np.float64]
@@ -40,6 +40,23 @@ class Run:
     losses: dict[int, float] = field(default_factory=dict)
     scales: dict[int, float] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def mixed(self) -> str:
+        """Why its numbers are of no one policy; empty for a run of one piece."""
+        parts = []
+        for attempt in self.attempts:
+            changes = attempt.get("changes", {})
+            changed = [name for name in attempt.get("mixed", ()) if name in changes]
+            told = [f"{name} {' -> '.join(map(str, changes[name]))}" for name in changed]
+            parts += [f"{', '.join(told)} at step {attempt.get('step')}"] if told else []
+        return f"mixed: {'; '.join(parts)}" if parts else ""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Was it resumed on another machine, torch or number of ranks, so that its speed is of no one place?"""
+        return any(attempt.get("elsewhere") for attempt in self.attempts)
 
     @property
     def name(self) -> str:
@@ -116,7 +133,8 @@ def read(folder: Path) -> Run:
                 scales[step] = number(row["scale/value"])
     status, why = _status(folder, config, summary, max(losses, default=0))
     events = list(rows_in(folder / "events.jsonl"))
-    return Run(folder, status, why, config, about, summary, losses, scales, events)
+    attempts = object_in(folder / HISTORY).get("attempts", [])
+    return Run(folder, status, why, config, about, summary, losses, scales, events, attempts)
 
 
 def glance(folder: Path) -> Run:
@@ -149,7 +167,8 @@ def _status(folder: Path, config: dict[str, Any], summary: dict[str, Any], step:
         return Status.unreadable, _damage(folder)
     if (folder / "summary.json").exists() and not summary:
         return Status.unreadable, "summary.json is torn"
-    continued = f"run_dir={folder} resume=auto continues it" if (folder / "checkpoints").exists() else "start it again"
+    going_on = f"python train.py run_dir={folder} resume=auto continues it"
+    continued = going_on if (folder / "checkpoints").exists() else "start it again"
     return Status.stopped, f"stopped at step {step} of {whole}: {continued}"
 
 

@@ -121,8 +121,8 @@ def _pair(form: str, run: float, fp32: float) -> tuple[str, str, str]:
     return form.format(run), form.format(fp32), f"{run / fp32:.2f}"
 
 
-def print_end(say: Callable[[str], None], folder: Path, stopped: bool) -> None:
-    """Where everything is, and how to go on after a stop."""
+def print_end(say: Callable[[str], None], folder: Path, go_on: str) -> None:
+    """Where everything is; ``go_on``: the command that continues a run that was stopped, else empty."""
     say(f"run folder: {folder} (summary.json, metrics.jsonl, events.jsonl, checkpoints)")
-    if stopped:
-        say(f"stopped before the end; the state is saved. Continue with: run_dir={folder} resume=auto")
+    if go_on:
+        say(f"stopped before the end; the state is saved. Continue with: {go_on}")

@@ -27,10 +27,11 @@ from torch.utils.hooks import RemovableHandle
 
 from mptrain import kernels
 from mptrain.convert import ConversionReport
+from mptrain.emulation.products import is_attention, operands_of, unknown
 from mptrain.formats import Format
 from mptrain.policy import PrecisionPolicy
-from mptrain.telemetry.coverage import ROLES, Audit, Row
-from mptrain.telemetry.products import Seen, flops_of, is_attention, joined, look, look_inside, operands_of
+from mptrain.telemetry.coverage import ROLES, UNKNOWN, Audit, Row
+from mptrain.telemetry.products import NAMES, Seen, flops_of, joined, look, look_inside
 
 Key = tuple[str, str, str, tuple[str, ...], tuple[str, ...], tuple[str, ...], str]
 TAG = "mptrain.layer"
@@ -114,7 +115,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         operands = operands_of(func)
         if not operands:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if unknown(func, args):
+                self._see(func, args, kwargs, out, None)
+            return out
         if any(hasattr(args[i], "__tensor_flatten__") for i in operands):
             self._outer = tuple(args[i] for i in operands)
             return NotImplemented
@@ -211,6 +215,9 @@ class StepAudit:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, outer: tuple[Any, ...] | None
     ) -> None:
         layer, stage = self._places.here()
+        if not operands_of(func):
+            self._see_unknown(func, args, layer, stage)
+            return
         operands = [args[i] for i in operands_of(func)]
         shown = operands if outer is None else list(outer)  # kernels may copy operands to lay them out anew
         gemm, turned = self._gemm(func, layer, stage, shown, wrapped=outer is not None)
@@ -229,6 +236,13 @@ class StepAudit:
         key = (layer, gemm, stage, names, tuple(s.ran for s in seen), tuple(s.carrier for s in seen), evidence)
         self._add(key, flops_of(func, args, kwargs, out))
 
+    def _see_unknown(self, func: Any, args: tuple[Any, ...], layer: str, stage: str) -> None:
+        """Only the types of what it was given are known; an emulation has not rounded inside it."""
+        dtypes = {x.dtype for x in tree_leaves(args) if isinstance(x, Tensor) and x.is_floating_point()}
+        names = tuple(sorted(NAMES.get(dtype, str(dtype)) for dtype in dtypes))
+        asked = (self._policy.compute.name,) * len(names)
+        self._add((layer, str(func.overloadpacket).replace("aten.", ""), stage, asked, names, names, UNKNOWN), 0)
+
     def _look(self, x: Tensor, outer: Any, asked: Format, tile: tuple[int, int]) -> Seen:
         if outer is None:
             return look(x, asked, emulated=self._emulated, tile=tile)
@@ -238,7 +252,7 @@ class StepAudit:
         """(name of the product, are its operands the other way round than in the formula?)"""
         if is_attention(func):
             return "attention", False
-        if layer not in self._sizes or len(operands) != 2:
+        if layer not in self._sizes or len(operands) != 2 or min(x.ndim for x in operands) < 2:
             return "other", False
         left, right = map(_matrix, operands)
         n, k = self._sizes[layer]

@@ -21,6 +21,7 @@ ROLES = {
     ("attention", 3): ("query", "key", "value"),
     ("attention", 4): ("grad_output", "query", "key", "value"),
 }
+UNKNOWN = "unknown operator"
 LAYER = "<layer>"  # stands for the name in a sentence until those of all blocks are one
 NAMED = 4  # layers that a line names
 SHOWN = 3  # problems that an error names
@@ -33,7 +34,8 @@ class Row:
     ``stage``: forward, recompute (a forward inside backward) or backward. ``asked``, ``ran`` and ``carrier`` have a
     format for each operand, in the order of the formula (input x weight, grad_output x weight, grad_output x input).
     ``evidence``: dtype, values, switch (see :mod:`mptrain.telemetry.products`) or ``claimed by <backend>``: the product
-    was not visible, and ``ran`` is what the backend says.
+    was not visible, and ``ran`` is what the backend says; or ``unknown operator``, which may multiply matrices inside:
+    its name is in ``gemm``, and ``ran`` has the types that it was given.
     """
 
     layer: str
@@ -93,7 +95,8 @@ class Audit:
         """The rows under each key of ``coverage``."""
         found: dict[str, list[Row]] = defaultdict(list)
         for row in self.rows:
-            found[row.format].append(row)
+            if row.evidence != UNKNOWN:
+                found[row.format].append(row)
         return dict(found)
 
     def line(self) -> str:
@@ -128,30 +131,36 @@ class Audit:
 
     def _sentence(self, form: str, layers: set[str], flops: int) -> str:
         name = (min(layers) or "(model)") if len(layers) == 1 else f"{kind_of(min(layers))} ({len(layers)} layers)"
-        return f"{form.replace(LAYER, name)} ({100 * flops / max(1, self.flops):.1f} % of the GEMM FLOPs)"
+        share = f" ({100 * flops / max(1, self.flops):.1f} % of the GEMM FLOPs)" if flops else ""
+        return form.replace(LAYER, name) + share
 
     def _nothing_quantized(self) -> list[str]:
         if not self.policy.quantized or any(row.format.startswith("fp8") for row in self.rows):
             return []
-        kept = {name: why for name, why in self.report.kept.items() if why in KEPT_AS_ASKED}
+        kept = any(why in KEPT_AS_ASKED for why in self.report.kept.values())
         setting = "keep" if self.policy.keep else "keep_default"
         asked = f": precision.{setting}={getattr(self.policy, setting)!r} keeps every linear layer"
         why = asked if kept and not self._chosen() else ""
         return [f"nothing was quantized{why}"]
 
     def _chosen(self) -> bool:
-        return bool(self.report.converted) or any(why not in KEPT_AS_ASKED for why in self.report.kept.values())
+        linear = {name: why for name, why in self.report.kept.items() if name not in self.report.others}
+        return bool(self.report.converted) or any(why not in KEPT_AS_ASKED for why in linear.values())
 
     def _fallbacks(self) -> Iterable[tuple[Row, str]]:
         """Layers that the policy wants quantized and that could not be, with the reason that the conversion gave."""
         for row in self.rows:
-            why = self.report.kept.get(row.layer or "(root)", KEPT_AS_ASKED[0])
-            if why not in KEPT_AS_ASKED:
+            layer = row.layer or "(root)"
+            why = self.report.kept.get(layer, KEPT_AS_ASKED[0])
+            if why not in KEPT_AS_ASKED and layer not in self.report.others:
                 yield row, f"{LAYER}: kept in {joined(row.ran)}: {why}"
 
     def _deviations(self) -> Iterable[tuple[Row, str]]:
         for row in self.rows:
             if row.ran == row.asked:
+                continue
+            if row.evidence == UNKNOWN:
+                yield row, f"{row.gemm} in {LAYER} may multiply matrices, in {joined(row.ran)}: nothing rounds there"
                 continue
             off = [i for i, (ran, asked) in enumerate(zip(row.ran, row.asked, strict=True)) if ran != asked]
             ran, asked = _told_apart(row)

@@ -16,17 +16,10 @@ from torch import Tensor
 from torch.utils import flop_counter
 
 from mptrain import kernels
+from mptrain.emulation.products import is_attention, operands_of
 from mptrain.formats import CHUNK, Format
 from mptrain.kernels import tiles
 
-# Operator -> positions of its operands.
-OPERANDS: dict[str, tuple[int, ...]] = {
-    "mm": (0, 1), "addmm": (1, 2), "_addmm_activation": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2),
-    "_scaled_mm": (0, 1), "_scaled_mm_v2": (0, 1), "_grouped_mm": (0, 1), "_scaled_grouped_mm": (0, 1),
-    "_scaled_grouped_mm_v2": (0, 1), "convolution": (0, 1), "_convolution": (0, 1), "cudnn_convolution": (0, 1),
-    "_slow_conv2d_forward": (0, 1), "convolution_overrideable": (0, 1), "convolution_backward": (0, 1, 2),
-}  # fmt: skip
-ATTENTION = ("_scaled_dot_product_", "_flash_attention_", "_efficient_attention_")
 BY_VALUE = (Format.fp8_e4m3, Format.fp8_e5m2, Format.fp16, Format.tf32)  # what emulations carry in a wider type
 NARROWEST_FIRST = (Format.fp8_e4m3, Format.fp8_e5m2, Format.bf16, Format.fp16, Format.tf32)
 NAMES = {fmt.value.dtype: fmt.name for fmt in Format if fmt.value.dtype is not None}
@@ -42,21 +35,6 @@ class Seen:
     evidence: str = "dtype"
 
 
-def operands_of(func: Any) -> tuple[int, ...]:
-    """Where the operands of a matrix product stand among its arguments; empty for any other operator."""
-    if getattr(func, "namespace", "") != "aten":
-        return ()
-    name = func.overloadpacket.__name__
-    if is_attention(func):
-        return (0, 1, 2, 3) if name.endswith("_backward") else (0, 1, 2)
-    return OPERANDS.get(name, ())
-
-
-def is_attention(func: Any) -> bool:
-    """A fused scaled-dot-product attention, forward or backward, of any device."""
-    return bool(func.overloadpacket.__name__.startswith(ATTENTION))
-
-
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """Floating-point operations by torch's own formulas, or ours for what its registry lacks (CPU attention, ...)."""
     packet = func.overloadpacket
@@ -67,7 +45,13 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     if is_attention(func):
         count: Any = flop_counter.sdpa_flop_count if len(shapes) == 3 else flop_counter.sdpa_backward_flop_count
         return int(count(*shapes))
+    if func.overloadpacket.__name__ == "conv_tbc_backward":
+        return int(4 * operands[0].numel() * shapes[2][0] * shapes[2][1])
     left, right = shapes
+    if len(left) == len(right) == 1:
+        return int(2 * left[0] * (right[0] if func.overloadpacket.__name__.startswith("addr") else 1))
+    if len(right) == 1:
+        return int(2 * operands[0].numel())
     if len(left) == 3 and len(right) == 2:  # a grouped product: the groups share out the columns of the right operand
         return int(2 * left[1] * right[0] * right[1])
     return int(2 * operands[0].numel() * right[-1])

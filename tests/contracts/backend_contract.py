@@ -132,7 +132,8 @@ def three_gemms(case: Case, model: nn.Sequential, x: Tensor, cotangent: Tensor) 
     x = x.clone().requires_grad_()
     with precision.forward():
         y = model(x)
-    y.backward(cotangent.to(y.dtype))
+    with precision.backend.backward():
+        y.backward(cotangent.to(y.dtype))
     return {"output": y.detach().float(), "grad_input": x.grad.float(), "grad_weight": model[0].weight.grad}
 
 

@@ -59,7 +59,7 @@ def step(precision: Precision, model: nn.Module, optimizer, x: torch.Tensor):
     return outcome
 
 
-# ---- copies -----------------------------------------------------------------------------------------------------------
+# ---- copies ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,7 +126,7 @@ def test_a_pickle_is_plain_or_refused(name):
         pickle.dumps(precision)
 
 
-# ---- contexts inside contexts -----------------------------------------------------------------------------------------
+# ---- contexts inside contexts ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("outer", ["autocast", *LOW])
@@ -218,7 +218,7 @@ def test_an_evaluation_inside_a_forward_changes_nothing(name):
     assert torch.equal(*finals)
 
 
-# ---- outside of any context -------------------------------------------------------------------------------------------
+# ---- outside of any context --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -255,7 +255,7 @@ def test_inside_a_forward_no_grad_counts_too(name):
     assert not precision.step(optimizer).applied
 
 
-# ---- several steps, and backwards, inside one context -----------------------------------------------------------------
+# ---- several steps, and backwards, inside one context ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -118,7 +118,7 @@ def test_an_adapter_attached_after_prepare_moves_as_in_fp32(name):
         assert (delta + p.grad).norm() <= 0.15 * p.grad.norm()
 
 
-# ---- several optimizers -----------------------------------------------------------------------------------------------
+# ---- several optimizers ------------------------------------------------------------------------------------------
 
 
 def two(policy, *, fused=False):
@@ -261,7 +261,7 @@ def test_two_models_with_a_precision_each_and_one_loss():
         assert_same(m, p)
 
 
-# ---- parameters of other kinds ----------------------------------------------------------------------------------------
+# ---- parameters of other kinds -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "fp8"])
@@ -342,7 +342,7 @@ def test_parameters_without_a_gradient_stay():
     assert torch.equal(spare.detach(), torch.ones(3))
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip", [None, -1.0, math.nan, "1", [1.0]])

@@ -22,6 +22,7 @@ from mptrain.quantization import matrix
 from mptrain.quantization.apply import quantize_model
 from mptrain.quantization.source import open_source
 from mptrain.report import deployment
+from mptrain.report.inference import PAIRED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GPT = {"kind": "gpt", "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "tied": False}
@@ -104,7 +105,7 @@ def test_several_seeds_have_intervals_over_seeds_paired_by_seed(tmp_path):
         means[folder.name] = losses(source.model, data, samples).mean(), losses(model, data, samples).mean()
     assert cell.metric.mean == pytest.approx(math.exp((means["bf16-0"][1] + means["bf16-1"][1]) / 2), rel=1e-5)
     changes = [means[f"bf16-{s}"][1] - means[f"fp32-{s}"][0] for s in (0, 1)]
-    low, high = stats.t.interval(0.95, 1, loc=np.mean(changes), scale=stats.sem(changes))
+    low, high = stats.t.interval(0.95, 1, loc=np.mean(changes), scale=PAIRED[2] * stats.sem(changes))
     assert [cell.base_delta.mean, cell.base_delta.low, cell.base_delta.high] == pytest.approx(
         [math.exp(value) - 1 for value in (np.mean(changes), low, high)], rel=1e-3, abs=1e-6
     )

@@ -348,3 +348,16 @@ def test_int8_config_is_the_documented_one():
     config = methods.named("int8").config()
     assert isinstance(config, Int8WeightOnlyConfig)
     assert config.version == 2
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+def test_a_row_of_zeros_stays_zero(name):
+    """torchao divides it by its amax of 0 in FP8, so there the layer is kept, with the reason."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight[3] = 0.0
+    report = quantize_model(model, methods.METHODS[name], group_size=32 if name == "int4" else None, keep="")
+    held = model[0].weight.dequantize() if hasattr(model[0].weight, "dequantize") else model[0].weight
+    assert not held[3].any()
+    assert [layer.name for layer in report.kept] == (["0"] if name == "fp8" else [])
