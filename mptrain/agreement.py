@@ -26,8 +26,12 @@ class Agreement:
         """Elementwise MAX over the ranks; the same shape, dtype and device."""
         return self.ranks.max(value)
 
-    def find(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Look whether the processes train one model, unless that is known."""
+    def find(self, model: nn.Module) -> None:
+        """Look whether the processes train ``model`` together, unless that is known."""
+        if not self.known and joined():
+            self._find(model.parameters())
+
+    def _find(self, parameters: Iterable[nn.Parameter]) -> None:
         if self.known or not joined():
             return
         ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
@@ -36,7 +40,7 @@ class Agreement:
 
     def over(self, parameters: list[nn.Parameter]) -> bool:
         """Are some of ``parameters`` sharded? ValueError if nothing says whether the processes belong together."""
-        self.find(parameters)
+        self._find(parameters)
         if not self.known and joined():
             raise ValueError(
                 "several processes run, and the model is neither in DDP nor sharded by fully_shard: say "
@@ -46,32 +50,49 @@ class Agreement:
         return self._sharded
 
     def reached(
-        self, norms: Tensor, sizes: list[int], parameters: list[nn.Parameter], own: Tensor | None, stop: bool
-    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """Of each optimizer the global gradient norm and found_inf (0-dim), and how many ranks were asked to stop.
+        self,
+        norms: Tensor,
+        sizes: list[int],
+        parameters: list[nn.Parameter],
+        own: Tensor | None,
+        lost: Tensor | None,
+        stop: bool,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor], Tensor | None]:
+        """:func:`together` of all optimizers, found_inf of each (0-dim), and how many ranks were asked to stop.
 
         ``norms``: FP32 [parameters], ``sizes``: of which belong to each optimizer; ``own``: were this rank's operands
-        not finite? One process alone has nobody to ask (None).
+        not finite? ``lost``: has this rank no finite loss (None: it has one)? Only if no rank has one is the step bad.
+        One process alone has nobody to ask (None).
         """
+        if self.ranks.size == 1 and len(sizes) == 1:
+            total = torch.linalg.vector_norm(norms)
+            found_inf = (total - total).ne(0)  # NaN for Inf and NaN: two kernels where isfinite takes 4
+            for rank_bad in (own, lost):
+                found_inf = found_inf if rank_bad is None else found_inf | rank_bad
+            return (total, total, found_inf), [found_inf], None
         parts = [norms] if len(sizes) == 1 else torch.split(norms, sizes)
         if self.ranks.size == 1:
             totals = [torch.linalg.vector_norm(part) for part in parts]
-            found = [(norm - norm).ne(0) for norm in totals]  # NaN for Inf and NaN: two kernels where isfinite takes 4
-            return totals, found if own is None else [one | own for one in found], None
+            found = [(norm - norm).ne(0) for norm in totals]
+            for rank_bad in (own, lost):
+                found = found if rank_bad is None else [one | rank_bad for one in found]
+            return together(totals, found), found, None
         asked = torch.tensor(float(stop), dtype=torch.float64).to(norms.device, non_blocking=True)
         squares = norms.double().square()  # in FP64 no square of a finite norm overflows
         if self._sharded:  # each element once, however many ranks hold it
             squares = squares.where(self._counts(parameters, norms.device), 0.0)
         sums = [part.sum() for part in ([squares] if len(sizes) == 1 else torch.split(squares, sizes))]
         bad = [~one.isfinite() if own is None else ~one.isfinite() | own for one in sums]
-        told = self.ranks.sum(torch.stack([*sums, *(one.double() for one in bad), asked]))
+        without = torch.zeros_like(asked) if lost is None else lost.to(asked)
+        told = self.ranks.sum(torch.stack([*sums, *(one.double() for one in bad), without, asked]))
+        nothing = told[-2] == self.ranks.size
         n = len(sizes)
         if self._sharded:
             totals = [one.sqrt().float() for one in told[:n]]
         else:
             totals = [torch.linalg.vector_norm(part) for part in parts]
-        found = [(told[n + i] > 0) | (norm - norm).ne(0) for i, norm in enumerate(totals)]
-        return totals, found, told[-1].float()
+        found = [(told[n + i] > 0) | nothing | (norm - norm).ne(0) for i, norm in enumerate(totals)]
+        return together(totals, found), found, told[-1].float()
 
     def _counts(self, parameters: list[nn.Parameter], device: torch.device) -> Tensor:
         """Which parameters count here, bool [parameters]; kept, for copying it to a device takes longer than a step's

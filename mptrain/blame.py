@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mptrain.convert import parameter_names
 from mptrain.distributed import Ranks
@@ -55,23 +56,27 @@ class Names:
         return next((n for n, known in enumerate(self.known) if group and known.startswith(group)), -1)
 
 
-class Losses:
-    """The losses of a step's micro-batches; of very many, the last :data:`MOST_LOSSES`."""
+Losses = deque[tuple[int, Tensor]]  # (micro-batch from 0, its loss) of a step, at most MOST_LOSSES
 
-    def __init__(self) -> None:
-        self._last: deque[Tensor] = deque(maxlen=MOST_LOSSES)
-        self._seen = 0
 
-    def add(self, loss: Tensor) -> None:
-        self._last.append(loss)
-        self._seen += 1
-
-    def first_bad(self) -> tuple[int, str] | None:
-        """The micro-batch (from 0) of the first non-finite loss, and which kind it is."""
-        for micro, loss in enumerate(self._last, start=self._seen - len(self._last)):
-            if not bool(loss.isfinite().all()):
-                return micro, "NaN" if bool(loss.isnan().any()) else "Inf"
+def all_bad(losses: Losses) -> Tensor | None:
+    """Is every loss Inf or NaN? Bool 0-dim; None: no. A batch without a target has a NaN loss and gradients of zero."""
+    if not losses:
         return None
+    last = losses[-1][1]
+    if last.device.type != "cpu":
+        return torch.stack([loss.float().sum() for _, loss in losses]).isfinite().any().logical_not()
+    if isinstance(last, FakeTensor) or math.isfinite(last.item()):
+        return None
+    return None if any(bool(loss.isfinite().all()) for _, loss in losses) else torch.tensor(True)
+
+
+def first_bad(losses: Losses) -> tuple[int, str] | None:
+    """Find the micro-batch (from 0) of the first non-finite loss, and which kind it is."""
+    for micro, loss in losses:
+        if not bool(loss.isfinite().all()):
+            return micro, "NaN" if bool(loss.isnan().any()) else "Inf"
+    return None
 
 
 @dataclass
@@ -92,6 +97,11 @@ class Evidence:
         return replace(self, norms=torch.where(truly, self.norms, finite))
 
 
+def nothing() -> Blame:
+    """What a step that was applied is explained with."""
+    return Blame("")
+
+
 def explanation(evidence: Evidence, names: Names, counters: Counters, ranks: Ranks) -> Callable[[], Blame]:
     """What a skip is explained with when its outcome is read. On several ranks a collective: the earliest of all."""
 
@@ -108,10 +118,12 @@ def _of_rank(evidence: Evidence, names: Names, counters: Counters, rank: int) ->
     first = counters.first_fault(evidence.fault)
     if first is not None:
         return Blame(f"{first}", first.layer, first.role, first.kind, first.phase, first.micro_batch, rank)
-    bad_loss = evidence.losses.first_bad()
+    bad_loss = first_bad(evidence.losses)
     if bad_loss is not None:
         micro, kind = bad_loss
-        return Blame(f"{kind} loss of micro-batch {micro}", "", "loss", kind, "forward", micro, rank)
+        empty = kind == "NaN" and not bool(evidence.norms.any())
+        why = ", and no gradient: is every target ignored (-100)?" if empty else ""
+        return Blame(f"{kind} loss of micro-batch {micro}{why}", "", "loss", kind, "forward", micro, rank)
     if evidence.unreduced:
         told = sorted(evidence.unreduced, key=names.place)
         return _of_gradients(told, torch.stack([evidence.unreduced[name] for name in told]), names, rank)

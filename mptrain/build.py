@@ -15,7 +15,7 @@ from typing import TextIO
 import torch
 from rich.console import Console
 
-from mptrain import baseline, machine
+from mptrain import baseline, kernels, machine
 from mptrain.assembly import assemble
 from mptrain.backends.base import resolve
 from mptrain.baseline import Figures
@@ -241,7 +241,7 @@ def _announce(
     if backend.emulated:
         rows.append(("", emulation_note(config.precision.name)))
     if backend.emulated and config.precision.quantized:
-        rows.append(("kernel", "the quantizer is compiled on first use (3 s) and cached"))
+        rows.append(("kernel", kernels.described(device)))  # builds it, 3 s, where no run has yet
     rows.append(("FP32 baseline", fp32.source if fp32 else f"a probe of {baseline.PROBE_STEPS} steps comes first"))
     units = f"{prepared.units_per_step:,} {prepared.data.unit}"
     if prepared.ranks.size > 1:

@@ -10,7 +10,8 @@
 The order inside ``step`` is fixed: found_inf is read before clipping, because clipping an Inf gradient leaves
 {nan, 0} and hides it (measured); it is checked in every precision, because BF16 and FP8 runs overflow too.
 Found are Inf and NaN in any gradient (by its norm, so a finite gradient whose sum of squares leaves FP32 counts as
-well) and non-finite operands of quantized GEMMs, which an E4M3 cast would hide by saturating Inf to 448.
+well), non-finite operands of quantized GEMMs, which an E4M3 cast would hide by saturating Inf to 448, and a step
+without a finite loss (every target ignored: gradients are zeros, and decay would move the weights).
 
 Steps between one backward and the next are a round: each optimizer steps, or skips, on the gradients of its own
 parameters, operands that were not finite skip all of them, and the loss scale moves once.
@@ -22,6 +23,7 @@ whatever mesh a gradient is sharded over), the ranks that found something, the r
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -33,9 +35,9 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from mptrain import gradients
-from mptrain.agreement import Agreement, together
+from mptrain.agreement import Agreement
 from mptrain.backends.base import Backend, resolve
-from mptrain.blame import Evidence, Losses, Names, explanation
+from mptrain.blame import MOST_LOSSES, Evidence, Losses, Names, all_bad, explanation, nothing
 from mptrain.convert import ConversionReport
 from mptrain.distributed import Ranks
 from mptrain.kernels.counters import Counters
@@ -51,8 +53,8 @@ State = dict[str, dict[str, Tensor]]
 class Precision:
     """``policy``: a :class:`PrecisionPolicy`, a name from conf/precision, or the path of a recipe YAML.
 
-    ``ranks``: the processes that train this model together, :class:`mptrain.World`, or :data:`mptrain.ALONE`. Left out
-    it is found: one process is alone, and the first forward tells whether the model is in DDP or sharded.
+    ``ranks``: the processes that train this model together, :class:`mptrain.World`, or :data:`mptrain.ALONE`; left out,
+    one process is alone, and the first forward tells whether the model is in DDP or sharded.
     ValueError if the policy is unknown or its backend is missing here.
     """
 
@@ -70,7 +72,7 @@ class Precision:
         self._admitted: tuple[Any, ...] = ()
         self._sharded = False
         self._carried = gradients.Carried()
-        self._losses = Losses()
+        self._losses: Losses = deque(maxlen=MOST_LOSSES)
         self._fault: Tensor | None = None  # of the round's operands, once its first step has ended it
         self._found: Tensor | None = None  # by the round's steps so far
         self._due = False  # a backward ran, and no step since
@@ -78,7 +80,7 @@ class Precision:
         self._foreign = False  # a gradient came from another backward
 
     def __getattr__(self, name: str) -> Any:
-        """Only reached by what is missing: what ``prepare`` sets."""
+        """Only reached by what ``prepare`` sets."""
         if name in ("backend", "report", "scaler", "device", "_names"):
             raise RuntimeError("this Precision has no model yet: call precision.prepare(model) first")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -89,8 +91,7 @@ class Precision:
         return self._agreement.ranks
 
     def __deepcopy__(self, memo: Any) -> Precision:
-        """Itself: a copy of the model stays with it."""
-        return self
+        return self  # a copy of the model stays with it
 
     def __reduce__(self) -> Any:
         raise TypeError("a Precision is bound to a live model and cannot be pickled: save its state_dict()")
@@ -121,10 +122,8 @@ class Precision:
         self.counters.decisive = len(self.counters.slots)
         self.counters.order = {name: place for place, (name, _) in enumerate(model.named_modules())}
         self.scaler = LossScaler(self.policy.loss_scale, self.device)
-        fence = Fence(self.counters, self.backend.casts)
-        if not self._agreement.known:
-            fence.on_call = self._agreement.find
-        fence.around(model)
+        on_call = None if self._agreement.known else self._agreement.find
+        Fence(self.counters, self.backend.casts, on_call).around(model)
         self._watch_for_other_backwards(model)
         return self
 
@@ -148,8 +147,8 @@ class Precision:
         if not self._due:
             self._begin_round()
         if scaler.active and self._carried.scale is not scaler.scale:
-            self._carried.begin(scaler.scale, self._seen(), sharded=self._sharded)
-        self._losses.add(loss.detach())
+            self._carried.begin(scaler.scale, self._seen, sharded=self._sharded)
+        self._losses.append((self.counters.micro, loss.detach()))
         self._running = True
         try:
             with self.backend.backward():
@@ -166,17 +165,18 @@ class Precision:
 
         ``clip``: the largest norm of all these gradients together, 0 for no clipping. A fused optimizer gets scale and
         clip factor as one divisor and found_inf as tensors: no pass of its own, no read by the host. Any other one
-        costs one read a step and one pass over the gradients. ``stop``: this rank was asked to; all of them read so in
-        the outcome, which is ``applied`` if every optimizer stepped.
+        costs one read a step and one pass over the gradients. ``stop``: this rank was asked to; all read so in the
+        outcome, which is ``applied`` if every optimizer stepped.
         """
         scaler = self.scaler
         if optimizers != self._admitted or not optimizers:
             self._admit(optimizers)
         if type(clip) is not float or not clip >= 0:
             clip = gradients.valid_clip(clip)
-        each = [gradients.with_gradient(optimizer) for optimizer in optimizers]
+        each = gradients.with_gradient(optimizers)
         parameters = each[0] if len(each) == 1 else [p for those in each for p in those]
-        self._require_gradients(parameters)
+        if not parameters or self._foreign or not self._due:
+            self._require_gradients(parameters)
         if self._unseen.layers:
             self._unseen.check(self.policy)
         sharded = self._sharded
@@ -189,11 +189,11 @@ class Precision:
             self._fault = self.counters.end_step()
         own = self._fault[: self.counters.decisive].any() if self.counters.decisive else None
         sizes = [len(those) for those in each]
-        totals, found, stops = self._agreement.reached(norms, sizes, parameters, own, stop)
-        norm, healthy, found_inf = together(totals, found)
-        # A CPU reads for nothing, and a found_inf tensor costs AdamW one subtraction per parameter.
-        skips = [bool(one) if one.device.type == "cpu" else None for one in found]
-        blame = self._witness(parameters, held, norms, skips)
+        lost = all_bad(self._losses)
+        (norm, healthy, found_inf), found, stops = self._agreement.reached(norms, sizes, parameters, own, lost, stop)
+        skips = [bool(one) if one.device.type == "cpu" else None for one in found]  # a CPU reads for nothing
+        blame = nothing if skips.count(False) == len(skips) else self._witness(parameters, held, norms, skips)
+        self.unreduced.clear()
         divisor = scale if scaled else None
         if scaled:
             norm, healthy = norm / scale, healthy / scale
@@ -216,11 +216,11 @@ class Precision:
     def _begin_round(self) -> None:
         """Before the first backward after a step: the loss scale has moved, and gradients may have stayed."""
         self._fault = self._found = None
-        self._losses = Losses()
+        self._losses = deque(maxlen=MOST_LOSSES)
         if self._foreign and all(p.grad is None or not p.grad.any() for p in self._seen()):
             self._foreign = False  # what the other backward left was thrown away
         if self.scaler.active:
-            self._carried.begin(self.scaler.scale, self._seen(), sharded=self._sharded)
+            self._carried.begin(self.scaler.scale, self._seen, sharded=self._sharded)
 
     def _seen(self) -> list[nn.Parameter]:
         """The parameters of the model and of every optimizer that stepped."""
@@ -295,12 +295,8 @@ class Precision:
         self, parameters: list[nn.Parameter], held: list[Tensor], norms: Tensor, skips: list[bool | None]
     ) -> Callable[[], Blame]:
         """What a skip will be explained with when the outcome is read."""
-        unreduced = dict(self.unreduced)
-        self.unreduced.clear()
-        if not any(one is not False for one in skips):
-            return lambda: Blame("")
         assert self._fault is not None
-        evidence = Evidence(parameters, norms, self._fault, self._losses, unreduced)
+        evidence = Evidence(parameters, norms, self._fault, self._losses, dict(self.unreduced))
         if any(skips):
             evidence = evidence.separate(held)
         return explanation(evidence, self._names, self.counters, self.ranks)

@@ -7,18 +7,20 @@ of them a prepared model runs in FP32; what is entered is left again, whatever w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mptrain.emulation.thread import Suspended
+from mptrain.emulation.thread import Suspended, current
 from mptrain.kernels.counters import Counters
 
 Casts = AbstractContextManager[object]
+MAY_JOIN = dist.is_available()
 _OPEN: list[Counters] = []  # of the regions that are open, the innermost last; their counters tell precisions apart
 
 
@@ -26,13 +28,13 @@ class Plain:
     """Casts of no kind: an autocast around it, the user's own or another model's, does not reach inside."""
 
     def __init__(self, device_type: str) -> None:
-        self._device_type = device_type
+        self.device_type = device_type
         self._entered: list[torch.autocast | None] = []
 
     def __enter__(self) -> None:
         casts = None
-        if torch.is_autocast_enabled(self._device_type):
-            casts = torch.autocast(self._device_type, enabled=False)
+        if torch.is_autocast_enabled(self.device_type):
+            casts = torch.autocast(self.device_type, enabled=False)
             casts.__enter__()  # type: ignore[no-untyped-call]
         self._entered.append(casts)
 
@@ -60,29 +62,36 @@ class Region(ContextDecorator):
         opening: Callable[[], None] | None = None,
     ) -> None:
         self._counters, self._casts, self._opening = counters, casts, opening
+        self._plain_on = casts.device_type if isinstance(casts, Plain) else None
         self._state = not quantized, replaying
-        self._before: list[tuple[bool, bool]] = []
+        self._before: list[tuple[bool, bool, bool, bool]] = []
         self._suspended = Suspended()
 
     def __enter__(self) -> None:
         counters = self._counters
         if self._opening is not None and not counters.quiet and not is_open(counters):
             self._opening()
-        self._suspended.__enter__()
-        self._casts.__enter__()
-        self._before.append((counters.bypassed, counters.replaying))
+        rounding = current() is not None
+        if rounding:
+            self._suspended.__enter__()
+        casting = self._plain_on is None or torch.is_autocast_enabled(self._plain_on)  # else there is nothing to do
+        if casting:
+            self._casts.__enter__()
+        self._before.append((counters.bypassed, counters.replaying, casting, rounding))
         counters.bypassed, counters.replaying = self._state
         _OPEN.append(counters)
 
     def __exit__(self, *raised: Any) -> None:
         counters = self._counters
-        counters.bypassed, counters.replaying = self._before.pop()
+        counters.bypassed, counters.replaying, casting, rounding = self._before.pop()
         for place in range(len(_OPEN) - 1, -1, -1):  # another thread may have opened one since
             if _OPEN[place] is counters:
                 del _OPEN[place]
                 break
-        self._casts.__exit__(*raised)
-        self._suspended.__exit__(*raised)
+        if casting:
+            self._casts.__exit__(*raised)
+        if rounding:
+            self._suspended.__exit__(*raised)
 
 
 def is_open(counters: Counters) -> bool:
@@ -97,28 +106,39 @@ class Fence:
     does; one that was pickled has none that acts.
     """
 
-    def __init__(self, counters: Counters | None = None, casts: Callable[[bool], Casts] | None = None) -> None:
-        self._counters, self._casts = counters, casts
+    def __init__(
+        self,
+        counters: Counters | None = None,
+        casts: Callable[[bool], Casts] | None = None,
+        on_call: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        self._counters, self._casts, self.on_call = counters, casts, on_call
         self._entered: list[Region | None] = []
-        self.on_call: Callable[[Iterable[nn.Parameter]], None] | None = None
 
     @property
     def acts(self) -> bool:
         return self._counters is not None
 
     def around(self, model: nn.Module) -> None:
-        """Stand around the calls of ``model``."""
+        """Stand around the calls of ``model``: a hook before it, and from the first call that this acts on one behind
+        (a hook of either kind costs a step some 5 us)."""
         model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
-        model.register_forward_hook(self._leave, always_call=True)
+
+    def _leaves(self, module: nn.Module) -> bool:
+        """Does :meth:`_leave` follow the calls of ``module``?"""
+        return any(getattr(hook, "__self__", None) is self for hook in module._forward_hooks.values())
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return None
-        if self.on_call is not None:
-            self.on_call(module.parameters())
+        if self.on_call is not None and MAY_JOIN and dist.is_initialized():
+            self.on_call(module)
         if self._counters is None or not _OPEN or _OPEN[-1] is self._counters:
-            self._entered.append(None)
+            if module._forward_hooks and self._leaves(module):
+                self._entered.append(None)
             return None
+        if not self._leaves(module):
+            module.register_forward_hook(self._leave, always_call=True)
         assert self._casts is not None
         counters = self._counters
         quantized = is_open(counters) and not counters.bypassed

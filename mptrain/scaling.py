@@ -33,16 +33,13 @@ class LossScaler:
 
     def __init__(self, config: LossScale, device: torch.device) -> None:
         self.config = config
+        self.active = config.kind is not LossScaleKind.none
         init = 1.0 if config.kind is LossScaleKind.none else config.init
         self.scale = torch.tensor(init, dtype=torch.float32, device=device)
         self._tracker = torch.zeros((), dtype=torch.int32, device=device)
         self._hysteresis_left = torch.full((), config.hysteresis, dtype=torch.int32, device=device)
         self._steady = torch.zeros((), dtype=torch.int32, device=device)
         self._before = self.scale, self._tracker, self._hysteresis_left
-
-    @property
-    def active(self) -> bool:
-        return self.config.kind is not LossScaleKind.none
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to call backward on (FP32; same shape)."""

@@ -95,6 +95,7 @@ class Trainer:
         self.device = precision.device
         self.step_number = 0
         self.interrupts = Interrupts()
+        self._optimizer_draws = getattr(optimizer, "weights", "") == "bf16_stochastic"
         self.stopping = False  # a rank was asked to, and all of them know
         self.losses: dict[int, float] = {}  # step -> mean training loss of its micro-batches, as read back
         self.final: dict[str, float] = {}
@@ -152,7 +153,7 @@ class Trainer:
             seen = watching is not None and watching.recording
             if self.compression is not None:
                 self.compression.sampling = seen
-            with self._drilled(step):
+            with NOTHING if self.drill is None else self._drilled(self.drill, step):
                 loss = self._audited() if audited else self._gradients(self.wrapped if seen else self.run_model)
             self._settle()
             rate = self.schedule.at(self.ledger.applied)
@@ -160,9 +161,12 @@ class Trainer:
                 group["lr"] = rate
             if watching:
                 watching.see_gradients()
-            self._draw(self.share.size * self.share.accumulate)
-            self._at("waiting for the others' gradients")
-            self.memory.updating()
+            if self._optimizer_draws:
+                self._draw(self.share.size * self.share.accumulate)
+            if self.watch is not None:
+                self._at("waiting for the others' gradients")
+            if self.memory.measuring:
+                self.memory.updating()
             stop = self.interrupts.stopped_by is not None
             outcome = self.precision.step(self.optimizer, clip=self.config.clip, stop=stop)
         if watching:
@@ -178,11 +182,9 @@ class Trainer:
         self.throughput.add(time.perf_counter() - start)
         self.sink.tick(step)
 
-    def _drilled(self, step: int) -> AbstractContextManager[object]:
+    def _drilled(self, drill: Drill, step: int) -> AbstractContextManager[object]:
         """One step may be a fire drill."""
-        if self.drill is None or self.drill.step != step:
-            return NOTHING
-        return self.drill.planted(self.model)
+        return drill.planted(self.model) if drill.step == step else NOTHING
 
     def _tell(self, sample: Sample) -> None:
         """Hand on what the monitor saw. The ledger hears of it before it enters the step."""
@@ -199,9 +201,10 @@ class Trainer:
         share = self.share
         n = share.accumulate
         alone = getattr(model, "no_sync", nullcontext)  # DDP's: gradients are summed once, with the last micro-batch
-        total: Tensor | None = None
+        losses: list[Tensor] = []
         for micro in range(n):
-            self._at(f"in micro-batch {micro}")
+            if self.watch is not None:
+                self._at(f"in micro-batch {micro}")
             batch = self.data.batch(
                 self.step_number + self.ledger.skipped_batches, micro=micro, microbatches=n,
                 batch_size=share.batch_size, seed=self.seed, rank=share.rank, world_size=share.size,
@@ -213,10 +216,8 @@ class Trainer:
                 if n * share.size > 1:
                     loss = loss / (n * share.size)
                 self.precision.backward(loss)
-            detached = loss.detach()
-            total = detached if total is None else total + detached
-        assert total is not None
-        return total
+            losses.append(loss.detach())
+        return losses[0] if n == 1 else n * torch.stack(losses).nanmean()  # NaN: of one without a target
 
     def _draw(self, turn: int) -> None:
         """Random numbers are a function of (seed, step, turn), as the data is: of the micro-batch for dropout, wherever
@@ -269,7 +270,7 @@ class Trainer:
             return
         unread = torch.stack([loss.float() for _, loss, _ in self._unread])
         parts = self.ranks.size // self.share.size  # that see the same samples
-        values = (self.ranks.sum(unread) / parts).tolist()
+        values = (self.ranks.sum(unread) / parts if parts > 1 else self.ranks.sum(unread)).tolist()
         steps, rates = [step for step, _, _ in self._unread], [rate for *_, rate in self._unread]
         self._unread.clear()
         self.losses |= dict(zip(steps, values, strict=True))

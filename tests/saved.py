@@ -60,4 +60,4 @@ def assert_same(left, right) -> None:
             assert bits(value) == bits(other), where
         else:
             assert type(value) is type(other), where
-            assert value == other or value != value, where
+            assert value == other or (value != value and other != other), where  # NaN is NaN and nothing else

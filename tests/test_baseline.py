@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import time
 
 import pytest
 
@@ -167,24 +166,25 @@ def test_the_notes_explain_what_could_be_misread():
     assert "no overflow?" not in dict(footnotes(summary_with(fp32, overflow=3)))
 
 
-def hold(path, ready, held_s):
+def hold(path, ready, asked, left):
     with baseline._lock(path, lambda: None):
         ready.set()
-        time.sleep(held_s)
+        assert asked.wait(60)
+        left.set()
 
 
 def test_the_lock_keeps_processes_apart_and_says_that_it_waits(tmp_path):
     context = multiprocessing.get_context("spawn")
-    ready, said = context.Event(), []
-    process = context.Process(target=hold, args=(tmp_path / "lock", ready, 0.5))
+    ready, asked, left = (context.Event() for _ in range(3))
+    process = context.Process(target=hold, args=(tmp_path / "lock", ready, asked, left))
     process.start()
     assert ready.wait(60)
-    begin = time.perf_counter()
-    with baseline._lock(tmp_path / "lock", lambda: said.append("waiting")):
-        waited_s = time.perf_counter() - begin
+    said = []
+    with baseline._lock(tmp_path / "lock", lambda: (said.append("waiting"), asked.set())):
+        assert left.is_set(), "both are inside"
     process.join()
+    assert process.exitcode == 0
     assert said == ["waiting"]
-    assert waited_s > 0.2
 
 
 def test_a_probe_that_fails_is_a_note_and_not_a_failed_run(tmp_path):

@@ -56,7 +56,8 @@ def test_the_same_sweep_again_repeats_nothing_and_a_larger_one_adds(monkeypatch,
     said = start(monkeypatch, tmp_path, "precision=fp32", "seed=0,1,2")
     after = runs_in(tmp_path / "s")
     assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {"precision=fp32,seed=2"} or set(after) - set(before) == {"seed=2"}
+    assert set(before) == {"seed=0", "seed=1"}
+    assert set(after) == {"seed=0", "seed=1", "seed=2"}
     assert "2 runs are there already" in said
 
 
@@ -65,7 +66,7 @@ def test_without_a_folder_the_sweep_has_one_of_its_own(monkeypatch, tmp_path):
         train(monkeypatch, tmp_path, "-m", "precision=fp32", f"seed={seeds}", "trainer.max_steps=1")
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert len(names) == 2
-    assert all(name.startswith("sweep-precision-seed-") or name.startswith("sweep-seed-") for name in names)
+    assert all(re.fullmatch("sweep-seed-[0-9a-f]+", name) for name in names), names
 
 
 def test_a_sweep_that_names_its_last_number_of_seeds_goes_on_in_one_folder(monkeypatch, tmp_path):
@@ -137,7 +138,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(tmp_path, number):
             time.sleep(0.02)
         process.send_signal(number)
         said = process.communicate()[0]
-    assert process.returncode in (-9, 130), said
+    assert process.returncode == (-9 if number is signal.SIGKILL else 130), said
     first = runs_in(tmp_path / "s")
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     assert "report:" in done.stdout
@@ -195,16 +196,13 @@ def test_a_slurm_sweep_composes_and_submits_an_array(tmp_path, monkeypatch):
         assert asked in text, done.stdout + done.stderr
 
 
-def test_a_search_minimizes_the_validation_loss(tmp_path):
+@pytest.mark.filterwarnings("ignore::Warning:optuna", "ignore::Warning:hydra_plugins")
+def test_a_search_minimizes_the_validation_loss(monkeypatch, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    words = command(
-        tmp_path, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1",
+    start(
+        monkeypatch, tmp_path, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1",
         "hydra.sweeper.sampler.seed=1", "optim.lr=interval(1e-4,1e-2)", "precision=fp32", "trainer.max_steps=3",
     )  # fmt: skip
-    done = subprocess.run(
-        words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "s"
     assert len(runs_in(folder)) == 3
     text = (folder / "optimization_results.yaml").read_text()
@@ -214,7 +212,7 @@ def test_a_search_minimizes_the_validation_loss(tmp_path):
 
 def worse(tmp_path, monkeypatch, *overrides):
     """The verdicts of a real sweep of a model that learns something in 100 steps."""
-    learning = ["model.n_embd=64", "model.block_size=64", "trainer.max_steps=100", "trainer.batch_size=8"]
+    learning = ["model.n_embd=64", "model.block_size=64", "trainer.max_steps=100"]
     start(monkeypatch, tmp_path, *learning, "trainer.eval_batches=16", "telemetry.every=50", *overrides)
     report = json.loads((tmp_path / "s" / "report.json").read_text())
     return {v["label"]: v["verdict"]["text"] for v in report["groups"][0]["variants"]}
@@ -222,12 +220,26 @@ def worse(tmp_path, monkeypatch, *overrides):
 
 def test_fp8_that_saturates_is_found_to_be_worse(monkeypatch, tmp_path):
     """A margin of -3: everything above an eighth of each tensor's amax is cut off."""
-    found = worse(tmp_path, monkeypatch, "precision=fp32,fp8", "precision.quantization.margin=-3", "seed=0,1,2,3")
+    found = worse(
+        tmp_path,
+        monkeypatch,
+        "precision=fp32,fp8",
+        "precision.quantization.margin=-3",
+        "seed=0,1,2,3",
+        "trainer.batch_size=4",
+    )
     assert found["fp8"].startswith("worse by ")
 
 
 def test_pure_bf16_weights_at_a_small_learning_rate_are_found_to_be_worse(monkeypatch, tmp_path):
-    given = ["precision=bf16", "optim=adamw,adamw-bf16", "optim.lr=2e-5", "baseline=none", "seed=0,1,2"]
+    given = [
+        "precision=bf16",
+        "optim=adamw,adamw-bf16",
+        "optim.lr=2e-5",
+        "baseline=none",
+        "seed=0,1,2",
+        "trainer.batch_size=8",
+    ]
     found = worse(tmp_path, monkeypatch, *given)
     assert found["bf16"] == "baseline"
     assert found["bf16 weights=bf16"].startswith("worse by ")

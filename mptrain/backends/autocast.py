@@ -57,10 +57,16 @@ class Backend:
 
     def convert(self, model: nn.Module, counters: Counters) -> ConversionReport:
         self._counters = counters
+        plain = Plain(self._device.type)
+        self._always_plain = self._policy.compute is Format.fp32 and self._device.type == "cpu"
+        self._forward = Region(counters, plain, quantized=True)  # made once: a step enters two
+        self._backward = Region(counters, plain, quantized=True, replaying=True)
         counters.allocate(self._device)
         return ConversionReport()
 
     def forward(self, *, policy_on: bool) -> AbstractContextManager[object]:
+        if policy_on and self._always_plain:
+            return self._forward
         return Region(self._counters, self.casts(policy_on), quantized=policy_on)
 
     def casts(self, policy_on: bool) -> AbstractContextManager[object]:
@@ -72,7 +78,7 @@ class Backend:
         return torch.autocast(self._device.type, dtype=compute.value.dtype)
 
     def backward(self) -> AbstractContextManager[object]:
-        return Region(self._counters, Plain(self._device.type), quantized=True, replaying=True)
+        return self._backward
 
     def replay(self) -> AbstractContextManager[object]:
         return Region(self._counters, self.casts(True), quantized=True, replaying=True)

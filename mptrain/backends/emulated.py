@@ -36,7 +36,7 @@ class Backend:
             fast = agree(torch.tensor(carrier_dtype(device.type) is torch.bfloat16, device=device))
             self._carrier = torch.bfloat16 if fast else torch.float32
         carried = str(self._carrier).removeprefix("torch.")
-        self.carrier = f"{carried} GEMMs on exact operands, {kernels.implementation(device)} quantizer"
+        self.carrier = f"{carried} GEMMs on exact operands, {kernels.described(device)}"
 
     @staticmethod
     def missing(policy: PrecisionPolicy, device: torch.device, *, auto: bool) -> str | None:

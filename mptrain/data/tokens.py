@@ -1,7 +1,8 @@
 """Token shards on disk, tokenized elsewhere: nanoGPT's and llm.c's formats are read, llm.c's is written.
 
 nanoGPT: 2-byte tokens and nothing else. llm.c: a header of 256 4-byte integers (magic, version, number of tokens), then
-tokens of 2 bytes (GPT-2) or 4 bytes (Llama 3). Both are little-endian. Sources: nanoGPT's data/*/prepare.py and llm.c's
+tokens of 2 bytes (GPT-2) or 4 bytes (Llama 3). Both are little-endian; numpy's .npy files are read too, and what is
+none of these is refused (:mod:`mptrain.data._token_files`). Sources: nanoGPT's data/*/prepare.py and llm.c's
 dev/data/data_common.py.
 """
 
@@ -22,29 +23,32 @@ import numpy as np
 import numpy.typing as npt
 
 from mptrain.data import TokenDataset
+from mptrain.data._token_files import DTYPES, KINDS, open_shard
 from mptrain.files import whole
 
 INPUT = "tokens"
-HEADER_BYTES = 256 * 4
-NARROW, WIDE = "<u2", "<u4"
-KINDS = {20240520: (1, NARROW), 20240801: (7, WIDE)}
-"""llm.c's magic numbers: version, token type. Read as tokens they begin with 55432 and 55713, past GPT-2's 50256."""
 SCAN_CHUNK = 1 << 22
 """Tokens checked at a time: 8 to 16 MB, whatever the size of the shard."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """``train``, ``validation``: a path or a pattern (``shards/train_*.bin``). ``vocab_size`` 0: largest token + 1."""
+    """``train``, ``validation``: a path or a pattern (``shards/train_*.bin``). ``vocab_size`` 0: largest token + 1.
+
+    ``dtype``: of files without a header, uint16 or uint32; auto: uint16, if they look like it.
+    """
 
     train: str
     validation: str
     vocab_size: int = 0
     block_size: int = 0
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.vocab_size < 0:
             raise ValueError(f"tokens: vocab_size={self.vocab_size}; try data.vocab_size=0, which looks at the tokens")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"tokens: data.dtype={self.dtype} is unknown; set data.dtype=auto, uint16 or uint32")
 
 
 class Shards:
@@ -74,7 +78,7 @@ class Shards:
 
 def build(config: Config) -> TokenDataset:
     """Open all shards and look at every token once: one pass over the files gives their range and the fingerprint."""
-    train, validation = open_split("train", config.train), open_split("validation", config.validation)
+    train, validation = (open_split(name, getattr(config, name), config.dtype) for name in ("train", "validation"))
     content = hashlib.sha256()
     largest = 0
     for split in (train, validation):
@@ -96,23 +100,38 @@ def scan(split: list[tuple[str, npt.NDArray[Any]]], vocab_size: int) -> tuple[by
     for path, tokens in split:
         for first in range(0, len(tokens), SCAN_CHUNK):
             chunk = tokens[first : first + SCAN_CHUNK]
-            content.update(chunk.data)
+            content.update(np.ascontiguousarray(chunk, chunk.dtype.newbyteorder("<")).data)
             top = int(chunk.max())
+            if chunk.dtype.kind == "i" and chunk.min() < 0:
+                raise ValueError(f"{path}: token {int(chunk.min())} is negative; write the tokens again, from 0 on")
             if 0 < vocab_size <= top:
-                where = first + int(chunk.argmax())
-                raise ValueError(
-                    f"{path}: token {top} at position {where} is outside vocab_size={vocab_size}; "
-                    f"set data.vocab_size={top + 1} or more"
-                )
+                raise ValueError(f"{path}: {_outside(chunk, first, vocab_size)}")
             largest = max(largest, top)
     return content.digest(), largest
 
 
-def open_split(split: str, pattern: str) -> list[tuple[str, npt.NDArray[Any]]]:
+def _outside(chunk: npt.NDArray[Any], first: int, vocab_size: int) -> str:
+    """Say what is wrong with tokens of which the largest is not in the vocabulary."""
+    top, where = int(chunk.max()), first + int(chunk.argmax())
+    if int(chunk.byteswap().max()) < vocab_size:
+        return (
+            f"token {top} at position {where} is outside vocab_size={vocab_size}, and with its bytes swapped every "
+            "token is inside: write the file again in the other byte order"
+        )
+    outside = float((chunk >= vocab_size).mean())
+    if outside > 0.05 and top >= 50257:
+        return (
+            f"{outside:.0%} of its tokens are outside vocab_size={vocab_size}: it is of a larger vocabulary "
+            "(data.vocab_size), of another width (data.dtype=uint16 or uint32), or not tokens"
+        )
+    return f"token {top} at position {where} is outside vocab_size={vocab_size}; set data.vocab_size={top + 1} or more"
+
+
+def open_split(split: str, pattern: str, dtype: str = "auto") -> list[tuple[str, npt.NDArray[Any]]]:
     """All shards that ``pattern`` names, sorted by name. ValueError when there is none, with near names if any."""
     paths = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
     if paths:
-        return [(path, open_shard(path)) for path in paths]
+        return [(path, open_shard(path, dtype)) for path in paths]
     folder, name = os.path.split(pattern)
     if not os.path.isdir(folder or "."):
         raise ValueError(f"data.{split}={pattern}: there is no folder {folder}")
@@ -120,28 +139,6 @@ def open_split(split: str, pattern: str) -> list[tuple[str, npt.NDArray[Any]]]:
     near = difflib.get_close_matches(name, present, n=3, cutoff=0.5) or [p for p in present if p.endswith(".bin")][:3]
     hint = f"; did you mean {', '.join(os.path.join(folder, found) for found in near)}?" if near else ""
     raise ValueError(f"data.{split}={pattern}: no such file{hint}")
-
-
-def open_shard(path: str) -> npt.NDArray[Any]:
-    """One shard, memory-mapped. ValueError when it was cut short or is no shard."""
-    size = os.path.getsize(path)
-    header = np.fromfile(path, "<i4", count=3)
-    if len(header) == 3 and int(header[0]) in KINDS:
-        version, width = KINDS[int(header[0])]
-        if header[1] != version:
-            raise ValueError(
-                f"{path}: header version {header[1]} is not {version}, the one known; write the shard anew"
-            )
-        count, expected = int(header[2]), HEADER_BYTES + int(header[2]) * np.dtype(width).itemsize
-        if size != expected:
-            raise ValueError(
-                f"{path}: the header promises {count} tokens, {expected} bytes, and the file has {size}: "
-                "it was cut short or is still being written; copy or write it again"
-            )
-        return np.memmap(path, width, "r", offset=HEADER_BYTES) if count else np.empty(0, width)
-    if size == 0 or size % 2:
-        raise ValueError(f"{path}: {size} bytes are not a whole number of 2-byte tokens; copy or write it again")
-    return np.memmap(path, NARROW, "r")
 
 
 def write_shard(path: str | Path, tokens: npt.ArrayLike) -> None:

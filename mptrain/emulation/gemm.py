@@ -17,21 +17,25 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 BIAS_COLUMNS = 3  # of a product whose bias goes through it, see _with_bias
-CARRIERS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FORCED = {"bf16": torch.bfloat16, "fp32": torch.float32}  # values of MPTRAIN_CARRIER
 
 
 @functools.cache
 def carrier_dtype(device_type: str) -> torch.dtype:
-    """BF16 where the machine multiplies it fast, else FP32 (equally exact). Measured once a process, about 20 ms.
+    """Choose BF16 where the machine multiplies it fast, else FP32 (equally exact). Measured once a process: 20 ms.
 
     Without AVX512-BF16 a BF16 GEMM is a disaster: 1024^3 capped to AVX2 took 2,128 ms against 12 ms in FP32.
-    ``MPTRAIN_CARRIER=bf16|fp32`` in the environment says which, for tests. ValueError for anything else.
+
+    The environment variable ``MPTRAIN_CARRIER`` (bf16 or fp32) decides instead, on every device: to test one CPU's
+    arithmetic on another. ValueError if it holds anything else.
     """
-    forced = os.environ.get("MPTRAIN_CARRIER", "")
-    if forced:
-        if forced not in CARRIERS:
-            raise ValueError(f"MPTRAIN_CARRIER={forced}: the carrier of emulated FP8 is bf16 or fp32")
-        return CARRIERS[forced]
+    forced = os.environ.get("MPTRAIN_CARRIER")
+    if forced is not None:
+        if forced not in FORCED:
+            raise ValueError(
+                f"MPTRAIN_CARRIER={forced} is not a carrier of FP8 values: set it to bf16 or fp32, or unset it"
+            )
+        return FORCED[forced]
     if device_type != "cpu":
         return torch.bfloat16
     return torch.bfloat16 if bf16_speedup() >= 1.0 else torch.float32

@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mptrain.formats import Format
 from mptrain.kernels import operators
-from mptrain.kernels.choice import IMPLEMENTATIONS, Kernels, implementation, kernels_on, module, use, why_not
+from mptrain.kernels.choice import IMPLEMENTATIONS, Kernels, described, implementation, kernels_on, module, use, why_not
 from mptrain.kernels.operators import direct, onlooker
 from mptrain.kernels.statistics import COUNTS, INPUTS, Statistics, check_input, check_scalar
 
 __all__ = [
     "CODES", "CODE_TYPES", "COUNTS", "FP8", "IMPLEMENTATIONS", "INPUTS", "OBSERVED", "Kernels", "Statistics", "amax",
-    "column_sums", "current_scale", "decode", "fake_quantize", "implementation", "observe", "onlooker", "operands",
-    "quantize", "use", "why_not",
+    "column_sums", "current_scale", "decode", "described", "fake_quantize", "implementation", "observe", "onlooker",
+    "operands", "quantize", "use", "why_not",
 ]  # fmt: skip
 
 FP8 = {Format.fp8_e4m3, Format.fp8_e5m2}

@@ -34,11 +34,19 @@ class Kernels(Protocol):
 
 _forced: str | None = None
 _chosen: dict[str, tuple[str, Kernels]] = {}
+_fallbacks: dict[str, str] = {}  # device type -> why its eager kernels are in use
 
 
 def implementation(device: torch.device) -> str:
     """Name of the implementation in use for tensors on ``device``: c, compiled, eager or triton."""
     return _choose(torch.device(device))[0]
+
+
+def described(device: torch.device) -> str:
+    """Name the implementation in use, and where it is not the one meant for ``device``, say why."""
+    name = implementation(device)
+    reason = _fallbacks.get(torch.device(device).type, "")
+    return f"{name} quantizer" + (f" (many times slower than compiled ones: {reason})" if reason else "")
 
 
 def why_not() -> dict[str, str]:
@@ -85,6 +93,7 @@ def _choose(device: torch.device) -> tuple[str, Kernels]:
     if reason and asked:
         raise ValueError(f"the {asked} kernels were asked for but cannot serve {device.type}: {reason}")
     name = "eager" if reason else name
+    _fallbacks[device.type] = reason
     _chosen[device.type] = name, cast(Kernels, module(name))
     return _chosen[device.type]
 

@@ -164,11 +164,20 @@ def sizes_to_time(batch: Batch) -> list[Batch]:
     return [one, batch] if len(answer_of(batch)) > 1 else [one]
 
 
-def latency(model: nn.Module, reference: nn.Module, batch: Batch, repeats: int) -> Latency:
-    """The two take turns, so that what else the machine does falls on both; the first turn warms up."""
+def latency(
+    model: nn.Module,
+    reference: nn.Module,
+    batch: Batch,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Latency:
+    """Time the two in turns, so that what else the machine does falls on both; the first turn warms up.
+
+    ``clock``: seconds.
+    """
     ours, theirs = [], []
     for turn in range(repeats + 1):
-        spent = [seconds_of(other, batch) for other in (reference, model)]
+        spent = [seconds_of(other, batch, clock) for other in (reference, model)]
         if turn:
             theirs.append(spent[0])
             ours.append(spent[1])
@@ -185,14 +194,14 @@ def latency(model: nn.Module, reference: nn.Module, batch: Batch, repeats: int) 
     )
 
 
-def seconds_of(model: nn.Module, batch: Batch) -> float:
-    """Of one forward, the answer waited for."""
+def seconds_of(model: nn.Module, batch: Batch, clock: Callable[[], float]) -> float:
+    """Time one forward, the answer waited for."""
     inputs = inputs_of(model, batch)
     _wait(model)
-    begin = time.perf_counter()
+    begin = clock()
     model(**inputs)
     _wait(model)
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def _wait(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from mptrain.distributed import local
 from mptrain.memory import live
 
 GIB = 2**30
+NOTHING = nullcontext()
 MEMORY_STEP = 1  # the second step: optimizer state exists, and warm-up is not over
 REBUILT_STEP = 2  # DDP makes its buckets anew in the second step's forward (torch 2.13, static_graph)
 WARMUP_STEPS = 3  # kernels chosen, optimizer state allocated, memory measured: none of it is the speed of training
@@ -69,8 +70,9 @@ class Throughput:
 
     def tokens_per_s(self, *, first: int = 0, last: int = 0) -> float:
         """Over the ``first`` steps, the ``last`` ones, or all (0). NaN before the first step."""
-        seconds = self.seconds[:first] if first else self.seconds
-        timed = (seconds[WARMUP_STEPS:] or seconds)[-last:]
+        end = min(first, len(self.seconds)) if first else len(self.seconds)
+        begin = WARMUP_STEPS if end > WARMUP_STEPS else 0
+        timed = self.seconds[max(begin, end - last) if last else begin : end]
         return self.tokens_per_step / statistics.median(timed) if timed else float("nan")
 
 
@@ -86,6 +88,7 @@ class PeakMemory:
         self._device = device
         self.others: Mapping[str, Iterable[Tensor]] = {}
         self._meter: live.LiveBytes | None = None
+        self.measuring = False  # is this step the one that is measured?
         self.peak_gib = float("nan")
         self.roles_gib: dict[str, float] = {}
 
@@ -109,16 +112,16 @@ class PeakMemory:
         """What the next step is to be run in: on a CPU :meth:`measured` for one, as soon as it can be."""
         first = REBUILT_STEP if self.others.get("communication") else MEMORY_STEP
         if steps_done < first or self._device.type != "cpu" or not math.isnan(self.peak_gib):
-            return nullcontext()
+            return NOTHING
         return self.measured(model, optimizer)
 
     @contextmanager
     def measured(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Around a step on a CPU: live bytes (:mod:`mptrain.memory.live`). Call :meth:`updating` within."""
         with live.watched({**live.resident(model, optimizer), **self.others}, model) as meter:
-            self._meter = meter
+            self._meter, self.measuring = meter, True
             yield
-        self._meter = None
+        self._meter, self.measuring = None, False
         roles = live.by_role(max(meter.peaks.values(), key=lambda peak: sum(peak.values())))
         self.roles_gib = {role: size / GIB for role, size in roles.items() if size}
         self.peak_gib = sum(self.roles_gib.values())

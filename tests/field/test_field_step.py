@@ -430,7 +430,7 @@ def test_many_backwards_without_a_step_keep_no_losses():
     precision = Precision("bf16").prepare(model)
     for _ in range(1100):
         precision.backward(model[0].bias.sum() * 0.0)
-    assert len(precision._losses._last) == 1024
+    assert len(precision._losses) == 1024
 
 
 def test_a_precision_has_one_model():

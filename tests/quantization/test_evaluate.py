@@ -129,30 +129,37 @@ def test_sqnr_by_hand():
     assert sqnr_db(torch.zeros(2), right) == -math.inf
 
 
-def test_latencies_at_one_sample_and_at_the_batch_tell_a_slow_model():
+class Paced(nn.Module):
+    """Takes the next of ``seconds`` on a clock of its own with every forward."""
+
+    def __init__(self, seconds, clock):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seconds, self.clock = iter(seconds), clock
+
+    def forward(self, tokens):
+        self.clock[0] += next(self.seconds)
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_latencies_are_medians_of_turns_after_a_warm_up(samples):
+    clock = [5.0]
+    reference = Paced([9.0, 0.010, 0.030, 0.020], clock)
+    model = Paced([7.0, 0.100, 0.060, 0.050], clock)
+    batch = next(token_batches(length=32, samples=samples))
+    row = evaluation.latency(model, reference, batch, 3, clock=lambda: clock[0])
+    assert row.batch == samples
+    assert [row.ms, row.reference_ms] == pytest.approx([60.0, 20.0])
+    assert row.units_per_s == pytest.approx(samples * 32 / 0.060)
+    assert [row.low, row.speed_ratio, row.high] == pytest.approx([0.1, 0.4, 0.5])
+
+
+def test_one_sample_and_the_batch_are_timed():
     reference = small_gpt()
-
-    class Slow(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, tokens):
-            for _ in range(5):
-                self.inner(tokens)
-            return self.inner(tokens)
-
     batches = [next(token_batches(length=32, samples=8))]
-    parts = evaluation.sizes_to_time(batches[0])
-    with torch.no_grad():
-        one, whole = (evaluation.latency(Slow(reference), reference, part, repeats=5) for part in parts)
-    assert (one.batch, whole.batch) == (1, 8)
-    for row in (one, whole):
-        assert row.low <= row.speed_ratio <= row.high
-        assert row.speed_ratio < 0.5  # six forwards for one
-        assert row.units_per_s == pytest.approx(row.batch * 32 / (row.ms / 1e3))
     found = evaluate(copy.deepcopy(reference), reference, batches, repeats=1)
-    assert len(found.latencies) == 2
+    assert [row.batch for row in found.latencies] == [1, 8]
+    assert all(row.ms > 0 and row.low == row.speed_ratio == row.high > 0 for row in found.latencies)
     assert found.layers[0].own_db == math.inf
     assert found.machine
 
