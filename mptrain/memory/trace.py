@@ -128,7 +128,9 @@ def _step(job: Job, ranks: Ranks, mesh: Any) -> Peaks:
             with _into_buckets(model, buckets) if buckets and micro == rounds - 1 else nullcontext():
                 with precision.forward():
                     loss = model(**batch)
-                loss.backward()  # not the precision's: its books are read on the host, and fake tensors hold no values
+                # Not the precision's: its books are read on the host, and fake tensors hold no values.
+                with precision.backend.backward():
+                    loss.backward()
         at_update()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
