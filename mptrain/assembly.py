@@ -134,7 +134,8 @@ def _prime(wrapped: nn.Module, prepared: Prepared, precision: Precision) -> None
     quiet, precision.counters.quiet = precision.counters.quiet, True
     with precision.backend.forward(policy_on=True):
         loss = wrapped(**to_device(prepared.data.train_at([0]), prepared.device))
-    loss.backward()
+    with precision.backend.backward():
+        loss.backward()
     wrapped.zero_grad()
     precision.unreduced.clear()
     precision.counters.quiet = quiet

@@ -11,6 +11,7 @@ The kernels act while autocast is on for the CPU, in FP16, and the thread emulat
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -108,12 +109,14 @@ def _to(dtype: torch.dtype) -> Policy:
 
 
 def _float_result(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    names = [argument.name for argument in op._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    if given.get("dtype") is None and _eligible(args[0]):
-        given["dtype"] = torch.float32
-    positional = [a.name for a in op._schema.arguments if not a.kwarg_only and a.name in given]
-    return op(*[given.pop(name) for name in positional], **given)
+    if len(args) <= _place_of_dtype(op) and kwargs.get("dtype") is None and _eligible(args[0]):
+        kwargs = kwargs | {"dtype": torch.float32}
+    return op(*args, **kwargs)
+
+
+@functools.cache
+def _place_of_dtype(op: Any) -> int:
+    return [argument.name for argument in op._schema.arguments].index("dtype")
 
 
 def _norm(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mptrain.emulation.products import INSIDE, is_attention, operands_of
 
-_PLAIN, _PRODUCT, _ATTENTION, _WRITES = range(4)
+_PLAIN, _PRODUCT, _ATTENTION, _WHOLE = range(4)
 _KINDS: dict[Any, int] = {}
 
 
@@ -30,24 +30,42 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if "Half" not in str(error) or not _all_half(args, kwargs):
                 raise
         return _widened(func, args, kwargs)
-    attends = kind == _ATTENTION  # its statistics are FP32
-    if not (args[0].dtype is torch.float16 if attends else _all_half(args, kwargs)):
-        return func(*args, **kwargs)  # FP32, or of two types, which torch refuses
-    if kind == _WRITES:
-        return _widened(func, args, kwargs)
-    out = func(*[_wide(x) for x in args], **{name: _wide(x) for name, x in kwargs.items()})
-    if isinstance(out, Tensor):
-        return _narrow(out)
-    if attends and not func.overloadpacket.__name__.endswith("_backward"):
-        return _narrow(out[0]), *out[1:]
-    return tuple(_narrow(x) for x in out)
+    if kind == _PRODUCT:
+        return _product(func, args, kwargs)
+    if kind == _WHOLE:
+        return _widened(func, args, kwargs) if _all_half(args, kwargs) else func(*args, **kwargs)
+    if args[0].dtype is not torch.float16:
+        return func(*args, **kwargs)
+    out = func(*map(_wide, args), **{name: _wide(x) for name, x in kwargs.items()})
+    if func.overloadpacket.__name__.endswith("_backward"):
+        return tuple(map(_narrow, out))
+    return _narrow(out[0]), *out[1:]  # the others are statistics, in FP32
+
+
+def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    wide = []
+    halves = 0
+    for x in args:
+        if isinstance(x, Tensor):
+            if x.dtype is torch.float16:
+                halves += 1
+                x = x.float()
+            elif x.is_floating_point():
+                return func(*args, **kwargs)  # FP32, or of two types, which torch refuses
+        wide.append(x)
+    out = func(*wide, **kwargs)
+    if not halves:
+        return out
+    return out.half() if isinstance(out, Tensor) else tuple(map(_narrow, out))
 
 
 def _kind_of(func: Any) -> int:
-    if not operands_of(func) and func.overloadpacket.__name__ not in INSIDE:
+    if func.overloadpacket.__name__ in INSIDE:
+        return _WHOLE
+    if not operands_of(func):
         return _PLAIN
     if func._schema.is_mutable:
-        return _WRITES
+        return _WHOLE
     return _ATTENTION if is_attention(func) else _PRODUCT
 
 

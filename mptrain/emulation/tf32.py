@@ -59,10 +59,10 @@ def _rounded(args: tuple[Any, ...], operands: tuple[int, ...]) -> list[Any]:
 
 
 def _one(x: Tensor) -> Tensor:
-    """The scale that changes nothing; made once for each device, and anew among a plan's fake tensors."""
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        return torch.ones((), dtype=torch.float32, device=x.device)
+    """The scale that changes nothing; made once for each device, and anew where a plan makes fake tensors."""
     one = _ONES.get(x.device)
-    if one is None:
-        one = _ONES[x.device] = torch.ones((), dtype=torch.float32, device=x.device)
+    if one is None or torch._C._len_torch_dispatch_stack():
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        if type(one) is Tensor:
+            _ONES[x.device] = one
     return one

@@ -44,7 +44,7 @@ def _holds_others(func: Any) -> bool:
     """Is it a composite, whose parts are to be seen? In inference mode those of autograd arrive here whole."""
     known = _HOLDS_OTHERS.get(func)
     if known is None:
-        if func.namespace == "prim":  # a fake tensor's device: no operator of the dispatcher
+        if func.namespace == "prim":  # they ask a fake tensor for its device, and compute nothing
             return False
         implicit = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
         known = implicit or (func.namespace == "aten" and func.overloadpacket.__name__ in products.COMPOSED)

@@ -128,8 +128,9 @@ def _step(job: Job, ranks: Ranks, mesh: Any) -> Peaks:
             with _into_buckets(model, buckets) if buckets and micro == rounds - 1 else nullcontext():
                 with precision.forward():
                     loss = model(**batch)
-                with precision.backend.backward():  # not the precision's own: it reads books on the host, and fake
-                    loss.backward()  # tensors hold no values
+                # Not the precision's: its books are read on the host, and fake tensors hold no values.
+                with precision.backend.backward():
+                    loss.backward()
         at_update()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
