@@ -44,10 +44,7 @@ def _holds_others(func: Any) -> bool:
     """Is it a composite, whose parts are to be seen? In inference mode those of autograd arrive here whole."""
     known = _HOLDS_OTHERS.get(func)
     if known is None:
-        known_to_dispatcher = (
-            func.namespace != "prim"
-        )  # prim.device and its like ask a fake tensor, and compute nothing
-        implicit = known_to_dispatcher and torch._C._dispatch_has_kernel_for_dispatch_key(
+        implicit = func.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(  # prim: not registered
             func.name(), "CompositeImplicitAutograd"
         )
         known = implicit or (func.namespace == "aten" and func.overloadpacket.__name__ in products.COMPOSED)
