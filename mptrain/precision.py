@@ -39,7 +39,7 @@ from mptrain.agreement import Agreement
 from mptrain.backends.base import Backend, resolve
 from mptrain.blame import MOST_LOSSES, Evidence, Losses, Names, all_bad, explanation, nothing
 from mptrain.convert import ConversionReport
-from mptrain.distributed import Ranks
+from mptrain.distributed import Ranks, may_join
 from mptrain.kernels.counters import Counters
 from mptrain.outcome import Blame, StepOutcome
 from mptrain.policy import PrecisionPolicy
@@ -122,7 +122,7 @@ class Precision:
         self.counters.decisive = len(self.counters.slots)
         self.counters.order = {name: place for place, (name, _) in enumerate(model.named_modules())}
         self.scaler = LossScaler(self.policy.loss_scale, self.device)
-        on_call = None if self._agreement.known else self._agreement.find
+        on_call = None if self._agreement.known or not may_join() else self._agreement.find
         Fence(self.counters, self.backend.casts, on_call).around(model)
         self._watch_for_other_backwards(model)
         return self

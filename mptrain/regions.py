@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from mptrain.kernels.counters import Counters
 
 Casts = AbstractContextManager[object]
 MAY_JOIN = dist.is_available()
+_MARK = "_mptrain_fence"  # where a prepared model has its fence
+_FENCES: WeakSet[Fence] = WeakSet()
 _OPEN: list[Counters] = []  # of the regions that are open, the innermost last; their counters tell precisions apart
 
 
@@ -102,8 +105,9 @@ def is_open(counters: Counters) -> bool:
 class Fence:
     """Keeps a prepared model to its own precision when it is called inside a region of another one.
 
-    ``casts(policy_on)`` gives the casts of its backend. A copy of the model shares its fence, and runs as the original
-    does; one that was pickled has none that acts.
+    ``casts(policy_on)`` gives the casts of its backend; ``on_call`` is told of each call in a process group. Hooks on
+    the model cost a step some 15 us, so they wait until there is a second fence in the process. A copy of the model
+    shares its fence, and runs as the original does; one that was pickled has none that acts.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class Fence:
         on_call: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self._counters, self._casts, self.on_call = counters, casts, on_call
+        self._models: WeakSet[nn.Module] = WeakSet()
         self._entered: list[Region | None] = []
 
     @property
@@ -120,13 +125,21 @@ class Fence:
         return self._counters is not None
 
     def around(self, model: nn.Module) -> None:
-        """Stand around the calls of ``model``: a hook before it, and from the first call that this acts on one behind
-        (a hook of either kind costs a step some 5 us)."""
-        model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+        """Stand around the calls of ``model``, and of the copies that will be made of it."""
+        model.__dict__[_MARK] = self
+        self._models.add(model)
+        _FENCES.add(self)
+        if self.on_call is not None:
+            self._hook()
+        if len(_FENCES) > 1:
+            for fence in _FENCES:
+                fence._hook()
 
-    def _leaves(self, module: nn.Module) -> bool:
-        """Does :meth:`_leave` follow the calls of ``module``?"""
-        return any(getattr(hook, "__self__", None) is self for hook in module._forward_hooks.values())
+    def _hook(self) -> None:
+        for model in self._models:
+            if not any(getattr(hook, "__self__", None) is self for hook in model._forward_pre_hooks.values()):
+                model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+                model.register_forward_hook(self._leave, always_call=True)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -134,11 +147,8 @@ class Fence:
         if self.on_call is not None and MAY_JOIN and dist.is_initialized():
             self.on_call(module)
         if self._counters is None or not _OPEN or _OPEN[-1] is self._counters:
-            if module._forward_hooks and self._leaves(module):
-                self._entered.append(None)
+            self._entered.append(None)
             return None
-        if not self._leaves(module):
-            module.register_forward_hook(self._leave, always_call=True)
         assert self._casts is not None
         counters = self._counters
         quantized = is_open(counters) and not counters.bypassed
@@ -153,7 +163,8 @@ class Fence:
             if region is not None:
                 region.__exit__(None, None, None)
 
-    def __deepcopy__(self, memo: Any) -> Fence:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fence:
+        self._models.update([memo[id(model)] for model in self._models if id(model) in memo])  # its copy is under way
         return self
 
     def __reduce__(self) -> tuple[type[Fence], tuple[()]]:
@@ -162,8 +173,8 @@ class Fence:
 
 def fenced(module: nn.Module) -> bool:
     """Is ``module`` a prepared model, or a copy of one?"""
-    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
-    return any(isinstance(owner, Fence) and owner.acts for owner in owners)
+    fence = module.__dict__.get(_MARK)
+    return isinstance(fence, Fence) and fence.acts
 
 
 def _widened(value: Any) -> Any:

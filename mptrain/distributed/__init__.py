@@ -29,6 +29,11 @@ def joined() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def may_join() -> bool:
+    """Is this process, or is it going to be, in a process group? torchrun announces one that is not there yet."""
+    return dist.is_available() and (dist.is_initialized() or world_size() > 1)
+
+
 class Ranks:
     """All ranks of a run; this class is the world of a single one. All ranks call its collectives, in one order."""
 
