@@ -19,7 +19,7 @@ from mptrain.emulation.rounding import Rounded
 from mptrain.formats import Format
 
 # torch's test suite forbids its process to set flags of backends, which a run of ours sets: take that back.
-vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
