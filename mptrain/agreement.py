@@ -29,13 +29,14 @@ class Agreement:
     def find(self, model: nn.Module) -> None:
         """Look whether the processes train ``model`` together, unless that is known."""
         if not self.known and joined():
+            ddp = nn.parallel.DistributedDataParallel
+            inside = getattr(ddp, "_active_ddp_module", None) is not None
+            if inside or any(isinstance(module, ddp) for module in model.modules()):
+                self.ranks, self.known = World(), True
             self._find(model.parameters())
 
     def _find(self, parameters: Iterable[nn.Parameter]) -> None:
-        if self.known or not joined():
-            return
-        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-        if ddp is not None or any(hasattr(p, "placements") for p in parameters):
+        if not self.known and joined() and any(hasattr(p, "placements") for p in parameters):
             self.ranks, self.known = World(), True
 
     def over(self, parameters: list[nn.Parameter]) -> bool:

@@ -238,6 +238,9 @@ def _announce(
         ("precision", f"{config.precision.name} by backend {backend.name}"),
         *(("", line) for line in config.precision.flow.splitlines()),
     ]
+    if config.optim.weights != "fp32" and config.trainer.accumulate > 1:
+        each = f"the {config.trainer.accumulate} micro-batches of a step"
+        rows.append(("", f"but gradients of BF16 weights add up in BF16 over {each}; in FP32 with optim=adamw"))
     if backend.emulated:
         rows.append(("", emulation_note(config.precision.name)))
     if backend.emulated and config.precision.quantized:

@@ -22,7 +22,8 @@ from mptrain.distributed import local
 
 
 def admit(optimizer: Optimizer) -> None:
-    """Check that ``optimizer`` can be stepped here. TypeError: it is none, or one that needs a closure."""
+    """Check that ``optimizer`` can be stepped here. TypeError: it is none, or one that needs a closure; ValueError: it
+    trains parameters in 16 bits."""
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(
             f"step takes optimizers, not {type(optimizer).__name__}: precision.step(optimizer, clip=1.0), "
@@ -34,6 +35,13 @@ def admit(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} evaluates the model several times in a step, through a closure, and "
             "precision.step has one gradient: use an optimizer that takes one (AdamW, SGD, Muon, ...), or call "
             "this one's own step on a model that is not prepared"
+        )
+    stored = getattr(optimizer, "weights", "fp32")  # of our own, BF16 weights may be meant
+    narrow = [p for p in parameters_of(optimizer) if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if narrow and stored == "fp32":
+        raise ValueError(
+            f"a trained parameter of shape {list(narrow[0].shape)} is {narrow[0].dtype} now: parameters are the FP32 "
+            "master weights, so call .float() on what was added or converted after prepare"
         )
 
 

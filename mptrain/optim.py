@@ -36,7 +36,8 @@ class OptimConfig:
     """AdamW with warm-up and cosine decay. ``warmup_frac`` is of max_steps; the rate ends at ``min_lr_frac`` of lr.
 
     ``weights``: how they are stored: fp32 (masters), bf16 (updates below half a last place are lost), bf16_stochastic
-    (rounded at random, right on average) or bf16_remainder (BF16 and the 16 bits below it: nothing is lost).
+    (rounded at random, right on average) or bf16_remainder (BF16 and the 16 bits below it: nothing is lost). Gradients
+    of BF16 weights are BF16, and add up so over micro-batches: 1.5 % off at 256 of them.
     ``moments``: fp32 or int8 (blocks of 256). ``ema_decay``: of a running average of the weights, 0 for none.
     """
 

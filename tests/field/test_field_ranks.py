@@ -34,8 +34,12 @@ def batch(seed, bad=False):
 def steps(rank, name, how):
     """Four steps; in the third rank 1 alone has an Inf in its input. Records, weights, and the norm by torch itself."""
     model = mlp()
+    if how == "ddp first":  # the other way round: what is prepared is the DDP
+        model = DistributedDataParallel(model)
     precision = Precision(name).prepare(model)
-    if how == "ddp":
+    if how == "ddp first":
+        wrapped = model
+    elif how == "ddp":
         wrapped = DistributedDataParallel(model)
     else:
         wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -56,7 +60,7 @@ def steps(rank, name, how):
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", "ddp first", "fsdp"])
 @pytest.mark.parametrize("name", NAMES)
 def test_norm_and_skip_are_the_same_on_all_ranks(name, how):
     (first, norms, weights), (second, _, others) = ranks.run(2, steps, name, how)

@@ -5,39 +5,18 @@ The oracle is the same loop in plain torch, FP32, without mptrain.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from field_loops import NAMES, SCALED, batch, loss_of, mlp, two, width
 from torch import nn
 from torch.optim import SGD
 
-from mptrain import LossScale, Precision, PrecisionPolicy
-from mptrain.policy import LossScaleKind
+from mptrain import Precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-NAMES = ("fp32", "tf32", "bf16", "fp16", "fp8", "fp8-delayed", "fp8-rowwise", "fp8-block")
-SCALED = PrecisionPolicy(loss_scale=LossScale(kind=LossScaleKind.dynamic, init=2.0**12, interval=1, hysteresis=1))
-
-
-def width(name: str) -> int:
-    return 128 if name == "fp8-block" else 32
-
-
-def mlp(n: int = 32, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n))
-
-
-def batch(n: int = 32, seed: int = 1) -> torch.Tensor:
-    return torch.randn(16, n, generator=torch.Generator().manual_seed(seed))
-
-
-def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return model(x).float().square().mean()
 
 
 def moved(parameters, start):
@@ -119,15 +98,6 @@ def test_an_adapter_attached_after_prepare_moves_as_in_fp32(name):
 
 
 # ---- several optimizers ------------------------------------------------------------------------------------------
-
-
-def two(policy, *, fused=False):
-    """A model whose halves have an optimizer each, and the plain one that says what is right."""
-    model, plain = mlp(), mlp()
-    precision = Precision(policy).prepare(model)
-    ours = [SGD(model[i].parameters(), lr=0.1, fused=fused) for i in (0, 2)]
-    theirs = [SGD(plain[i].parameters(), lr=0.1) for i in (0, 2)]
-    return model, plain, precision, ours, theirs
 
 
 def assert_same(model, plain, rtol=1e-5):
@@ -342,99 +312,19 @@ def test_parameters_without_a_gradient_stay():
     assert torch.equal(spare.detach(), torch.ones(3))
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("clip", [None, -1.0, math.nan, "1", [1.0]])
-def test_a_clip_that_is_no_norm_is_refused(clip):
-    model, _, precision, ours, _ = two("fp16")
-    precision.backward(loss_of(model, batch()))
-    if clip == "1":
-        assert precision.step(ours[0], clip=clip).applied
-        return
-    with pytest.raises(ValueError, match=r"clip is .*: give the largest gradient norm"):
-        precision.step(ours[0], clip=clip)
-
-
-def test_lbfgs_a_number_and_nothing_are_refused_in_a_sentence():
-    model, _, precision, ours, _ = two("fp16")
-    precision.backward(loss_of(model, batch()))
-    with pytest.raises(TypeError, match=r"LBFGS evaluates the model several times .* use an optimizer"):
-        precision.step(torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(TypeError, match=r"not float: precision.step\(optimizer, clip=1.0\)"):
-        precision.step(ours[0], 1.0)
-    with pytest.raises(TypeError, match="step takes an optimizer"):
-        precision.step()
-    with pytest.raises(ValueError, match="in two of these optimizers"):
-        precision.step(ours[0], SGD(model.parameters(), lr=1.0))
-
-
-def test_verbs_before_prepare_say_so():
-    precision, model = Precision("fp16"), mlp()
-    loss = loss_of(model, batch())
-    verbs = {
-        "forward": precision.forward,
-        "backward": lambda: precision.backward(loss),
-        "step": lambda: precision.step(SGD(model.parameters(), lr=0.1)),
-        "evaluating": lambda: precision.evaluating().__enter__(),
-        "recompute": lambda: precision.recompute(model, batch().requires_grad_()),
-        "state_dict": precision.state_dict,
-        "load_state_dict": lambda: precision.load_state_dict({}),
-    }
-    for verb in verbs.values():
-        with pytest.raises(RuntimeError, match=r"call precision\.prepare\(model\) first"):
-            verb()
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_a_backward_that_is_not_ours_is_noticed(name):
-    """Alone, and added to one of ours: FP16's would be divided by 65,536 and called applied."""
-    needs_ours = name not in ("fp32", "bf16")
-    for alone in (True, False):
-        model = mlp(width(name))
-        precision = Precision(name).prepare(model)
-        optimizer = SGD(model.parameters(), lr=0.1)
-        for ours in (False,) if alone else (True, False):
-            with precision.forward():
-                loss = loss_of(model, batch(width(name)))
-            precision.backward(loss) if ours else loss.backward()
-        if not needs_ours:
-            assert precision.step(optimizer).applied
-            continue
-        with pytest.raises(ValueError, match=rf"precision={name} needs precision\.backward\(loss\)"):
-            precision.step(optimizer)
-        optimizer.zero_grad()
+def test_muon_beside_adamw(name):
+    model = mlp(width(name))
+    precision = Precision(name).prepare(model)
+    matrices, vectors = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
+    optimizers = torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(vectors, lr=1e-3, fused=True)
+    losses = []
+    for _ in range(6):
         with precision.forward():
             loss = loss_of(model, batch(width(name)))
         precision.backward(loss)
-        assert precision.step(optimizer).applied, "and goes on when it is done right"
-
-
-def test_a_batch_thrown_away_leaves_nothing_behind():
-    """Its gradients were zeroed before any step: its Inf must not skip the next one."""
-    model = mlp()
-    precision = Precision("fp8").prepare(model)
-    optimizer = SGD(model.parameters(), lr=0.1)
-    x = batch()
-    x[0, 0] = math.inf
-    for data in (x, batch()):
-        optimizer.zero_grad()
-        with precision.forward():
-            loss = model(data).float().nan_to_num(posinf=1.0, neginf=1.0).square().mean()
-        precision.backward(loss)
-    assert precision.step(optimizer).applied
-
-
-def test_many_backwards_without_a_step_keep_no_losses():
-    model = mlp()
-    precision = Precision("bf16").prepare(model)
-    for _ in range(1100):
-        precision.backward(model[0].bias.sum() * 0.0)
-    assert len(precision._losses) == 1024
-
-
-def test_a_precision_has_one_model():
-    precision, model = Precision("bf16").prepare(mlp()), mlp()
-    with pytest.raises(ValueError, match="bound to a model already"):
-        precision.prepare(model)
-    assert copy.deepcopy(precision) is precision
+        assert precision.step(*optimizers, clip=1.0).applied
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
