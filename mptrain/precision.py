@@ -43,9 +43,9 @@ from mptrain.distributed import Ranks, may_join
 from mptrain.kernels.counters import Counters
 from mptrain.outcome import Blame, StepOutcome
 from mptrain.policy import PrecisionPolicy
-from mptrain.regions import Fence, fenced
+from mptrain.regions import Fence, fence_of
 from mptrain.scaling import LossScaler
-from mptrain.verified import Unseen, reported, require_masters
+from mptrain.verified import Unseen, is_converted, reported, require_masters
 
 State = dict[str, dict[str, Tensor]]
 
@@ -107,11 +107,12 @@ class Precision:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("the model has no parameter that requires a gradient")
         for name, module in model.named_modules():
-            if fenced(module):
+            fence = fence_of(module)
+            if fence is not None and (is_converted(module) or not fence.leave(module)):
                 what = f"{name} is" if name else "the model is"
                 raise ValueError(
-                    f"{what} prepared already (or the copy of a prepared model), and its layers may be swapped: build "
-                    "it anew for this policy, or copy it before it is prepared"
+                    f"{what} prepared already, or a copy whose layers are converted: build it anew for this policy, or "
+                    "copy it before it is prepared"
                 )
         require_masters(model, self.policy)
         self.device = device or next(p.device for p in model.parameters() if p.requires_grad)

@@ -7,6 +7,7 @@ of them a prepared model runs in FP32; what is entered is left again, whatever w
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
@@ -118,6 +119,7 @@ class Fence:
     ) -> None:
         self._counters, self._casts, self.on_call = counters, casts, on_call
         self._models: WeakSet[nn.Module] = WeakSet()
+        self._original: Callable[[], nn.Module | None] = lambda: None
         self._entered: list[Region | None] = []
 
     @property
@@ -127,6 +129,7 @@ class Fence:
     def around(self, model: nn.Module) -> None:
         """Stand around the calls of ``model``, and of the copies that will be made of it."""
         model.__dict__[_MARK] = self
+        self._original = weakref.ref(model)
         self._models.add(model)
         _FENCES.add(self)
         if self.on_call is not None:
@@ -134,6 +137,17 @@ class Fence:
         if len(_FENCES) > 1:
             for fence in _FENCES:
                 fence._hook()
+
+    def leave(self, copy: nn.Module) -> bool:
+        """Let a copy go, for another precision to prepare it. False for the model itself, which stays."""
+        if self._original() is copy:
+            return False
+        for hooks in (copy._forward_pre_hooks, copy._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
+        del copy.__dict__[_MARK]
+        self._models.discard(copy)
+        return True
 
     def _hook(self) -> None:
         for model in self._models:
@@ -171,10 +185,10 @@ class Fence:
         return Fence, ()
 
 
-def fenced(module: nn.Module) -> bool:
-    """Is ``module`` a prepared model, or a copy of one?"""
+def fence_of(module: nn.Module) -> Fence | None:
+    """The fence of a prepared model, or of a copy of one; None for any other module."""
     fence = module.__dict__.get(_MARK)
-    return isinstance(fence, Fence) and fence.acts
+    return fence if isinstance(fence, Fence) and fence.acts else None
 
 
 def _widened(value: Any) -> Any:

@@ -70,6 +70,12 @@ class Unseen:
         )
 
 
+def is_converted(model: nn.Module) -> bool:
+    """Does ``model`` hold a layer that quantizes?"""
+    books = (getattr(layer, "booking", None) or getattr(layer, "quantizers", None) for layer in model.modules())
+    return any(hasattr(one, "bypassed") for one in books)
+
+
 def _ran(layer: nn.Module) -> bool:
     books = getattr(layer, "booking", None) or layer.quantizers
     return bool(books.ran)  # type: ignore[union-attr]

@@ -98,7 +98,8 @@ def test_foreign_and_torn_checkpoints_are_refused_before_anything_is_made(monkey
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     wide = train(monkeypatch, tmp_path, f"resume={whole}", "model.n_embd=64", f"run_dir={tmp_path / 'b'}", code=2)
     assert "another model" in wide
-    assert "is damaged" in train(monkeypatch, tmp_path, f"resume={torn}", f"run_dir={tmp_path / 'b'}", code=2)
+    going_on = f"run_dir={tmp_path / 'b'}", "trainer.max_steps=12"
+    assert "is damaged" in train(monkeypatch, tmp_path, f"resume={torn}", *going_on, code=2)
     assert "not a checkpoint" in train(monkeypatch, tmp_path, f"resume={foreign}", f"run_dir={tmp_path / 'b'}", code=2)
     assert "already holds a run" in train(monkeypatch, tmp_path, f"run_dir={tmp_path / 'a'}", code=2)
     assert not (tmp_path / "b").exists()

@@ -100,13 +100,25 @@ def test_a_copy_at_work_leaves_the_original_training_alone(name):
 
 @pytest.mark.parametrize("second", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_copy_is_not_prepared_again(name, second):
-    _, model = prepared(name)
-    for again in (model, copy.deepcopy(model)):
-        with pytest.raises(ValueError, match=r"the model is prepared already .* build it anew"):
-            Precision(second).prepare(again)
-    with pytest.raises(ValueError, match=r"0 is prepared already"):
-        Precision(second).prepare(nn.Sequential(copy.deepcopy(model), nn.Linear(width(name), 16)))
+def test_a_copy_is_prepared_again_only_where_nothing_was_converted(name, second):
+    precision, model = prepared(name)
+    with pytest.raises(ValueError, match=r"the model is prepared already, .* build it anew"):
+        Precision(second).prepare(model)
+    twin, inner = copy.deepcopy(model), nn.Sequential(copy.deepcopy(model), nn.Linear(width(name), 16))
+    if name in QUANTIZED:
+        with pytest.raises(ValueError, match=r"the model is prepared already, or a copy whose layers are converted"):
+            Precision(second).prepare(twin)
+        with pytest.raises(ValueError, match=r"0 is prepared already"):
+            Precision(second).prepare(inner)
+        return
+    fresh, x = mlp(name), batch(name)
+    right = Precision(second).prepare(fresh)
+    own = Precision(second).prepare(twin)
+    Precision(second).prepare(inner)
+    assert torch.equal(evaluated(own, twin, x), evaluated(right, fresh, x))
+    exact = mlp(name)(x)
+    with precision.evaluating():
+        assert torch.equal(twin(x), exact), "no longer the original's: FP32 inside its context"
 
 
 @pytest.mark.parametrize("name", NAMES)
