@@ -1,4 +1,4 @@
-"""What all ranks of a step decide alike, found_inf and the gradient norm, in one sum; and which ranks these are."""
+"""Decide found_inf and the gradient norm alike on all ranks of a step, in one sum, and find out who they are."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Agreement:
         lost: Tensor | None,
         stop: bool,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor], Tensor | None]:
-        """:func:`together` of all optimizers, found_inf of each (0-dim), and how many ranks were asked to stop.
+        """Return :func:`together` of all optimizers, found_inf of each (0-dim), and how many ranks were asked to stop.
 
         ``norms``: FP32 [parameters], ``sizes``: of which belong to each optimizer; ``own``: were this rank's operands
         not finite? ``lost``: has this rank no finite loss (None: it has one)? Only if no rank has one is the step bad.
@@ -105,7 +105,7 @@ class Agreement:
 
 
 def together(totals: list[Tensor], found: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all optimizers: the norm, that of those without Inf or NaN (which clipping goes by), and found_inf."""
+    """Join all optimizers: their norm, that of those without Inf or NaN (which clipping goes by), and found_inf."""
     if len(totals) == 1:
         return totals[0], totals[0], found[0]
     norms, bad = torch.stack(totals), torch.stack(found)

@@ -60,7 +60,10 @@ Losses = deque[tuple[int, Tensor]]  # (micro-batch from 0, its loss) of a step, 
 
 
 def all_bad(losses: Losses) -> Tensor | None:
-    """Is every loss Inf or NaN? Bool 0-dim; None: no. A batch without a target has a NaN loss and gradients of zero."""
+    """Tell whether every loss is Inf or NaN: bool 0-dim, or None for no.
+
+    A batch without a target has a NaN loss and gradients of zero.
+    """
     if not losses:
         return None
     last = losses[-1][1]
@@ -81,8 +84,11 @@ def first_bad(losses: Losses) -> tuple[int, str] | None:
 
 @dataclass
 class Evidence:
-    """What one step saw. ``norms``: FP32 [parameters], of what this rank holds of their gradients; ``fault``: int32
-    [rows] of :class:`Counters`; ``unreduced``: norms of this rank's part, noted before ranks were summed."""
+    """Keep what one step saw.
+
+    ``norms``: FP32 [parameters], of what this rank holds of their gradients; ``fault``: int32 [rows] of
+    :class:`Counters`; ``unreduced``: norms of this rank's part, noted before ranks were summed.
+    """
 
     parameters: list[nn.Parameter]
     norms: Tensor
@@ -98,12 +104,12 @@ class Evidence:
 
 
 def nothing() -> Blame:
-    """What a step that was applied is explained with."""
+    """Explain a step that was applied."""
     return Blame("")
 
 
 def explanation(evidence: Evidence, names: Names, counters: Counters, ranks: Ranks) -> Callable[[], Blame]:
-    """What a skip is explained with when its outcome is read. On several ranks a collective: the earliest of all."""
+    """Prepare what explains a skip when its outcome is read. On several ranks a collective: the earliest of all."""
 
     def explain() -> Blame:
         own = _of_rank(evidence, names, counters, ranks.rank)

@@ -52,7 +52,7 @@ def _needs_closure(kind: Any) -> bool:
 
 
 def valid_clip(clip: Any) -> float:
-    """The largest gradient norm, 0 for no clipping. ValueError for what is no such number."""
+    """Return ``clip`` as a float: a gradient norm, 0 for no clipping. ValueError for what is no such number."""
     try:
         norm = float(clip)
     except (TypeError, ValueError):
@@ -63,7 +63,7 @@ def valid_clip(clip: Any) -> float:
 
 
 def parameters_of(optimizer: Any) -> list[nn.Parameter]:
-    """The parameters of the optimizer's groups; of a sharded one, the sharded parameters."""
+    """List the parameters of the optimizer's groups; of a sharded one, the sharded parameters."""
     shards = getattr(optimizer, "shards", None)
     return list(shards) if shards is not None else [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -79,14 +79,14 @@ def with_gradient(optimizers: Iterable[Any]) -> list[list[nn.Parameter]]:
 
 
 def held(parameters: Sequence[nn.Parameter], *, sharded: bool) -> list[Tensor]:
-    """What this rank holds of each gradient."""
+    """List what this rank holds of each gradient."""
     if sharded:
         return [local(p.grad) for p in parameters if p.grad is not None]
     return [p.grad for p in parameters if p.grad is not None]
 
 
 def measured(parameters: Sequence[nn.Parameter], *, sharded: bool) -> tuple[list[Tensor], Tensor]:
-    """The elements of each gradient that this rank holds, to be read, and its 2-norm: FP32 [parameters]."""
+    """Return what this rank holds of each gradient, to be read, and its 2-norm: FP32 [parameters]."""
     gradients = held(parameters, sharded=True) if sharded else [p.grad for p in parameters if p.grad is not None]
     try:
         return gradients, torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
@@ -120,7 +120,7 @@ def _real(gradient: Tensor) -> Tensor:
 
 
 class Carried:
-    """By how much each gradient is still too large: the loss scale of the last backward, 1 once it was divided."""
+    """Know by how much each gradient is still too large: the loss scale of the last backward, 1 once it was divided."""
 
     def __init__(self) -> None:
         self.scale: Tensor | None = None  # of the backward that made the gradients
@@ -128,7 +128,7 @@ class Carried:
         self._noted: list[tuple[Sequence[nn.Parameter], Tensor | None]] = []
 
     def knows(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Was one of them divided since the last backward?"""
+        """Tell whether one of them was divided since the last backward."""
         if not self._noted:
             return False
         divided = self._divided()
@@ -150,7 +150,7 @@ class Carried:
         self._noted.append((parameters, None))
 
     def note(self, parameters: Sequence[nn.Parameter], found_inf: Tensor, skips: bool | None) -> None:
-        """An optimizer stepped on them (``skips``: or did not), and they are divided. None: the device alone knows."""
+        """Note that an optimizer stepped on them (``skips``: or did not), and they are divided. None: the device alone knows."""
         if skips:
             return
         left = None
@@ -159,7 +159,7 @@ class Carried:
         self._noted.append((parameters, left))
 
     def begin(self, scale: Tensor, parameters: Callable[[], Iterable[nn.Parameter]], *, sharded: bool) -> None:
-        """Before a backward with this ``scale``: bring what is left of earlier ones to it."""
+        """Prepare a backward with this ``scale``: bring what is left of earlier ones to it."""
         changed = self.scale is not None and self.scale is not scale
         stayed = [p for stepped, _ in self._noted for p in stepped if p.grad is not None]
         if changed or stayed:

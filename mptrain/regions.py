@@ -99,12 +99,12 @@ class Region(ContextDecorator):
 
 
 def is_open(counters: Counters) -> bool:
-    """Is a region of these counters open?"""
+    """Tell whether a region of these counters is open."""
     return any(one is counters for one in _OPEN)
 
 
 class Fence:
-    """Keeps a prepared model to its own precision when it is called inside a region of another one.
+    """Keep a prepared model to its own precision when it is called inside a region of another one.
 
     ``casts(policy_on)`` gives the casts of its backend; ``on_call`` is told of each call in a process group. Hooks on
     the model cost a step some 15 us, so they wait until there is a second fence in the process. A copy of the model
@@ -186,7 +186,7 @@ class Fence:
 
 
 def fence_of(module: nn.Module) -> Fence | None:
-    """The fence of a prepared model, or of a copy of one; None for any other module."""
+    """Find the fence of a prepared model, or of a copy of one; None for any other module."""
     fence = module.__dict__.get(_MARK)
     return fence if isinstance(fence, Fence) and fence.acts else None
 

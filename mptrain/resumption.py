@@ -41,7 +41,7 @@ CODE = ("mptrain", "commit")
 
 @dataclass(frozen=True)
 class Resumed:
-    """An attempt after the first. ``changes``: setting or property -> [before, now]; ``mixed``: of them those that
+    """Describe an attempt after the first. ``changes``: setting or property -> [before, now]; ``mixed``: of them those that
     change numerics, ``elsewhere``: those after which speeds are no longer of one machine."""
 
     step: int
@@ -51,7 +51,7 @@ class Resumed:
     elsewhere: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """What to tell the user."""
+        """List what to tell the user."""
         told = [f"going on at step {self.step}: {name} was {a}, is {b}" for name, (a, b) in self.changes.items()]
         if self.mixed:
             told.append(f"a mixed run from here on ({', '.join(self.mixed)}): compare shows it and counts it nowhere")
@@ -61,7 +61,7 @@ class Resumed:
 
 
 def settings(composed: DictConfig, typed: list[str]) -> RunConfig:
-    """The settings of a command: what Hydra composed, on the base of the run that it goes on with, if it does.
+    """Settle the settings of a command: what Hydra composed, on the base of the run that it goes on with, if it does.
 
     ``typed``: the overrides of the command line. ValueError if the run's settings cannot be read, or do not fit.
     """
@@ -116,7 +116,7 @@ def _put(values: dict[str, Any], path: str, value: Any, *, deleted: bool) -> Non
 
 @dataclass(frozen=True)
 class Earlier:
-    """What the folder of a checkpoint says of the run so far; empty where it is in none."""
+    """Read what the folder of a checkpoint says of the run so far; empty where it is in none."""
 
     checkpoint: Path
     step: int
@@ -131,7 +131,7 @@ class Earlier:
         return Earlier(checkpoint, step, object_in(folder / "config.json"), object_in(folder / FILE), history)
 
     def require_meant(self, config: RunConfig, corpus: str) -> None:
-        """ValueError for another seed or other data, unless ``resume_anyway`` says that it is meant."""
+        """Raise ValueError for another seed or other data, unless ``resume_anyway`` says that it is meant."""
         if config.resume_anyway or not self.config:
             return
         before, now = self.config.get("seed"), config.seed
@@ -147,7 +147,7 @@ class Earlier:
             )
 
     def finished(self, max_steps: int) -> str:
-        """What to say of a run that has come to its end; empty while something is left to do."""
+        """Say it of a run that has come to its end; empty while something is left to do."""
         folder = self.checkpoint.resolve().parent.parent
         done = object_in(folder / "summary.json").get("steps")
         if not isinstance(done, int) or done < max_steps or self.step < max_steps:
@@ -156,7 +156,7 @@ class Earlier:
         return f"{told}: trainer.max_steps={2 * done} goes on"
 
     def resumed(self, config: RunConfig, about: dict[str, Any]) -> Resumed:
-        """What is different now. ``about``: ``run.json`` as it would be written of this attempt."""
+        """Compare with what is now. ``about``: ``run.json`` as it would be written of this attempt."""
         if not self.config:
             return Resumed(self.step, str(self.checkpoint))
         changes = _differences(self.config, to_plain(config))
@@ -197,7 +197,7 @@ def remember(folder: Path, earlier: Earlier, resumed: Resumed) -> None:
 
 
 def command(folder: Path) -> str:
-    """The whole command that goes on with the run in ``folder``, for a shell."""
+    """Write the whole command that goes on with the run in ``folder``, for a shell."""
     each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     script = sys.argv[0] if sys.argv[0].endswith(".py") else "train.py"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -18,7 +18,7 @@ from mptrain.policy import PrecisionPolicy
 
 
 def require_masters(model: nn.Module, policy: PrecisionPolicy) -> None:
-    """ValueError for trained parameters that are no FP32 masters, and frozen ones that the policy would not widen."""
+    """Raise ValueError for trained parameters that are no FP32 masters, and frozen ones that the policy would not widen."""
     wide = policy.compute in (Format.fp32, Format.tf32) and not policy.quantized
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -37,7 +37,7 @@ def require_masters(model: nn.Module, policy: PrecisionPolicy) -> None:
 
 
 def reported(model: nn.Module, report: ConversionReport, *, quantized: bool) -> ConversionReport:
-    """The report of a conversion, with all other modules that hold a matrix; of a policy that converts, that is."""
+    """Complete the report of a conversion with all other modules that hold a matrix; of a policy that converts, that is."""
     if not quantized:
         return report
     converted = frozenset(report.converted)
@@ -46,13 +46,13 @@ def reported(model: nn.Module, report: ConversionReport, *, quantized: bool) -> 
 
 
 class Unseen:
-    """The converted layers that have not multiplied yet: ``layers``, by name."""
+    """Know the converted layers that have not multiplied yet: ``layers``, by name."""
 
     def __init__(self, model: nn.Module, report: ConversionReport) -> None:
         self.layers = {name: model.get_submodule(name) for name in report.converted}
 
     def check(self, policy: PrecisionPolicy) -> None:
-        """Before an optimizer step: warn, once, of layers whose weight has a gradient and that never ran quantized.
+        """Warn, once and before an optimizer step, of layers whose weight has a gradient and that never ran quantized.
 
         A layer without a gradient may yet run (an expert that no token reached).
         """
@@ -71,7 +71,7 @@ class Unseen:
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Does ``model`` hold a layer that quantizes?"""
+    """Tell whether ``model`` holds a layer that quantizes."""
     books = (getattr(layer, "booking", None) or getattr(layer, "quantizers", None) for layer in model.modules())
     return any(hasattr(one, "bypassed") for one in books)
 

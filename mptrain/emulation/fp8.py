@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from abc import ABC, abstractmethod
 from typing import Any, Self
 
 import torch
@@ -26,7 +27,7 @@ from mptrain.kernels.counters import Counters
 from mptrain.policy import Quantization
 
 
-class Operands:
+class Operands(ABC):
     """The operands of one layer: how they are cast, into what dtype (``carrier``), and the rows of their books."""
 
     copied = False
@@ -46,9 +47,9 @@ class Operands:
         made.copied = True
         return made
 
+    @abstractmethod
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]: [..., N], in the dtype of ``x``."""
-        raise NotImplementedError
+        """Multiply ``x`` [..., K] by ``weight`` [N, K] transposed and add ``bias`` [N]: [..., N], in x's dtype."""
 
     def _booked(self, role: str) -> bool:
         """In a recomputed forward the operands were booked before; grad_output is seen once and only in backward."""
