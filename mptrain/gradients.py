@@ -150,7 +150,7 @@ class Carried:
         self._noted.append((parameters, None))
 
     def note(self, parameters: Sequence[nn.Parameter], found_inf: Tensor, skips: bool | None) -> None:
-        """Note that an optimizer stepped on them (``skips``: or did not), and they are divided. None: the device alone knows."""
+        """Note that an optimizer divided and stepped on them, or ``skips`` (None: the device alone knows)."""
         if skips:
             return
         left = None

@@ -41,8 +41,11 @@ CODE = ("mptrain", "commit")
 
 @dataclass(frozen=True)
 class Resumed:
-    """Describe an attempt after the first. ``changes``: setting or property -> [before, now]; ``mixed``: of them those that
-    change numerics, ``elsewhere``: those after which speeds are no longer of one machine."""
+    """Describe an attempt after the first.
+
+    ``changes``: setting or property -> [before, now]; ``mixed``: of them those that change numerics; ``elsewhere``:
+    those after which speeds are no longer of one machine.
+    """
 
     step: int
     source: str = ""

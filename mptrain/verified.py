@@ -18,7 +18,7 @@ from mptrain.policy import PrecisionPolicy
 
 
 def require_masters(model: nn.Module, policy: PrecisionPolicy) -> None:
-    """Raise ValueError for trained parameters that are no FP32 masters, and frozen ones that the policy would not widen."""
+    """Raise ValueError for trained parameters below FP32, and frozen ones that the policy would not widen."""
     wide = policy.compute in (Format.fp32, Format.tf32) and not policy.quantized
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -37,7 +37,7 @@ def require_masters(model: nn.Module, policy: PrecisionPolicy) -> None:
 
 
 def reported(model: nn.Module, report: ConversionReport, *, quantized: bool) -> ConversionReport:
-    """Complete the report of a conversion with all other modules that hold a matrix; of a policy that converts, that is."""
+    """Complete the report of a policy that converts with all other modules that hold a matrix."""
     if not quantized:
         return report
     converted = frozenset(report.converted)
