@@ -149,7 +149,7 @@ def _went_on(folder: Path, earlier: Earlier, resumed: Resumed, sinks: Sinks, con
     remember_attempt(folder, earlier, resumed)
     for line in resumed.lines():
         console.print(line, highlight=False, soft_wrap=True)
-    reason = "; ".join(f"{name}: {before} -> {now}" for name, (before, now) in resumed.changes.items())
+    reason = "; ".join(f"{name}: {before} -> {now}" for name, (before, now) in resumed.brief().items())
     sinks.event({"step": resumed.step, "event": "resumed", "reason": reason, "mixed": bool(resumed.mixed)})
 
 

@@ -53,9 +53,18 @@ class Resumed:
     mixed: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
 
+    def brief(self) -> dict[str, list[Any]]:
+        """List the changes; of another precision its name, which says the rest."""
+        renamed = "precision.name" in self.changes
+        return {
+            name: both
+            for name, both in self.changes.items()
+            if not (renamed and name.startswith("precision.") and name != "precision.name")
+        }
+
     def lines(self) -> list[str]:
         """List what to tell the user."""
-        told = [f"going on at step {self.step}: {name} was {a}, is {b}" for name, (a, b) in self.changes.items()]
+        told = [f"going on at step {self.step}: {name} was {a}, is {b}" for name, (a, b) in self.brief().items()]
         if self.mixed:
             told.append(f"a mixed run from here on ({', '.join(self.mixed)}): compare shows it and counts it nowhere")
         if self.elsewhere:
@@ -166,7 +175,8 @@ class Earlier:
         mixed = [name for name in changes if name.partition(".")[0] in (*NUMERICS, *MEANT_ELSEWHERE)]
         mixed = [name for name in mixed if name not in HARMLESS]
         if _numerics(self.config) != _numerics(to_plain(config)):
-            mixed += [name for name in changes if name.startswith("precision.")]
+            inside = [name for name in changes if name.startswith("precision.")]
+            mixed += ["precision.name"] if "precision.name" in inside else inside
         known = {name: [self.about[name], about[name]] for name in (*PLACES, *CODE, "backend") if name in self.about}
         moved = {name: both for name, both in known.items() if both[0] != both[1]}
         mixed += [name for name in moved if name == "backend"]

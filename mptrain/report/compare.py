@@ -328,6 +328,7 @@ def _thinned(values: Floats, low: Floats, high: Floats) -> Curve:
 
 def _notes(runs: Sequence[Run], groups: list[MatchedGroup], made: list[Group]) -> list[str]:
     notes = [f"{run.folder}: {run.why}" for run in runs if not run.config]
+    notes += [f"{run.folder} counts nowhere, {run.mixed}" for run in runs if run.mixed]
     based = next((group for group, one in zip(groups, made, strict=True) if one.baseline), None)
     for group, one in zip(groups, made, strict=True):
         if one.baseline is None and based is not None:

@@ -122,6 +122,7 @@ def test_a_typed_precision_replaces_the_group_and_the_run_is_mixed(finished, mon
     page = compare([folder, other])
     (row,) = [row for group in page.groups for v in group.variants for row in v.runs if row.folder.endswith("/a")]
     assert row.why.startswith("mixed: ")
+    assert any("counts nowhere, mixed: " in note and str(folder) in note for note in page.notes)
 
 
 def test_one_typed_key_overrides_one_key(finished):
