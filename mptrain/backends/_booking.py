@@ -7,8 +7,10 @@ amax alone reads every operand again (50 MB for 32 x 1024 x 768 in BF16, some 15
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ class Booking:
     """
 
     ran = False  # has the layer multiplied?
+    copied = False
 
     def __init__(
         self,
@@ -45,7 +48,13 @@ class Booking:
     def counting(self) -> bool:
         """Is this a forward to book? Not in evaluation, and a recomputed one was booked the first time."""
         books = self._counters
-        return books.counting and not books.quiet and not books.replaying
+        return books.counting and not (self.copied or books.quiet or books.replaying)
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """For a copy of the model: it runs where the original does, and enters nothing in its books."""
+        made = copy.copy(self)
+        made.copied = True
+        return made
 
     def operands(self, x: Tensor, weight: Tensor) -> None:
         """Before the output GEMM: ``x`` [..., K] and ``weight`` [N, K] as the kernel gets them."""

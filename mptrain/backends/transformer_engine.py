@@ -204,7 +204,7 @@ class Operands(Booking):
         if table.cold[slot] and not table.ran[slot]:
             with torch.no_grad():
                 table.warm(slot, amax_of(x.detach()))
-        if not books.quiet and not (books.replaying and role != "grad_output"):
+        if not self.copied and not books.quiet and not (books.replaying and role != "grad_output"):
             table.stage(slot)
 
 
