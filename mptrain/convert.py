@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 HOOKS = (  # where nn.Module keeps its hooks; the dicts themselves move, for a hook's handle refers to its dict
     "_forward_hooks",
@@ -36,7 +37,7 @@ OTHERS: tuple[tuple[Any, str], ...] = (  # what holds matrices and is no linear 
     (nn.MultiheadAttention, "torch multiplies its projections inside MultiheadAttention"),
     ((nn.Bilinear,), "bilinear: there is no FP8 product for it here"),
 )
-NO_PRODUCT = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.PReLU)
+NO_PRODUCT = (ParametrizationList, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.PReLU)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+SMALLEST_INVERSE = 2.0**-64  # below it a bias over it may leave FP32 (NaN at scales of 1e20), see _with_bias
 BIAS_COLUMNS = 3  # of a product whose bias goes through it, see _with_bias
 FORCED = {"bf16": torch.bfloat16, "fp32": torch.float32}  # values of MPTRAIN_CARRIER
 
@@ -103,6 +104,8 @@ def _with_bias(a: Tensor, b: Tensor, bias: Tensor, inverse: float) -> Tensor:
     """
     if a.dtype is not torch.bfloat16:
         return torch.addmm(bias.to(a.dtype), a, b, alpha=inverse)
+    if inverse < SMALLEST_INVERSE:
+        return torch.addmm(bias.float(), a.float(), b.float(), alpha=inverse).to(a.dtype)
     rest = bias.float() / inverse
     rows = []
     for _ in range(BIAS_COLUMNS):

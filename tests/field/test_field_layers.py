@@ -319,3 +319,13 @@ def test_a_bias_is_added_before_the_one_rounding(carrier):
     bias = torch.randint(-8192, 8192, (32,), generator=generator) * 2.0**-10  # 14 bits: BF16 has 8
     right = (a.double() @ b.double() / 32 + bias.double()).to(torch.bfloat16)
     assert torch.equal(scaled_mm(a, b, torch.tensor(4.0), torch.tensor(8.0), bias, torch.bfloat16), right)
+
+
+@pytest.mark.parametrize("carrier", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [2.0**30, 2.0**33, 2.0**67, 2.0**100])
+def test_a_bias_beside_tiny_operands_is_the_result(carrier, scale):
+    """The operands' product is below half a last place of the bias, which must not overflow on its way through."""
+    a, b = torch.ones(4, 16, dtype=carrier), torch.ones(16, 3, dtype=carrier)
+    bias = torch.tensor([0.1, -0.2, 3e3])
+    found = scaled_mm(a, b, torch.tensor(scale), torch.tensor(scale), bias, torch.bfloat16)
+    assert torch.equal(found, bias.to(torch.bfloat16).expand(4, 3))
