@@ -136,8 +136,8 @@ class PrecisionPolicy:
     ``compute``: the format of GEMMs that are not quantized and of activations. ``reduce``: the format of gradient
     reduction between ranks. ``keep``: a full-match regex of module names that stay in ``compute``, besides those of
     ``keep_default``, which the recipes set (embeddings, head, router).
-    Master weights, gradient accumulation, norms and optimizer state are FP32 in every policy; weights that the optimizer
-    stores in BF16 (``optim.weights``) have BF16 gradients, which add up so over micro-batches.
+    Master weights, gradient accumulation, norms and optimizer state are FP32 in every policy; but weights that the
+    optimizer stores in BF16 (``optim.weights``) have BF16 gradients, which add up so over micro-batches.
     """
 
     name: str = "fp32"
