@@ -106,6 +106,7 @@ class Precision:
             raise ValueError("this Precision is bound to a model already: make another one for another model")
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("the model has no parameter that requires a gradient")
+        require_masters(model, self.policy)
         for name, module in model.named_modules():
             fence = fence_of(module)
             if fence is not None and (is_converted(module) or not fence.leave(module)):
@@ -114,7 +115,6 @@ class Precision:
                     f"{what} prepared already, or a copy whose layers are converted: build it anew for this policy, or "
                     "copy it before it is prepared"
                 )
-        require_masters(model, self.policy)
         self.device = device or next(p.device for p in model.parameters() if p.requires_grad)
         self.backend = resolve(self.policy, self.device)(self.policy, self.device, self._agreement.max)
         self.report = reported(model, self.backend.convert(model, self.counters), quantized=self.policy.quantized)
