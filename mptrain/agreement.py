@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from mptrain.distributed import ALONE, Ranks, World, joined
+
+FINITE, NOT_FINITE = torch.tensor(False), torch.tensor(True)  # never written to
 
 
 class Agreement:
@@ -67,14 +70,14 @@ class Agreement:
         """
         if self.ranks.size == 1 and len(sizes) == 1:
             total = torch.linalg.vector_norm(norms)
-            found_inf = (total - total).ne(0)  # NaN for Inf and NaN: two kernels where isfinite takes 4
+            found_inf = not_finite(total)
             for rank_bad in (own, lost):
                 found_inf = found_inf if rank_bad is None else found_inf | rank_bad
             return (total, total, found_inf), [found_inf], None
         parts = [norms] if len(sizes) == 1 else torch.split(norms, sizes)
         if self.ranks.size == 1:
             totals = [torch.linalg.vector_norm(part) for part in parts]
-            found = [(norm - norm).ne(0) for norm in totals]
+            found = [not_finite(norm) for norm in totals]
             for rank_bad in (own, lost):
                 found = found if rank_bad is None else [one | rank_bad for one in found]
             return together(totals, found), found, None
@@ -92,7 +95,7 @@ class Agreement:
             totals = [one.sqrt().float() for one in told[:n]]
         else:
             totals = [torch.linalg.vector_norm(part) for part in parts]
-        found = [(told[n + i] > 0) | nothing | (norm - norm).ne(0) for i, norm in enumerate(totals)]
+        found = [(told[n + i] > 0) | nothing | not_finite(norm) for i, norm in enumerate(totals)]
         return together(totals, found), found, told[-1].float()
 
     def _counts(self, parameters: list[nn.Parameter], device: torch.device) -> Tensor:
@@ -102,6 +105,13 @@ class Agreement:
         if key != self._counted[0]:
             self._counted = key, torch.tensor([self.ranks.counts(p) for p in parameters], device=device)
         return self._counted[1]
+
+
+def not_finite(norm: Tensor) -> Tensor:
+    """Tell whether a norm (0-dim) is Inf or NaN: bool 0-dim."""
+    if norm.is_cpu:  # reading is free, and every operator takes 2 us
+        return FINITE if math.isfinite(norm.item()) else NOT_FINITE
+    return (norm - norm).ne(0)  # NaN for Inf and NaN: two kernels where isfinite takes 4
 
 
 def together(totals: list[Tensor], found: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -98,6 +98,14 @@ def measured(parameters: Sequence[nn.Parameter], *, sharded: bool) -> tuple[list
         return gradients, torch.stack([torch.linalg.vector_norm(g).float() for g in gradients])
 
 
+def excess(norm: Tensor, clip: float) -> Tensor | None:
+    """By how much ``norm`` exceeds ``clip``: FP32 0-dim, 1 if it does not; on a CPU, which reads for nothing, None."""
+    factor = norm / clip
+    if norm.is_cpu:
+        return factor if factor.item() > 1 else None
+    return factor.clamp_(min=1.0)
+
+
 def divide(gradients: list[Tensor], divisor: Tensor) -> None:
     """Divide each in place."""
     if not gradients:

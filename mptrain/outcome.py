@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,21 +49,21 @@ class StepRecord:
 
 
 class StepOutcome:
-    """Device tensors of a step, read back once and only when asked.
+    """What a step left on the device, read back once and only when asked.
 
     ``read()`` gives the :class:`StepRecord`; ``applied``, ``reason`` and the rest are shortcuts to it. On a GPU the
     copy runs beside the next step's kernels, so reading it a step later costs no stall.
     """
 
-    def __init__(self, values: Tensor, blame: Callable[[], Blame]) -> None:
-        """``values``: FP32 [5] = found_inf, grad_norm, scale, event, next_scale; with several ranks a sixth, how many
-        were asked to stop. ``blame()``: of a skip; on several ranks a collective, so all of them read the outcome."""
+    def __init__(self, values: Sequence[Tensor], blame: Callable[[], Blame]) -> None:
+        """``values``: found_inf, grad_norm, scale, event and next_scale, all 0-dim; with several ranks a sixth, how
+        many were asked to stop. ``blame()``: of a skip; on several ranks a collective, so all read the outcome."""
         self._blame = blame
         self._record: StepRecord | None = None
         self._ready: torch.cuda.Event | None = None
         self._values = values
-        if values.device.type == "cuda":
-            self._values = values.to("cpu", non_blocking=True)
+        if values[0].is_cuda:
+            self._values = torch.stack([value.float() for value in values]).to("cpu", non_blocking=True).unbind()
             self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._ready.record()
 
@@ -71,7 +71,7 @@ class StepOutcome:
         if self._record is None:
             if self._ready is not None:
                 self._ready.synchronize()
-            found_inf, grad_norm, scale, event, after, *stop = self._values.tolist()
+            found_inf, grad_norm, scale, event, after, *stop = [value.item() for value in self._values]
             blame = self._blame() if found_inf else None
             self._record = StepRecord(not found_inf, grad_norm, scale, ScaleEvent(int(event)), blame, after, any(stop))
         return self._record

@@ -192,15 +192,16 @@ class Precision:
         sizes = [len(those) for those in each]
         lost = all_bad(self._losses)
         (norm, healthy, found_inf), found, stops = self._agreement.reached(norms, sizes, parameters, own, lost, stop)
-        skips = [bool(one) if one.device.type == "cpu" else None for one in found]  # a CPU reads for nothing
+        skips = [bool(one) if one.is_cpu else None for one in found]  # a CPU reads for nothing
         blame = nothing if skips.count(False) == len(skips) else self._witness(parameters, held, norms, skips)
         self.unreduced.clear()
         divisor = scale if scaled else None
         if scaled:
             norm, healthy = norm / scale, healthy / scale
         if clip > 0:
-            factor = (healthy / clip).clamp_(min=1.0)
-            divisor = factor if divisor is None else divisor * factor
+            excess = gradients.excess(healthy, clip)
+            if excess is not None:
+                divisor = excess if divisor is None else divisor * excess
         for optimizer, those, one, skip in zip(optimizers, each, found, skips, strict=True):
             skipped = self._update(optimizer, those, divisor, one, skip)
             if scaled:
@@ -211,8 +212,8 @@ class Precision:
         self._due = False
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # a step inside forward(): the casts of the weights before it are stale
-        values = [found_inf.float(), norm, scale, event.float(), scaler.scale]
-        return StepOutcome(torch.stack(values if stops is None else [*values, stops]), blame)
+        values = [found_inf, norm, scale, event, scaler.scale]
+        return StepOutcome(values if stops is None else [*values, stops], blame)
 
     def _begin_round(self) -> None:
         """Before the first backward after a step: the loss scale has moved, and gradients may have stayed."""

@@ -200,7 +200,8 @@ class Trainer:
         """Forward and backward of every micro-batch; this rank's part of the mean loss (0-dim, on the device)."""
         share = self.share
         n = share.accumulate
-        alone = getattr(model, "no_sync", nullcontext)  # DDP's: gradients are summed once, with the last micro-batch
+        # Of DDP: gradients are summed once, with the last micro-batch.
+        alone = nullcontext if n == 1 else getattr(model, "no_sync", nullcontext)
         losses: list[Tensor] = []
         for micro in range(n):
             if self.watch is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from weakref import WeakSet
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mptrain
@@ -22,8 +23,8 @@ from mptrain.policy import LossScaleKind
 FOLDER = str(Path(mptrain.__file__).parent)
 STEPS = 10  # of which one reads back what has gathered
 INLINED = ("<listcomp>", "<dictcomp>", "<setcomp>")  # no calls since Python 3.12
-# (calls into mptrain's files, operators) of ten steps; the bare loop's are 660 operators.
-MOST = {LossScaleKind.none: (417, 691), LossScaleKind.static: (467, 741), LossScaleKind.dynamic: (477, 771)}
+# (calls into mptrain's files, operators) of ten steps; the bare loop's are 630 operators.
+MOST = {LossScaleKind.none: (437, 611), LossScaleKind.static: (487, 661), LossScaleKind.dynamic: (497, 671)}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -33,7 +34,7 @@ class Operators(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
+        self.count += function is not torch.ops.aten._local_scalar_dense.default  # a read: 0.15 us on a CPU
         return function(*args, **(kwargs or {}))
 
 
