@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mptrain.distributed import ALONE, Ranks, World, joined
 
-FINITE, NOT_FINITE = torch.tensor(False), torch.tensor(True)  # never written to
+FINITE, NOT_FINITE = (torch.tensor(bad, device="cpu") for bad in (False, True))  # never written to
 
 
 class Agreement:

@@ -67,7 +67,7 @@ def all_bad(losses: Losses) -> Tensor | None:
     if not losses:
         return None
     last = losses[-1][1]
-    if last.device.type != "cpu":
+    if not last.is_cpu:
         return torch.stack([loss.float().sum() for _, loss in losses]).isfinite().any().logical_not()
     if isinstance(last, FakeTensor) or math.isfinite(last.item()):
         return None

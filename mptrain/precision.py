@@ -116,6 +116,7 @@ class Precision:
                     "copy it before it is prepared"
                 )
         self.device = device or next(p.device for p in model.parameters() if p.requires_grad)
+        self._device_type = self.device.type  # reading it takes 0.2 us
         self.backend = resolve(self.policy, self.device)(self.policy, self.device, self._agreement.max)
         self.report = reported(model, self.backend.convert(model, self.counters), quantized=self.policy.quantized)
         self._unseen = Unseen(model, self.report)
@@ -144,10 +145,10 @@ class Precision:
         inputs: Sequence[Tensor] | None = None,
     ) -> None:
         """Backward of the scaled loss; the gradients add up, scaled, in FP32. The options are ``Tensor.backward``'s."""
-        scaler = self.scaler
-        if not self._due:
+        scaler, fresh = self.scaler, not self._due
+        if fresh:
             self._begin_round()
-        if scaler.active and self._carried.scale is not scaler.scale:
+        if scaler.active and (fresh or self._carried.scale is not scaler.scale):
             self._carried.begin(scaler.scale, self._seen, sharded=self._sharded)
         self._losses.append((self.counters.micro, loss.detach()))
         self._running = True
@@ -197,7 +198,8 @@ class Precision:
         self.unreduced.clear()
         divisor = scale if scaled else None
         if scaled:
-            norm, healthy = norm / scale, healthy / scale
+            alike, norm = healthy is norm, norm / scale
+            healthy = norm if alike else healthy / scale
         if clip > 0:
             excess = gradients.excess(healthy, clip)
             if excess is not None:
@@ -210,19 +212,17 @@ class Precision:
         self._found = found_inf if self._found is None else self._found | found_inf
         event = scaler.update(self._found, again=again)
         self._due = False
-        if torch.is_autocast_enabled(self.device.type):
+        if torch.is_autocast_enabled(self._device_type):
             torch.clear_autocast_cache()  # a step inside forward(): the casts of the weights before it are stale
         values = [found_inf, norm, scale, event, scaler.scale]
         return StepOutcome(values if stops is None else [*values, stops], blame)
 
     def _begin_round(self) -> None:
-        """Before the first backward after a step: the loss scale has moved, and gradients may have stayed."""
+        """Before the first backward after a step."""
         self._fault = self._found = None
-        self._losses = deque(maxlen=MOST_LOSSES)
+        self._losses.clear()
         if self._foreign and all(p.grad is None or not p.grad.any() for p in self._seen()):
             self._foreign = False  # what the other backward left was thrown away
-        if self.scaler.active:
-            self._carried.begin(self.scaler.scale, self._seen, sharded=self._sharded)
 
     def _seen(self) -> list[nn.Parameter]:
         """The parameters of the model and of every optimizer that stepped."""
@@ -298,7 +298,7 @@ class Precision:
     ) -> Callable[[], Blame]:
         """What a skip will be explained with when the outcome is read."""
         assert self._fault is not None
-        evidence = Evidence(parameters, norms, self._fault, self._losses, dict(self.unreduced))
+        evidence = Evidence(parameters, norms, self._fault, self._losses.copy(), dict(self.unreduced))
         if any(skips):
             evidence = evidence.separate(held)
         return explanation(evidence, self._names, self.counters, self.ranks)

@@ -16,9 +16,10 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C import _is_key_in_tls
 from torch.utils._pytree import tree_map
 
-from mptrain.emulation.thread import Suspended, current
+from mptrain.emulation.thread import KEY, Suspended
 from mptrain.kernels.counters import Counters
 
 Casts = AbstractContextManager[object]
@@ -75,7 +76,7 @@ class Region(ContextDecorator):
         counters = self._counters
         if self._opening is not None and not counters.quiet and not is_open(counters):
             self._opening()
-        rounding = current() is not None
+        rounding = _is_key_in_tls(KEY)  # at least once in this thread; here, for a call more takes 0.3 us
         if rounding:
             self._suspended.__enter__()
         casting = self._plain_on is None or torch.is_autocast_enabled(self._plain_on)  # else there is nothing to do
@@ -88,10 +89,11 @@ class Region(ContextDecorator):
     def __exit__(self, *raised: Any) -> None:
         counters = self._counters
         counters.bypassed, counters.replaying, casting, rounding = self._before.pop()
-        for place in range(len(_OPEN) - 1, -1, -1):  # another thread may have opened one since
-            if _OPEN[place] is counters:
-                del _OPEN[place]
-                break
+        if _OPEN[-1] is counters:
+            del _OPEN[-1]
+        else:  # another thread has opened one since
+            last = max(place for place, one in enumerate(_OPEN) if one is counters)
+            del _OPEN[last]
         if casting:
             self._casts.__exit__(*raised)
         if rounding:

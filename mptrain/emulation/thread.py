@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mptrain.emulation import halves, products, tf32
 from mptrain.formats import Format
 
-_KEY = "mptrain.emulation"  # in torch's own thread state: autograd's threads get that of the one that called backward
+KEY = "mptrain.emulation"  # in torch's own thread state: autograd's threads get that of the one that called backward
 
 
 class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -76,11 +76,11 @@ def _foreign(types: Any) -> bool:
 
 def current() -> Mode | None:
     """The mode of this thread, whether or not it is suspended."""
-    return cast(Mode | None, torch._C._get_obj_in_tls(_KEY)) if torch._C._is_key_in_tls(_KEY) else None
+    return cast(Mode | None, torch._C._get_obj_in_tls(KEY)) if torch._C._is_key_in_tls(KEY) else None
 
 
 def make_current(mode: Mode | None) -> None:
-    torch._C._stash_obj_in_tls(_KEY, mode)
+    torch._C._stash_obj_in_tls(KEY, mode)
 
 
 class Suspended:

@@ -110,8 +110,9 @@ class PeakMemory:
         self, steps_done: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> AbstractContextManager[None]:
         """What the next step is to be run in: on a CPU :meth:`measured` for one, as soon as it can be."""
-        first = REBUILT_STEP if self.others.get("communication") else MEMORY_STEP
-        if steps_done < first or self._device.type != "cpu" or not math.isnan(self.peak_gib):
+        if not math.isnan(self.peak_gib) or self._device.type != "cpu":
+            return NOTHING
+        if steps_done < (REBUILT_STEP if self.others.get("communication") else MEMORY_STEP):
             return NOTHING
         return self.measured(model, optimizer)
 
