@@ -27,6 +27,7 @@ from mptrain.backends.base import resolve
 from mptrain.distributed import ALONE, Ranks, World, wrap
 from mptrain.distributed.layout import DistConfig, Layout
 from mptrain.emulation.gemm import carrier_dtype
+from mptrain.memory import recurrent
 from mptrain.memory.cuda import CudaCasts, casting, stand_in, with_transposed
 from mptrain.memory.live import UPDATE, Bytes, buckets_of, resident, watched
 from mptrain.optim import Average, OptimConfig, build_optimizer
@@ -102,6 +103,7 @@ def _traced(job: Job) -> Peaks:
         mesh = job.layout.mesh(CPU) if ranks.size > 1 else None
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_real_meshes())
+        stack.enter_context(recurrent.Workspaces())  # type: ignore[no-untyped-call]
         if job.gpu:
             stack.enter_context(CudaCasts())
         return _step(job, ranks, mesh)
@@ -109,6 +111,8 @@ def _traced(job: Job) -> Peaks:
 
 def _step(job: Job, ranks: Ranks, mesh: Any) -> Peaks:
     model: nn.Module = job.model.build(job.config)
+    if job.gpu:
+        recurrent.require_known(model)
     precision = Precision(job.policy, ranks=ranks).prepare(model)
     if job.checkpointing:
         again = precision.recompute
