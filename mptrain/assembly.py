@@ -9,7 +9,6 @@ from torch import nn
 
 from mptrain import identity
 from mptrain.checkpoint import Checkpoints
-from mptrain.convert import parameter_names
 from mptrain.distributed import among, wrap
 from mptrain.distributed.compression import Compression
 from mptrain.distributed.layout import PARTS
@@ -23,6 +22,7 @@ from mptrain.prepare import Prepared
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import Throughput, peak_tflops
 from mptrain.telemetry.monitor import Monitor
+from mptrain.tools.modules import parameter_names
 from mptrain.trainer import Trainer
 from mptrain.validation import to_device
 

@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mptrain.files import number, object_in, rows_in, write_whole
 from mptrain.identity import COMPARED
-from mptrain.settings import to_plain
+from mptrain.tools.files import number, object_in, rows_in, write_whole
+from mptrain.tools.settings import to_plain
 
 PROBE_STEPS = 8  # 3 of warm-up, then 5 whose median is the speed
 FEW_STEPS = 100  # with fewer, a ratio of losses says nothing about where training goes

@@ -15,7 +15,7 @@ from typing import TextIO
 import torch
 from rich.console import Console
 
-from mptrain import baseline, kernels, machine
+from mptrain import baseline, kernels
 from mptrain.assembly import assemble
 from mptrain.backends.base import resolve
 from mptrain.baseline import Figures
@@ -32,9 +32,10 @@ from mptrain.report.terminal import emulation_note, print_lines
 from mptrain.resumption import Earlier, Resumed
 from mptrain.resumption import remember as remember_attempt
 from mptrain.run import Run, about
-from mptrain.settings import to_plain
 from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.drill import DebugConfig
+from mptrain.tools import machine
+from mptrain.tools.settings import to_plain
 from mptrain.wandb_logger import WandbSink
 
 

@@ -13,21 +13,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mptrain import baseline, build, kernels, machine, verify
+from mptrain import baseline, build, kernels, verify
 from mptrain import export as exporting
 from mptrain.backends.base import MODULES, load
 from mptrain.config import RunConfig, clear_errors, composed
 from mptrain.distributed.joining import left_cleanly
 from mptrain.doctor import audited_step
-from mptrain.files import json_text
 from mptrain.policy import PrecisionPolicy, conf_dir
 from mptrain.report import casts, deployment, figures, output, page, watch
 from mptrain.report import compare as comparing
 from mptrain.report import inspect as tables
 from mptrain.report.audit import print_audit
 from mptrain.report.table import print_comparison_table
-from mptrain.settings import did_you_mean, from_plain, require
 from mptrain.telemetry.histogram import JUDGED
+from mptrain.tools import machine
+from mptrain.tools.files import json_text
+from mptrain.tools.settings import did_you_mean, from_plain, require
 
 Command = Callable[[list[str]], int]
 

@@ -25,14 +25,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from mptrain import registry
 from mptrain.distributed import Told, rank, world_size
 from mptrain.distributed.layout import DistConfig
 from mptrain.optim import OptimConfig
 from mptrain.policy import PrecisionPolicy, conf_dir
-from mptrain.settings import did_you_mean, from_plain, require, to_plain
 from mptrain.telemetry.drill import DebugConfig
 from mptrain.telemetry.monitor import TelemetryConfig
+from mptrain.tools import registry
+from mptrain.tools.settings import did_you_mean, from_plain, require, to_plain
 from mptrain.trainer_config import TrainerConfig
 
 LARGEST_SEED = 2**63 - 1  # what torch's generators take

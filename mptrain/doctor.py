@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from mptrain import machine
 from mptrain.backends.base import resolve
 from mptrain.config import RunConfig, parse_open
 from mptrain.precision import Precision
 from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.coverage import Audit
+from mptrain.tools import machine
 
 ROWS = 128  # of every matrix product: enough for every FP8 GEMM
 SIZES = {"vocab_size": 256, "image_size": 8, "channels": 1, "classes": 10}  # where neither model nor data names one

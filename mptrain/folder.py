@@ -14,8 +14,8 @@ from typing import Any, TextIO
 
 from mptrain import identity
 from mptrain.config import RunConfig
-from mptrain.files import write_whole
-from mptrain.settings import to_plain
+from mptrain.tools.files import write_whole
+from mptrain.tools.settings import to_plain
 
 MARKS = ".torchrun"  # in the folder of the runs
 

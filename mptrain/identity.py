@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from mptrain.distributed import world_size
-from mptrain.settings import to_plain
+from mptrain.tools.settings import to_plain
 
 FILE = "run.json"
 HISTORY = "history.json"  # what changed from one attempt of a run to the next

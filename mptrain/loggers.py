@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mptrain.files import json_text, write_whole
 from mptrain.telemetry import record as records
 from mptrain.telemetry.record import Record
+from mptrain.tools.files import json_text, write_whole
 
 Metrics = dict[str, float]
 Event = dict[str, Any]

@@ -23,8 +23,8 @@ from torch.optim.adamw import adamw
 
 from mptrain.distributed import like, local
 from mptrain.distributed.optimizer import ShardedOptimizer, is_sharded
-from mptrain.quiet import quiet_import
-from mptrain.settings import require
+from mptrain.tools.quiet import quiet_import
+from mptrain.tools.settings import require
 
 WEIGHTS = ("fp32", "bf16", "bf16_stochastic", "bf16_remainder")
 MOMENTS = ("fp32", "int8")

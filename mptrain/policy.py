@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from mptrain.formats import Format
-from mptrain.settings import did_you_mean, from_plain, require
+from mptrain.tools.settings import did_you_mean, from_plain, require
 
 COMPUTE_FORMATS = (Format.fp32, Format.tf32, Format.bf16, Format.fp16)
 FP8_FORMATS = (Format.fp8_e4m3, Format.fp8_e5m2)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mptrain import identity, machine, registry
+from mptrain import identity
 from mptrain.backends.base import resolve
 from mptrain.config import RunConfig, parse_open
 from mptrain.data import Dataset
@@ -20,6 +20,7 @@ from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import peaks
+from mptrain.tools import machine, registry
 
 
 @dataclass(frozen=True)

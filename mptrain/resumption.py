@@ -24,9 +24,9 @@ from omegaconf import DictConfig
 
 from mptrain import config as configuration
 from mptrain.config import RunConfig
-from mptrain.files import object_in, write_whole
 from mptrain.identity import ASIDE, FILE, HISTORY, numerics
-from mptrain.settings import from_plain, to_plain
+from mptrain.tools.files import object_in, write_whole
+from mptrain.tools.settings import from_plain, to_plain
 
 OWN = ("run_dir", "resume", "resume_anyway")  # of the command, never of the run it goes on with
 MEANT_ELSEWHERE = ("seed", "data")  # of another run: the batches would be others

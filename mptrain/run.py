@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
-from mptrain import baseline, identity, machine
+from mptrain import baseline, identity
 from mptrain.baseline import Figures
 from mptrain.distributed.watchdog import RankLost, Watchdog
 from mptrain.kernels.counters import N_COUNTS
@@ -27,6 +27,7 @@ from mptrain.resumption import command
 from mptrain.telemetry.coverage import summary_of
 from mptrain.telemetry.meters import weighted_rate
 from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED
+from mptrain.tools import machine
 from mptrain.trainer import Trainer
 
 

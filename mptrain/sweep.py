@@ -32,13 +32,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
-from mptrain import build, config, machine
+from mptrain import build, config
 from mptrain.baseline import FEW_STEPS
 from mptrain.checkpoint import Checkpoints
 from mptrain.config import RunConfig
 from mptrain.distributed import ALONE, Ranks, Told, rank, world_size
 from mptrain.distributed.joining import join
-from mptrain.files import object_in, write_whole
 from mptrain.folder import claim
 from mptrain.identity import JOB_LOCK, job_mark, short_hash
 from mptrain.report import runs, seeds, watch
@@ -46,7 +45,9 @@ from mptrain.report.compare import compare
 from mptrain.report.comparison import Status
 from mptrain.report.output import write_all
 from mptrain.report.table import print_comparison_table
-from mptrain.settings import to_plain
+from mptrain.tools import machine
+from mptrain.tools.files import object_in, write_whole
+from mptrain.tools.settings import to_plain
 from mptrain.wandb_logger import log_comparison
 
 PLAN, JOB, ERROR = "sweep.json", "job.json", "error.json"

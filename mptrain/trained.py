@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mptrain import checkpoint, models
-from mptrain.files import object_in
-from mptrain.settings import from_plain
+from mptrain.tools.files import object_in
+from mptrain.tools.settings import from_plain
 
 
 def located(source: Path) -> tuple[Path, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mptrain.settings import require
+from mptrain.tools.settings import require
 
 
 @dataclass(frozen=True)

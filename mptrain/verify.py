@@ -31,9 +31,9 @@ import torch
 from mptrain import storage
 from mptrain.checkpoint import Checkpoints
 from mptrain.config import RunConfig, composed
-from mptrain.files import rows_in
 from mptrain.policy import PrecisionPolicy
-from mptrain.settings import to_plain
+from mptrain.tools.files import rows_in
+from mptrain.tools.settings import to_plain
 
 UNTIMED = ("speed/", "memory/")  # metrics that differ from run to run
 TOLERANCE = {"fp32": 3e-6, "tf32": 1e-3}  # nats; of precisions that round to 8 bits and less:

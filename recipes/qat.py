@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from mptrain import machine
 from mptrain.quantization import open_source, qat, quantize_model
 from mptrain.quantization.command import TUNING_SEED
 from mptrain.quantization.evaluate import evaluate, loss_delta, top1_delta
@@ -28,7 +27,8 @@ from mptrain.quantization.matrix import SAMPLES, trained_at, validation_batches
 from mptrain.report.comparison import Interval
 from mptrain.report.deployment import Evaluation
 from mptrain.report.inference import mean_of
-from mptrain.settings import to_plain
+from mptrain.tools import machine
+from mptrain.tools.settings import to_plain
 
 BATCHES = 160
 UNSAID = ("sweep_dir", "logger", "baseline", "telemetry.record_every")  # what the losses do not depend on

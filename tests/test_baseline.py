@@ -13,7 +13,7 @@ from mptrain.config import RunConfig
 from mptrain.optim import OptimConfig
 from mptrain.policy import PrecisionPolicy
 from mptrain.report.terminal import comparison_rows, footnotes
-from mptrain.settings import to_plain
+from mptrain.tools.settings import to_plain
 from mptrain.trainer_config import TrainerConfig
 
 CONFIG = RunConfig(model={"kind": "gpt", "n_layer": 2})

@@ -4,9 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mptrain import cli, kernels, machine
+from mptrain import cli, kernels
 from mptrain.formats import Format
 from mptrain.report import casts
+from mptrain.tools import machine
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from mptrain import config
 from mptrain.config import AuditConfig, CheckpointConfig, LoggerConfig, RunConfig, TelemetryConfig
 from mptrain.optim import OptimConfig
 from mptrain.policy import PrecisionPolicy
-from mptrain.settings import to_plain
+from mptrain.tools.settings import to_plain
 from mptrain.trainer_config import TrainerConfig
 
 ROOT = Path(__file__).parent.parent

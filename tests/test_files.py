@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from mptrain import files
+from mptrain.tools import files
 
 
 def test_an_interrupted_write_keeps_the_old_file_and_leaves_nothing(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mptrain import machine
+from mptrain.tools import machine
 
 SWITCH = torch.backends.mkldnn.matmul
 

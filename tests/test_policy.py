@@ -12,15 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptrain import Format, LossScale, LossScaler, PrecisionPolicy, Quantization
-from mptrain.policy import (
-    COMPUTE_FORMATS,
-    FP8_FORMATS,
-    BackendName,
-    LossScaleKind,
-    Scaling,
-    conf_dir,
-)
-from mptrain.settings import to_plain
+from mptrain.policy import COMPUTE_FORMATS, FP8_FORMATS, BackendName, LossScaleKind, Scaling, conf_dir
+from mptrain.tools.settings import to_plain
 
 RECIPES = sorted((conf_dir() / "precision").glob("*.yaml"))
 

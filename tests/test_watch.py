@@ -15,7 +15,7 @@ from mptrain.folder import claim
 from mptrain.report import watch
 from mptrain.report.comparison import Status
 from mptrain.report.runs import glance
-from mptrain.settings import to_plain
+from mptrain.tools.settings import to_plain
 
 
 def fail(folder, why):

@@ -25,8 +25,8 @@ from mptrain.distributed import Agree
 from mptrain.formats import Format
 from mptrain.kernels.counters import Counters
 from mptrain.policy import PrecisionPolicy, Quantization, Scaling
-from mptrain.quiet import quiet_import
 from mptrain.regions import Plain, Region
+from mptrain.tools.quiet import quiet_import
 
 
 class Backend:

@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from mptrain import LossScale, Precision, PrecisionPolicy, kernels
-from mptrain.files import write_whole
 from mptrain.formats import Format
 from mptrain.loggers import NullSink
-from mptrain.machine import cpu_name
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule
 from mptrain.policy import BackendName, LossScaleKind
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
+from mptrain.tools.files import write_whole
+from mptrain.tools.machine import cpu_name
 from mptrain.trainer import Trainer
 from mptrain.trainer_config import TrainerConfig
 

@@ -33,15 +33,15 @@ from mptrain.bench.by_hand import ByHand
 from mptrain.bench.cpu import TWIN, Step
 from mptrain.bench.ranked import TINY, WRAPPERS, Row, Sizes, Turns, repeated, settings, trainer_of
 from mptrain.bench.saving import measure_checkpoints
-from mptrain.convert import parameter_names
 from mptrain.distributed import World
 from mptrain.distributed.compression import KINDS, Compression
 from mptrain.distributed.reduction import look_and_send
 from mptrain.distributed.watchdog import Watchdog
-from mptrain.files import json_text, write_whole
-from mptrain.machine import describe, pick_device
 from mptrain.prepare import prepare
 from mptrain.telemetry.monitor import TelemetryConfig
+from mptrain.tools.files import json_text, write_whole
+from mptrain.tools.machine import describe, pick_device
+from mptrain.tools.modules import parameter_names
 
 SLOWER = 1.03  # a step over the hand-written one's, at most
 SCALE = 2.0**10  # of the loss where gradients are compressed: FP16 is made for a loss scale

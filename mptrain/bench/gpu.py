@@ -31,8 +31,8 @@ from torch import nn
 
 from mptrain import Precision, PrecisionPolicy, models
 from mptrain.backends import base
-from mptrain.files import write_whole
 from mptrain.policy import BackendName, conf_dir
+from mptrain.tools.files import write_whole
 
 VOCABULARY = 50304  # GPT-2's 50257 rounded up to a multiple of 128, as the published runs do
 PEAK = {"fp8": 1979e12, "bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}  # H100 and H200 SXM, dense

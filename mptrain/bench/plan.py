@@ -20,11 +20,11 @@ import torch
 from mptrain.assembly import assemble
 from mptrain.bench import cpu
 from mptrain.config import composed
-from mptrain.files import json_text, write_whole
 from mptrain.loggers import NullSink
 from mptrain.memory.grading import Grade, graded
 from mptrain.memory.training import plan, rank_job
 from mptrain.prepare import prepare
+from mptrain.tools.files import json_text, write_whole
 
 BOUND_CPU, BOUND_GPU = 3.0, 5.0  # percent
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")

@@ -29,10 +29,10 @@ from torch.optim import AdamW
 
 from mptrain import Precision
 from mptrain.bench.cpu import CLIP, LR, TWIN, Row, Step, Times, machine
-from mptrain.files import write_whole
 from mptrain.models import gpt
 from mptrain.telemetry import record
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
+from mptrain.tools.files import write_whole
 
 MODELS = {
     "nano": (gpt.Config(256, 256, n_layer=4, n_head=4, n_embd=256), 4),

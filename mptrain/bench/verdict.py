@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
-from mptrain.files import json_text, write_whole
 from mptrain.report.comparison import Interval
 from mptrain.report.inference import LOOKS, PAIRED, POWER, TAIL, UNPAIRED, factor, quantile, seeds_needed
 from mptrain.report.runs import Floats
+from mptrain.tools.files import json_text, write_whole
 
 SKEW = 0.5
 LOGNORMAL_S, WEIBULL_K = 0.164055, 2.215598  # of skewness 0.5

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mptrain import registry
+from mptrain.tools import registry
 
 Batch = dict[str, Tensor]
 ENTROPY_CHUNK = 1 << 22

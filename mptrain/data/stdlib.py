@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mptrain.data import TokenDataset
-from mptrain.files import write_whole
+from mptrain.tools.files import write_whole
 
 INPUT = "tokens"
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from mptrain.data import TokenDataset
 from mptrain.data._token_files import DTYPES, KINDS, open_shard
-from mptrain.files import whole
+from mptrain.tools.files import whole
 
 INPUT = "tokens"
 SCAN_CHUNK = 1 << 22

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mptrain.settings import require
+from mptrain.tools.settings import require
 
 KINDS = ("single", "ddp", "fsdp", "hsdp")
 COMPRESSIONS = ("none", "bf16", "fp16", "fp8", "powersgd")

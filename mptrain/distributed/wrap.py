@@ -21,9 +21,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from mptrain.convert import parameter_names
 from mptrain.distributed.layout import PARTS, REPLICAS, SHARDS, DistConfig
 from mptrain.distributed.reduction import NotedReduceScatter, Send, look_and_send
+from mptrain.tools.modules import parameter_names
 
 COLUMNS, ROWS = "columns", "rows"  # of a product's weight as it is applied: what is cut is the output, or the input
 

@@ -13,7 +13,7 @@ import yaml
 from mptrain.memory import huggingface
 from mptrain.memory.architecture import Architecture
 from mptrain.memory.units import parse_bytes
-from mptrain.settings import did_you_mean
+from mptrain.tools.settings import did_you_mean
 
 HERE = Path(__file__).parent
 COUNT = re.compile(r"(\d{1,18})(?:\.(\d{1,12}))?(?:e(\d{1,2}))? ?([KMBT]?)")

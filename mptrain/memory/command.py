@@ -12,7 +12,6 @@ from rich.console import Console
 
 from mptrain.config import RunConfig, composed, parse_open
 from mptrain.distributed.layout import Layout
-from mptrain.files import json_text, write_whole
 from mptrain.formats import Format
 from mptrain.memory import catalogue
 from mptrain.memory.fit import Remedy, largest_batch, largest_sequence, remedies
@@ -23,7 +22,8 @@ from mptrain.memory.units import parse_bytes
 from mptrain.policy import PrecisionPolicy
 from mptrain.prepare import require_consistent
 from mptrain.report.plan_page import page
-from mptrain.settings import require
+from mptrain.tools.files import json_text, write_whole
+from mptrain.tools.settings import require
 
 BESIDE = ("fp32", "tf32", "bf16", "fp16", "fp8")
 

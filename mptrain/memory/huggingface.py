@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.memory.architecture import Architecture, Biases, Experts, Latent
-from mptrain.settings import did_you_mean
+from mptrain.tools.settings import did_you_mean
 
 MOST = 10**8  # of any size; layers apart
 MOST_LAYERS = 10_000

@@ -16,7 +16,7 @@ from mptrain.formats import Format
 from mptrain.memory.architecture import Architecture, Part
 from mptrain.memory.units import GIB
 from mptrain.memory.weights import FORMATS, KEEP, WIDE, Weights, weigh, weight_format
-from mptrain.settings import did_you_mean, require
+from mptrain.tools.settings import did_you_mean, require
 
 MOST = 10**9  # sequences, or tokens in one
 KV_FORMATS = {

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mptrain.files import json_text
 from mptrain.memory import catalogue, huggingface, inference_table
 from mptrain.memory.inference import KV_FORMATS, Request
 from mptrain.memory.serving import Subject, Target, as_json, row_of, why_nowhere
 from mptrain.memory.units import gib, parse_bytes
 from mptrain.memory.weights import FORMATS, KEEP, WIDE
-from mptrain.settings import require
+from mptrain.tools.files import json_text
+from mptrain.tools.settings import require
 
 DEFAULT_FORMATS = ("bf16", "fp8", "int4")
 MOST_GPUS = 100_000

@@ -15,7 +15,7 @@ from mptrain.memory.cuda import CONTEXT_BYTES, FRAGMENTATION_FRAC, backend_on_gp
 from mptrain.memory.live import Bytes, by_role
 from mptrain.memory.trace import CPU, Job, Peaks, peaks
 from mptrain.memory.units import gib
-from mptrain.settings import require
+from mptrain.tools.settings import require
 
 MOST_TOKENS = 1 << 36  # of a micro-batch; more is a typing error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from mptrain.formats import Format
 from mptrain.memory.architecture import Part
-from mptrain.settings import did_you_mean
+from mptrain.tools.settings import did_you_mean
 
 KEEP = r"(.*\.)?(embed|position|head|router)"  # what the precision recipes keep, and quantized releases do
 

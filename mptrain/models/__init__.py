@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from mptrain import registry
+from mptrain.tools import registry
 
 
 def kinds() -> list[str]:

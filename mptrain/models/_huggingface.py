@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mptrain.quiet import quiet_import
+from mptrain.tools.quiet import quiet_import
 
 
 @contextmanager

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.convert import select
+from mptrain.models._huggingface import as_linear
 from mptrain.quantization import huggingface, methods
 from mptrain.quantization.methods import Method
 from mptrain.quantization.packing import BITS, flattened, is_quantized
 from mptrain.quantization.report import BYTES_FP32, Layer, Report, reasons
-from mptrain.quiet import quiet_import
+from mptrain.tools.quiet import quiet_import
 
 SHORTEST_ROW = 32
 """Inputs of a layer that is worth it: in shorter rows scale and zero point weigh more than a sixth of the codes."""
@@ -47,7 +48,7 @@ def quantize_model(
         raise ValueError(why)
     if not method.cast and any(is_quantized(parameter) for parameter in model.parameters()):
         raise ValueError("this model is quantized already: quantize the original")
-    huggingface.as_linear(model)
+    as_linear(model)
     if method.cast:
         return _cast(model, method, keep)
     chosen, kept = selected(model, method, size, keep)

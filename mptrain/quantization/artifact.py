@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mptrain.files import json_text, object_in, require_free, whole_folder
 from mptrain.quantization import huggingface, methods
 from mptrain.quantization.packing import flattened, is_quantized, restored
 from mptrain.quantization.report import Report
 from mptrain.quantization.source import HUGGING_FACE, MARK, RUN, Source, rebuilt
+from mptrain.tools.files import json_text, object_in, require_free, whole_folder
 
 VERSION = 1
 WEIGHTS = "quantized.safetensors"

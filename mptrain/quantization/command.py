@@ -15,8 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mptrain import machine
-from mptrain.files import json_text, require_free, write_whole
 from mptrain.quantization import artifact, qat
 from mptrain.quantization.apply import quantize_model
 from mptrain.quantization.judging import BATCHES, Judge
@@ -24,7 +22,9 @@ from mptrain.quantization.matrix import SAMPLES
 from mptrain.quantization.methods import METHODS, Method, named
 from mptrain.quantization.report import Layer, Report, reasons
 from mptrain.quantization.source import Source, open_source
-from mptrain.settings import require, to_plain
+from mptrain.tools import machine
+from mptrain.tools.files import json_text, require_free, write_whole
+from mptrain.tools.settings import require, to_plain
 
 SHOWN = 12
 """Rows of the table without --all."""

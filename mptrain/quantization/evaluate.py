@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mptrain.machine import describe
 from mptrain.report.comparison import Interval
 from mptrain.report.deployment import Evaluation, Latency, LayerError
 from mptrain.report.inference import mean_of, paired_proportions, proportion
+from mptrain.tools.machine import describe
 
 ANSWERS = ("targets", "labels")  # of a batch; without them a model gives logits
 AT_A_TIME = 1 << 22  # logits turned into float64 probabilities at a time: 32 MiB

@@ -11,10 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from mptrain.files import object_in
-from mptrain.models._huggingface import as_linear as as_linear
-from mptrain.models._huggingface import config_of, require_installed, weightless
+from mptrain.models._huggingface import as_linear, config_of, require_installed, weightless
 from mptrain.models._huggingface import silent as _silent
+from mptrain.tools.files import object_in
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

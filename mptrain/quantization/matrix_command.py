@@ -7,8 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mptrain.files import json_text, write_whole
-from mptrain.machine import pick_device
 from mptrain.quantization import matrix
 from mptrain.quantization.methods import METHODS
 from mptrain.report.compare import compare
@@ -16,7 +14,9 @@ from mptrain.report.deploy_table import print_matrix
 from mptrain.report.deployment import FILE
 from mptrain.report.output import write_all
 from mptrain.report.runs import is_run
-from mptrain.settings import to_plain
+from mptrain.tools.files import json_text, write_whole
+from mptrain.tools.machine import pick_device
+from mptrain.tools.settings import to_plain
 
 
 def run(argv: list[str]) -> int:

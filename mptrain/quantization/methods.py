@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from mptrain.quantization.packing import INT2, INT4
-from mptrain.quiet import quiet_import
-from mptrain.settings import did_you_mean, require
+from mptrain.tools.quiet import quiet_import
+from mptrain.tools.settings import did_you_mean, require
 
 NEEDS = (0, 18)  # of torchao: before it, these configurations make other tensors
 SMALLEST_GROUP = 8

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptrain.quiet import quiet_import
+from mptrain.tools.quiet import quiet_import
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch has it, its stubs do not
 INT2: torch.dtype = torch.int2  # type: ignore[attr-defined]

@@ -19,8 +19,8 @@ from mptrain.optim import OptimConfig, Schedule, build_optimizer
 from mptrain.precision import Precision
 from mptrain.quantization.apply import selected
 from mptrain.quantization.methods import Method, named
-from mptrain.quiet import quiet_import
-from mptrain.settings import require
+from mptrain.tools.quiet import quiet_import
+from mptrain.tools.settings import require
 
 CLIP = 1.0  # as the trainer's
 RATE = 3e-4

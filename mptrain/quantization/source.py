@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mptrain import data, models, trained
 from mptrain.data import Dataset
-from mptrain.files import object_in
 from mptrain.quantization import huggingface
-from mptrain.settings import from_plain, to_plain
+from mptrain.tools.files import object_in
+from mptrain.tools.settings import from_plain, to_plain
 
 RUN, HUGGING_FACE = "run", "huggingface"
 MARK = "quantization.json"  # in the folder of a quantized model

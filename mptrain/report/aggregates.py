@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from mptrain.files import number
 from mptrain.report.comparison import Curve, Health, Kind, Memory, RunRow, Speed, Variant, Verdict
 from mptrain.report.matching import Matched
 from mptrain.report.runs import Run
 from mptrain.telemetry.meters import weighted_rate
+from mptrain.tools.files import number
 
 MOST_EVENTS = 200
 

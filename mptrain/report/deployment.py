@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mptrain.files import number, object_in
 from mptrain.report.comparison import Interval
+from mptrain.tools.files import number, object_in
 
 FILE = "deploy.json"
 

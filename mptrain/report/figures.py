@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mptrain import checkpoint
 from mptrain.formats import Format
-from mptrain.settings import did_you_mean
 from mptrain.telemetry import record
 from mptrain.telemetry.histogram import JUDGED, Histogram, Histograms, Share
+from mptrain.tools.settings import did_you_mean
 
 UNSCALED = (Format.bf16, Format.tf32, Format.fp32)
 FORMATS = {fmt.name: fmt for fmt in (*JUDGED, Format.tf32, Format.fp32)}

@@ -10,17 +10,7 @@ import numpy as np
 
 from mptrain.baseline import FEW_STEPS
 from mptrain.report.comparison import Interval, Kind, Verdict
-from mptrain.report.inference import (
-    FAMILY,
-    LOOKS,
-    MOST_SEEDS,
-    PAIRED,
-    POWER,
-    TAIL,
-    next_look,
-    seeds_needed,
-    smooth,
-)
+from mptrain.report.inference import FAMILY, LOOKS, MOST_SEEDS, PAIRED, POWER, TAIL, next_look, seeds_needed, smooth
 from mptrain.report.runs import Run
 from mptrain.telemetry.ledger import SKIPS_ALARM
 

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from urllib.parse import quote
 
-from mptrain.files import json_text, write_whole
 from mptrain.report.compare_page import page
 from mptrain.report.comparison import Comparison
 from mptrain.report.deploy_page import markdown_parts, section
 from mptrain.report.deployment import FILE, Matrix, read
 from mptrain.report.markdown import markdown as as_markdown
-from mptrain.settings import to_plain
+from mptrain.tools.files import json_text, write_whole
+from mptrain.tools.settings import to_plain
 
 
 def write_all(comparison: Comparison, folder: Path) -> list[Path]:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mptrain.files import number, object_in, rows_in
 from mptrain.identity import FILE, HISTORY, JOB_LOCK, LOCK
 from mptrain.report.comparison import Status
+from mptrain.tools.files import number, object_in, rows_in
 
 Floats = npt.NDArray[np.float64]
 MARKS = ("config.json", "metrics.jsonl", "summary.json", "error.json", "job.json")  # one of them makes a run's folder

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mptrain.files import object_in
 from mptrain.report.comparison import Kind
 from mptrain.report.inference import LOOKS
+from mptrain.tools.files import object_in
 
 FILE = "sweep.json"
 JUDGED = {kind.name for kind in Kind} - {Kind.baseline.name, Kind.none.name}

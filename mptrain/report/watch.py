@@ -14,10 +14,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mptrain.files import object_in
 from mptrain.report.compare import NothingToCompare
 from mptrain.report.comparison import Status
 from mptrain.report.runs import Run, expand, glance, in_use, is_run
+from mptrain.tools.files import object_in
 
 EVERY_S = 1.0
 FOLLOW_S = 5.0  # a comparison reads every row of every run

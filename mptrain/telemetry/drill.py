@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.distributed import local
-from mptrain.settings import did_you_mean
+from mptrain.tools.settings import did_you_mean
 
 ROLES = ("input", "weight", "output", "grad_output", "grad_weight")
 FORM = "debug.inject=STEP:LAYER:ROLE:VALUE, e.g. 30:blocks.1.mlp.up:input:inf"

@@ -22,11 +22,11 @@ from mptrain.kernels.bins import NAN as BIN_NAN
 from mptrain.kernels.counters import N_COUNTS, OPERANDS
 from mptrain.outcome import StepOutcome, StepRecord
 from mptrain.precision import Precision
-from mptrain.settings import require
 from mptrain.telemetry.ledger import Event, alarm
 from mptrain.telemetry.observer import LOST, Observer
 from mptrain.telemetry.record import Record
 from mptrain.telemetry.stats import STATISTICS
+from mptrain.tools.settings import require
 
 ELEMENTS, SATURATED, FLUSHED, INF, NAN = range(N_COUNTS)
 assert len(COUNTS) == N_COUNTS

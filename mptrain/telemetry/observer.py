@@ -19,13 +19,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mptrain import kernels
-from mptrain.convert import parameter_names
 from mptrain.distributed import ALONE, Ranks, local
 from mptrain.formats import Format
 from mptrain.kernels.adamw import updates
 from mptrain.kernels.counters import OPERANDS, Counters
 from mptrain.policy import PrecisionPolicy
 from mptrain.telemetry.stats import STATISTICS, Cast
+from mptrain.tools.modules import parameter_names
 
 PARAMETER_ROLES = ("weight", "grad_weight", "exp_avg", "exp_avg_sq", "update")
 LOST = ("asked", "bf16", "fp32", "bf16_stochastic", "bf16_remainder")  # columns of Observer.lost

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mptrain.checkpoint import Checkpoints, load
-from mptrain.convert import parameter_names
 from mptrain.distributed import World
 from mptrain.distributed.compression import KINDS, Compression
 from mptrain.distributed.reduction import look_and_send
+from mptrain.tools.modules import parameter_names
 
 pytestmark = pytest.mark.multi
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mptrain.convert import parameter_names
 from mptrain.distributed import World
 from mptrain.distributed.reduction import look_and_send, plain
 from mptrain.precision import Precision
+from mptrain.tools.modules import parameter_names
 
 POLICIES = ("fp32", "tf32", "bf16", "fp16", "fp8", "fp8-delayed")
 

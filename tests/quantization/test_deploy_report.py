@@ -13,14 +13,14 @@ from rich.cells import cell_len
 from rich.console import Console
 from test_compare_page import DRAWN, Page, browser, exact, tables_of  # noqa: F401
 
-from mptrain.files import json_text
 from mptrain.report import deploy_cells, deployment
 from mptrain.report.comparison import Interval
 from mptrain.report.deploy_page import markdown_parts, section
 from mptrain.report.deploy_table import print_evaluation, print_matrix
 from mptrain.report.deployment import Evaluation, Latency, LayerError
 from mptrain.report.output import write_all
-from mptrain.settings import to_plain
+from mptrain.tools.files import json_text
+from mptrain.tools.settings import to_plain
 
 SAMPLES = {"realistic": deployments.realistic, "images": deployments.images}
 

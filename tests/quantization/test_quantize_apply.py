@@ -15,7 +15,7 @@ from small_models import inputs, small
 from torch import nn
 
 from mptrain.quantization import apply, methods, packing, quantize_model
-from mptrain.quiet import quiet_import
+from mptrain.tools.quiet import quiet_import
 
 with quiet_import():
     import torchao.quantization

@@ -11,7 +11,7 @@ from small_models import inputs, run_of, small
 
 from mptrain.checkpoint import Checkpoints
 from mptrain.quantization import huggingface, load, load_quantized, open_source, quantize_model, save
-from mptrain.quiet import quiet_import
+from mptrain.tools.quiet import quiet_import
 
 with quiet_import():
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM

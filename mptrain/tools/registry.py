@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from mptrain.settings import did_you_mean
+from mptrain.tools.settings import did_you_mean
 
 
 def kinds(package: str) -> list[str]:
