@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from mptrain import build, config, resumption, sweep
 from mptrain.distributed.joining import left_cleanly
-from mptrain.policy import conf_dir
+from mptrain.precision.policy import conf_dir
 
 
 @hydra.main(version_base=None, config_path=str(conf_dir()), config_name="config")

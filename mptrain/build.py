@@ -17,7 +17,6 @@ from rich.console import Console
 
 from mptrain import baseline, kernels
 from mptrain.assembly import assemble
-from mptrain.backends.base import resolve
 from mptrain.baseline import Figures
 from mptrain.checkpoint import Checkpoints, read_about, require_fit
 from mptrain.config import RunConfig
@@ -26,7 +25,8 @@ from mptrain.folder import describe, discard, folder_of, remember, remembered
 from mptrain.identity import job_mark
 from mptrain.loggers import ConsoleSink, JsonLines, NullSink, RankLog, Sinks
 from mptrain.memory.training import TrainingPlan, plan, rank_job
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.backends.base import resolve
+from mptrain.precision.policy import PrecisionPolicy
 from mptrain.prepare import Prepared, prepare
 from mptrain.report.terminal import emulation_note, print_lines
 from mptrain.resumption import Earlier, Resumed

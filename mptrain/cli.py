@@ -15,11 +15,11 @@ from rich.table import Table
 
 from mptrain import baseline, build, kernels, verify
 from mptrain import export as exporting
-from mptrain.backends.base import MODULES, load
 from mptrain.config import RunConfig, clear_errors, composed
 from mptrain.distributed.joining import left_cleanly
 from mptrain.doctor import audited_step
-from mptrain.policy import PrecisionPolicy, conf_dir
+from mptrain.precision.backends.base import MODULES, load
+from mptrain.precision.policy import PrecisionPolicy, conf_dir
 from mptrain.report import casts, deployment, figures, output, page, watch
 from mptrain.report import compare as comparing
 from mptrain.report import inspect as tables

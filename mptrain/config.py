@@ -28,7 +28,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from mptrain.distributed import Told, rank, world_size
 from mptrain.distributed.layout import DistConfig
 from mptrain.optim import OptimConfig
-from mptrain.policy import PrecisionPolicy, conf_dir
+from mptrain.precision.policy import PrecisionPolicy, conf_dir
 from mptrain.telemetry.drill import DebugConfig
 from mptrain.telemetry.monitor import TelemetryConfig
 from mptrain.tools import registry

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mptrain.backends.base import resolve
 from mptrain.config import RunConfig, parse_open
 from mptrain.precision import Precision
+from mptrain.precision.backends.base import resolve
 from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.coverage import Audit
 from mptrain.tools import machine

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from mptrain import identity
-from mptrain.backends.base import resolve
 from mptrain.config import RunConfig, parse_open
 from mptrain.data import Dataset
 from mptrain.distributed import ALONE, Ranks, world_size
 from mptrain.distributed.joining import join
 from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
+from mptrain.precision.backends.base import resolve
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import peaks
 from mptrain.tools import machine, registry

@@ -17,10 +17,10 @@ from rich.console import Console
 from mptrain import baseline, identity
 from mptrain.baseline import Figures
 from mptrain.distributed.watchdog import RankLost, Watchdog
-from mptrain.kernels.counters import N_COUNTS
 from mptrain.loggers import Sinks
 from mptrain.memory.grading import Grade, graded
 from mptrain.memory.training import TrainingPlan
+from mptrain.precision.counters import N_COUNTS
 from mptrain.prepare import Prepared
 from mptrain.report.terminal import print_comparison, print_end
 from mptrain.resumption import command

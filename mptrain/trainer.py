@@ -31,8 +31,8 @@ from mptrain.distributed.layout import Share
 from mptrain.distributed.optimizer import sharded_as
 from mptrain.interrupts import Interrupts
 from mptrain.keeping import Diverged, Keeper
-from mptrain.outcome import StepOutcome
 from mptrain.precision import Precision
+from mptrain.precision.outcome import StepOutcome
 from mptrain.protocols import Audits, Averaged, Compresses, Data, Rates, Sink, Watches
 from mptrain.spikes import Spikes
 from mptrain.telemetry.drill import Drill

@@ -31,7 +31,7 @@ import torch
 from mptrain import storage
 from mptrain.checkpoint import Checkpoints
 from mptrain.config import RunConfig, composed
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.policy import PrecisionPolicy
 from mptrain.tools.files import rows_in
 from mptrain.tools.settings import to_plain
 

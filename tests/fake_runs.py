@@ -8,7 +8,7 @@ import numpy as np
 
 from mptrain.config import RunConfig
 from mptrain.optim import OptimConfig
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.policy import PrecisionPolicy
 from mptrain.tools.settings import to_plain
 from mptrain.trainer_config import TrainerConfig
 

@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mptrain import Precision, cli, kernels
-from mptrain.backends import emulated
-from mptrain.convert import HOOKS, ConversionReport
-from mptrain.emulation import fp8
-from mptrain.emulation.gemm import _scaled_mm
 from mptrain.formats import Format, round_to
 from mptrain.models import gpt, llama
-from mptrain.policy import BackendName, PrecisionPolicy, Scaling
+from mptrain.precision.backends.emulated import backend as emulated
+from mptrain.precision.backends.emulated import linear as fp8
+from mptrain.precision.backends.emulated.gemm import _scaled_mm
+from mptrain.precision.convert import HOOKS, ConversionReport
+from mptrain.precision.policy import BackendName, PrecisionPolicy, Scaling
 from mptrain.report.audit import audit_rows
 from mptrain.telemetry import meters
 from mptrain.telemetry.audit import StepAudit, backward_gemm

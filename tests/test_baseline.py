@@ -11,7 +11,7 @@ from mptrain import baseline, identity
 from mptrain.baseline import Figures
 from mptrain.config import RunConfig
 from mptrain.optim import OptimConfig
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.policy import PrecisionPolicy
 from mptrain.report.terminal import comparison_rows, footnotes
 from mptrain.tools.settings import to_plain
 from mptrain.trainer_config import TrainerConfig

@@ -15,7 +15,7 @@ from saved import CPU, SHARD, Part, assert_same, bits
 from mptrain import Precision, PrecisionPolicy, models
 from mptrain.checkpoint import Checkpoints, load, read_about, require_fit
 from mptrain.optim import OptimConfig, Schedule, build_optimizer
-from mptrain.policy import conf_dir
+from mptrain.precision.policy import conf_dir
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
 from mptrain.trainer import Trainer

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from mptrain import config
 from mptrain.config import AuditConfig, CheckpointConfig, LoggerConfig, RunConfig, TelemetryConfig
 from mptrain.optim import OptimConfig
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.policy import PrecisionPolicy
 from mptrain.tools.settings import to_plain
 from mptrain.trainer_config import TrainerConfig
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mptrain import ConversionReport, Precision, PrecisionPolicy
-from mptrain.convert import select, swap
+from mptrain.precision.convert import select, swap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,9 +13,10 @@ from test_trainer import SIZES, Data, Kept, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mptrain
-from mptrain import Precision, regions
+from mptrain import Precision
 from mptrain.models import gpt
 from mptrain.optim import Average, OptimConfig, Schedule, build_optimizer
+from mptrain.precision import regions
 from mptrain.telemetry import record
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import Throughput

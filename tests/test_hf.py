@@ -14,12 +14,12 @@ from mptrain import cli
 from mptrain.assembly import assemble
 from mptrain.checkpoint import load
 from mptrain.config import composed, parse_open
-from mptrain.convert import select
 from mptrain.loggers import NullSink
 from mptrain.memory import trace
 from mptrain.memory.live import WINDOWS, by_role
 from mptrain.models import _huggingface, hf
 from mptrain.precision import Precision
+from mptrain.precision.convert import select
 from mptrain.prepare import prepare
 from mptrain.telemetry.audit import StepAudit
 

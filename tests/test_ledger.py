@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from mptrain import ScaleEvent, StepRecord
-from mptrain.outcome import Blame
+from mptrain.precision.outcome import Blame
 from mptrain.telemetry.ledger import SKIPS_ALARM, UNCHANGED_ALARM, Ledger
 
 GROWN = StepRecord(True, 1.0, 32.0, ScaleEvent.grew, next_scale=64.0)

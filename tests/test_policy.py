@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptrain import Format, LossScale, LossScaler, PrecisionPolicy, Quantization
-from mptrain.policy import COMPUTE_FORMATS, FP8_FORMATS, BackendName, LossScaleKind, Scaling, conf_dir
+from mptrain.precision.policy import COMPUTE_FORMATS, FP8_FORMATS, BackendName, LossScaleKind, Scaling, conf_dir
 from mptrain.tools.settings import to_plain
 
 RECIPES = sorted((conf_dir() / "precision").glob("*.yaml"))

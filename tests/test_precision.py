@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mptrain import LossScale, Precision, PrecisionPolicy, ScaleEvent, models
 from mptrain.distributed import ALONE, Ranks
-from mptrain.outcome import Blame
-from mptrain.policy import LossScaleKind, conf_dir
+from mptrain.precision.outcome import Blame
+from mptrain.precision.policy import LossScaleKind, conf_dir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

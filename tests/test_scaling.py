@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptrain import LossScale, LossScaler, ScaleEvent
-from mptrain.policy import LossScaleKind
+from mptrain.precision.policy import LossScaleKind
 
 CPU = torch.device("cpu")
 LETTERS = {

@@ -16,9 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mptrain
-from mptrain import regions
 from mptrain.bench import cpu
-from mptrain.policy import LossScaleKind
+from mptrain.precision import regions
+from mptrain.precision.policy import LossScaleKind
 
 FOLDER = str(Path(mptrain.__file__).parent)
 STEPS = 10  # of which one reads back what has gathered

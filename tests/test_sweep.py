@@ -14,7 +14,7 @@ from commands import ROOT, TINY, rows_of, summary_of, train
 from hydra import compose, initialize_config_dir
 
 from mptrain import config, sweep
-from mptrain.policy import conf_dir
+from mptrain.precision.policy import conf_dir
 
 pytestmark = pytest.mark.usefixtures("command_line")
 

@@ -34,7 +34,7 @@ from mptrain.formats import Format
 from mptrain.loggers import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule
-from mptrain.policy import BackendName, LossScaleKind
+from mptrain.precision.policy import BackendName, LossScaleKind
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
 from mptrain.tools.files import write_whole

@@ -30,8 +30,8 @@ import yaml
 from torch import nn
 
 from mptrain import Precision, PrecisionPolicy, models
-from mptrain.backends import base
-from mptrain.policy import BackendName, conf_dir
+from mptrain.precision.backends import base
+from mptrain.precision.policy import BackendName, conf_dir
 from mptrain.tools.files import write_whole
 
 VOCABULARY = 50304  # GPT-2's 50257 rounded up to a multiple of 128, as the published runs do

@@ -17,7 +17,7 @@ from mptrain.distributed.layout import DistConfig
 from mptrain.loggers import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.policy import PrecisionPolicy
 from mptrain.prepare import Prepared
 from mptrain.telemetry.monitor import TelemetryConfig
 from mptrain.trainer import Trainer

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mptrain import kernels
 from mptrain.formats import Format
-from mptrain.kernels.counters import Counters
 
 Tile = tuple[int, int]
 WHOLE: Tile = (0, 0)
@@ -109,22 +108,3 @@ def decode(codes: Tensor, tile: Tile, ratio: Tensor, carrier: torch.dtype) -> Te
     """``Cast.carried`` of codes that were kept without it."""
     values = split(kernels.decode(codes, carrier), tile)
     return join(values.mul_(ratio.to(carrier)), codes.shape)
-
-
-def book(books: Counters, slot: int, x: Tensor, tile: Tile, made: Cast) -> None:
-    """On a sampled step: what was made of ``x`` [M, N], its counts apart, in row ``slot``.
-
-    The row's scale is NaN: no single number stands for the cast, and nobody shall judge it by one. Errors are those of
-    the values, not of the scaled ones, in which tiles of small numbers would weigh as much as the largest.
-    """
-    books.scale[slot] = math.nan
-    if "histogram" in books.sums:
-        kernels.observe(x, histogram=books.sums["histogram"][slot])
-    if "errors" in books.sums:
-        kernels.observe(books.part_of(x), blocks=books.sums["blocks"][slot])
-        part, codes = books.part_of(x).double(), books.part_of(made.codes)
-        scale = made.scale / made.ratio
-        scale = join(scale.expand(split(x, tile).shape), x.shape)
-        back = codes.double() / books.part_of(scale)
-        squares = torch.stack([part, part - back]).masked_fill(~(part.isfinite() & back.isfinite()), 0).square_()
-        books.sums["errors"][slot] += squares.sum((1, 2))

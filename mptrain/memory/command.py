@@ -19,7 +19,7 @@ from mptrain.memory.trace import Job
 from mptrain.memory.training import TrainingPlan, plan, rank_job
 from mptrain.memory.training_table import print_fit, print_plans, print_remedies, told
 from mptrain.memory.units import parse_bytes
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.policy import PrecisionPolicy
 from mptrain.prepare import require_consistent
 from mptrain.report.plan_page import page
 from mptrain.tools.files import json_text, write_whole

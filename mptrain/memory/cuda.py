@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from mptrain.formats import Format
 from mptrain.memory.live import CODES, Bytes
-from mptrain.policy import BackendName, LossScale, PrecisionPolicy, Scaling
+from mptrain.precision.policy import BackendName, LossScale, PrecisionPolicy, Scaling
 
 CONTEXT_BYTES = 600 * 2**20
 """Assumed: a CUDA context with torch's kernels and cuBLAS's workspace (32 MiB on Hopper); nvidia-smi shows 450 to 700

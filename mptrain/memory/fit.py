@@ -9,7 +9,7 @@ from mptrain.distributed.layout import DistConfig, Layout
 from mptrain.formats import Format
 from mptrain.memory.trace import Job
 from mptrain.memory.training import MOST_TOKENS, TrainingPlan, plan
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.policy import PrecisionPolicy
 
 MOST = 1 << 20  # samples, tokens of a sequence
 SHARDS = 8  # ranks of a usual node

@@ -23,16 +23,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 
 from mptrain import kernels
-from mptrain.backends.base import resolve
 from mptrain.distributed import ALONE, Ranks, World, wrap
 from mptrain.distributed.layout import DistConfig, Layout
-from mptrain.emulation.gemm import carrier_dtype
 from mptrain.memory import recurrent
 from mptrain.memory.cuda import CudaCasts, casting, stand_in, with_transposed
 from mptrain.memory.live import UPDATE, Bytes, buckets_of, resident, watched
 from mptrain.optim import Average, OptimConfig, build_optimizer
-from mptrain.policy import PrecisionPolicy, Scaling
 from mptrain.precision import Precision
+from mptrain.precision.backends.base import resolve
+from mptrain.precision.backends.emulated.gemm import carrier_dtype
+from mptrain.precision.policy import PrecisionPolicy, Scaling
 
 CPU = torch.device("cpu")
 DEPTHS = (2, 4, 6)  # even: half of the gradients are then there at the same place of a block

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from mptrain.backends.base import resolve
 from mptrain.distributed.layout import Layout
 from mptrain.memory.cuda import CONTEXT_BYTES, FRAGMENTATION_FRAC, backend_on_gpu
 from mptrain.memory.live import Bytes, by_role
 from mptrain.memory.trace import CPU, Job, Peaks, peaks
 from mptrain.memory.units import gib
+from mptrain.precision.backends.base import resolve
 from mptrain.tools.settings import require
 
 MOST_TOKENS = 1 << 36  # of a micro-batch; more is a typing error

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mptrain.convert import select
 from mptrain.models._huggingface import as_linear
+from mptrain.precision.convert import select
 from mptrain.quantization import huggingface, methods
 from mptrain.quantization.methods import Method
 from mptrain.quantization.packing import BITS, flattened, is_quantized

@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from mptrain import kernels
-from mptrain.convert import ConversionReport
-from mptrain.emulation.gemm import BIAS_COLUMNS
-from mptrain.emulation.products import is_attention, operands_of, unknown
 from mptrain.formats import Format
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.backends.emulated.gemm import BIAS_COLUMNS
+from mptrain.precision.backends.emulated.products import is_attention, operands_of, unknown
+from mptrain.precision.convert import ConversionReport
+from mptrain.precision.policy import PrecisionPolicy
 from mptrain.telemetry.coverage import ROLES, UNKNOWN, Audit, Row
 from mptrain.telemetry.products import NAMES, Seen, flops_of, joined, look, look_inside
 

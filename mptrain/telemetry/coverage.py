@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mptrain.convert import ConversionReport
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.convert import ConversionReport
+from mptrain.precision.policy import PrecisionPolicy
 from mptrain.telemetry.products import joined
 
-# mptrain.convert.select's words: information, not a problem
+# mptrain.precision.convert.select's words: information, not a problem
 KEPT_AS_ASKED = ("matches precision.keep", "matches precision.keep_default")
 ROLES = {
     ("output", 2): ("input", "weight"),

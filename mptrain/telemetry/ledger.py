@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from mptrain.outcome import StepRecord
-from mptrain.scaling import ScaleEvent
+from mptrain.precision.outcome import StepRecord
+from mptrain.precision.scaling import ScaleEvent
 
 SKIPS_ALARM = 8  # in a row: dynamic scaling has then fallen by 2^7 without finding a scale that works
 UNCHANGED_ALARM = 50  # steps without a weight that moved: half the length at which two runs can be compared

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from mptrain.kernels import COUNTS
 from mptrain.kernels.bins import INF as BIN_INF
 from mptrain.kernels.bins import NAN as BIN_NAN
-from mptrain.kernels.counters import N_COUNTS, OPERANDS
-from mptrain.outcome import StepOutcome, StepRecord
 from mptrain.precision import Precision
+from mptrain.precision.counters import N_COUNTS, OPERANDS
+from mptrain.precision.outcome import StepOutcome, StepRecord
 from mptrain.telemetry.ledger import Event, alarm
 from mptrain.telemetry.observer import LOST, Observer
 from mptrain.telemetry.record import Record

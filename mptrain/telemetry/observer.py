@@ -22,8 +22,8 @@ from mptrain import kernels
 from mptrain.distributed import ALONE, Ranks, local
 from mptrain.formats import Format
 from mptrain.kernels.adamw import updates
-from mptrain.kernels.counters import OPERANDS, Counters
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.counters import OPERANDS, Counters
+from mptrain.precision.policy import PrecisionPolicy
 from mptrain.telemetry.stats import STATISTICS, Cast
 from mptrain.tools.modules import parameter_names
 

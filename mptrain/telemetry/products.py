@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils import flop_counter
 
 from mptrain import kernels
-from mptrain.emulation.products import is_attention, operands_of
 from mptrain.formats import CHUNK, Format
 from mptrain.kernels import tiles
+from mptrain.precision.backends.emulated.products import is_attention, operands_of
 
 BY_VALUE = (Format.fp8_e4m3, Format.fp8_e5m2, Format.fp16, Format.tf32)  # what emulations carry in a wider type
 NARROWEST_FIRST = (Format.fp8_e4m3, Format.fp8_e5m2, Format.bf16, Format.fp16, Format.tf32)
@@ -62,7 +62,7 @@ def look(x: Tensor, asked: Format, *, emulated: bool, tile: tiles.Tile = tiles.W
 
     The asked format is tried first (an E4M3 number with two mantissa bits is an E5M2 number as well), then the others
     from the narrowest; an operand on no grid has the format of its type. ``tile``: parts of ``x`` that have powers of
-    two of their own as scales, see :meth:`mptrain.policy.Quantization.tile_of`.
+    two of their own as scales, see :meth:`mptrain.precision.policy.Quantization.tile_of`.
     """
     name = NAMES.get(x.dtype, str(x.dtype).removeprefix("torch."))
     if emulated and asked in BY_VALUE and name in ("fp32", "bf16") and name != asked.name:

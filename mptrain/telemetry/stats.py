@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mptrain import kernels
 from mptrain.formats import Format
-from mptrain.kernels.counters import SUMS
+from mptrain.precision.counters import SUMS
 
 Cast = tuple[Format, Tensor] | None
 Figures = dict[str, Tensor]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mptrain import Precision, PrecisionPolicy
-from mptrain.policy import BackendName, Scaling
+from mptrain.precision.policy import BackendName, Scaling
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "precision"
 GEMMS = ("mm", "addmm", "bmm", "_scaled_mm", "linear", "matmul")

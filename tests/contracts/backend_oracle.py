@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptrain.policy import PrecisionPolicy, Scaling
+from mptrain.precision.policy import PrecisionPolicy, Scaling
 
 FP8 = {"fp8_e4m3": (ml_dtypes.float8_e4m3fn, 448.0), "fp8_e5m2": (ml_dtypes.float8_e5m2, 57344.0)}
 

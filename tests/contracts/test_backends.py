@@ -13,10 +13,10 @@ import backend_contract as contract  # noqa: E402
 from backend_contract import Case, policy_of  # noqa: E402
 
 from mptrain import Precision  # noqa: E402
-from mptrain.backends import base  # noqa: E402
-from mptrain.emulation.gemm import carrier_dtype  # noqa: E402
 from mptrain.formats import Format  # noqa: E402
-from mptrain.policy import BackendName, Scaling  # noqa: E402
+from mptrain.precision.backends import base  # noqa: E402
+from mptrain.precision.backends.emulated.gemm import carrier_dtype  # noqa: E402
+from mptrain.precision.policy import BackendName, Scaling  # noqa: E402
 
 CASES = [
     Case("autocast-fp32", policy_of("fp32"), floor=120.0),

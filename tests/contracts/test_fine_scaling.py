@@ -22,7 +22,7 @@ from mptrain import Precision, PrecisionPolicy  # noqa: E402
 from mptrain.formats import Format  # noqa: E402
 from mptrain.kernels import tiles  # noqa: E402
 from mptrain.models import gpt  # noqa: E402
-from mptrain.policy import BackendName  # noqa: E402
+from mptrain.precision.policy import BackendName  # noqa: E402
 from mptrain.report import figures  # noqa: E402
 from mptrain.telemetry.audit import StepAudit  # noqa: E402
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig  # noqa: E402

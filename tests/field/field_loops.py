@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import SGD
 
 from mptrain import LossScale, Precision, PrecisionPolicy
-from mptrain.policy import LossScaleKind
+from mptrain.precision.policy import LossScaleKind
 
 NAMES = ("fp32", "tf32", "bf16", "fp16", "fp8", "fp8-delayed", "fp8-rowwise", "fp8-block")
 SCALED = PrecisionPolicy(loss_scale=LossScale(kind=LossScaleKind.dynamic, init=2.0**12, interval=1, hysteresis=1))

@@ -14,9 +14,9 @@ from torch import nn
 from torch.testing._internal.autocast_test_lists import AutocastTestLists
 
 from mptrain import Precision
-from mptrain.emulation import autocast_lists
-from mptrain.emulation.rounding import Rounded
 from mptrain.formats import Format
+from mptrain.precision.backends.emulated import autocast_lists
+from mptrain.precision.backends.emulated.rounding import Rounded
 
 # torch's test helpers forbid the whole process to set flags of a backend, which every run does.
 torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True

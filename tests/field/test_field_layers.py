@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim import SGD
 
 from mptrain import Precision
-from mptrain.emulation.gemm import scaled_mm
+from mptrain.precision.backends.emulated.gemm import scaled_mm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

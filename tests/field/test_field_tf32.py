@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mptrain import Precision
-from mptrain.emulation.rounding import Rounded
 from mptrain.formats import Format
+from mptrain.precision.backends.emulated.rounding import Rounded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,10 +18,10 @@ import backend_contract as contract  # noqa: E402
 from backend_contract import Case, policy_of  # noqa: E402
 
 from mptrain import Precision, kernels  # noqa: E402
-from mptrain.backends import base  # noqa: E402
 from mptrain.formats import Format  # noqa: E402
 from mptrain.models import gpt  # noqa: E402
-from mptrain.policy import Scaling  # noqa: E402
+from mptrain.precision.backends import base  # noqa: E402
+from mptrain.precision.policy import Scaling  # noqa: E402
 
 CUDA = torch.device("cuda")
 NO_GPU = "" if torch.cuda.is_available() else "no CUDA GPU here"

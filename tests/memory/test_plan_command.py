@@ -13,7 +13,7 @@ from mptrain.memory.trace import Job
 from mptrain.memory.training import plan
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.policy import PrecisionPolicy
 
 TINY = ["model=gpt-nano", "model.n_layer=1", "model.n_embd=32", "model.n_head=2", "model.vocab_size=64"]
 TINY += ["model.block_size=64", "precision=bf16"]

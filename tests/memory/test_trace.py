@@ -18,7 +18,7 @@ from mptrain.memory.live import LATE, by_role
 from mptrain.memory.training import plan, rank_job
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.policy import PrecisionPolicy
 from mptrain.prepare import prepare
 from mptrain.trainer_config import TrainerConfig
 

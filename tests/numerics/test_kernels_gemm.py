@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mptrain import Precision, kernels
-from mptrain.emulation.gemm import carrier_dtype
 from mptrain.formats import Format
+from mptrain.precision.backends.emulated.gemm import carrier_dtype
 
 SHAPES = [(1, 16), (33, 48), (300, 272), (2048, 384)]
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
-from mptrain.emulation.thread import current
 from mptrain.formats import Format
+from mptrain.precision.backends.emulated.thread import current
 
 HALF = (
     "_convolution.deprecated", "_convolution", "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d",

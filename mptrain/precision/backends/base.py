@@ -9,16 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mptrain.convert import ConversionReport
 from mptrain.distributed import Agree
-from mptrain.kernels.counters import Counters
-from mptrain.policy import BackendName, PrecisionPolicy
+from mptrain.precision.convert import ConversionReport
+from mptrain.precision.counters import Counters
+from mptrain.precision.policy import BackendName, PrecisionPolicy
 
 MODULES = {
-    "autocast": "mptrain.backends.autocast",
-    "te": "mptrain.backends.transformer_engine",
-    "native": "mptrain.backends.native",
-    "emulated": "mptrain.backends.emulated",
+    "autocast": "mptrain.precision.backends.autocast",
+    "te": "mptrain.precision.backends.transformer_engine",
+    "native": "mptrain.precision.backends.native",
+    "emulated": "mptrain.precision.backends.emulated.backend",
 }
 QUANTIZED_ORDER = ("te", "native", "emulated")
 PLAIN_ORDER = ("autocast", "emulated")

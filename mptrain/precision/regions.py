@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._C import _is_key_in_tls
 from torch.utils._pytree import tree_map
 
-from mptrain.emulation.thread import KEY, Suspended
-from mptrain.kernels.counters import Counters
+from mptrain.precision.backends.emulated.thread import KEY, Suspended
+from mptrain.precision.counters import Counters
 
 Casts = AbstractContextManager[object]
 MAY_JOIN = dist.is_available()

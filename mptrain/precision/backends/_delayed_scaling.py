@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mptrain.distributed import Agree
 from mptrain.kernels import current_scale
-from mptrain.kernels.counters import Counters
-from mptrain.policy import Quantization
+from mptrain.precision.counters import Counters
+from mptrain.precision.policy import Quantization
 
 
 class DelayedScaling:

@@ -24,16 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mptrain.backends._booking import Booking, require_rows
-from mptrain.backends.autocast import set_tf32
-from mptrain.convert import ConversionReport, select, swap
 from mptrain.distributed import Agree
-from mptrain.emulation.delayed import DelayedScaling
 from mptrain.formats import Format
 from mptrain.kernels import amax as amax_of
-from mptrain.kernels.counters import Counters
-from mptrain.policy import PrecisionPolicy, Quantization, Scaling
-from mptrain.regions import Plain, Region
+from mptrain.precision.backends._delayed_scaling import DelayedScaling
+from mptrain.precision.backends._observed import Booking, require_rows
+from mptrain.precision.backends.autocast import set_tf32
+from mptrain.precision.convert import ConversionReport, select, swap
+from mptrain.precision.counters import Counters
+from mptrain.precision.policy import PrecisionPolicy, Quantization, Scaling
+from mptrain.precision.regions import Plain, Region
 
 FORMATS = {(Format.fp8_e4m3, Format.fp8_e4m3): "E4M3", (Format.fp8_e4m3, Format.fp8_e5m2): "HYBRID"}
 # TE's quantizers: role -> (list, index). Those of output and grad_input are for FP8 results, which are not asked for.
@@ -42,7 +42,7 @@ ROWS = 8  # tokens of a micro-batch must be a multiple (TE: assert_dim_for_fp8_e
 
 
 class Backend:
-    """See :class:`mptrain.backends.base.Backend`."""
+    """See :class:`mptrain.precision.backends.base.Backend`."""
 
     name = "te"
     emulated = False

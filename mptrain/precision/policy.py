@@ -1,6 +1,6 @@
 """What a precision *is*, as data: frozen, validated values that print themselves. No torch state lives here.
 
-A policy says which formats the numbers pass through; a backend (``mptrain.backends``) owns the kernels that do it,
+A policy says which formats the numbers pass through; a backend (``mptrain.precision.backends``) owns the kernels that do it,
 and :class:`mptrain.Precision` binds both to a live model. FP16, BF16 and FP8 differ only in this data.
 The null objects are ``LossScale(kind=none)`` and ``Quantization(scaling=none)``; nothing here is Optional.
 """
@@ -209,6 +209,6 @@ class PrecisionPolicy:
 
 def conf_dir() -> Path:
     """``conf/`` of the checkout this package is run from, else the copy that ships inside the package."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     checkout = package.parent / "conf"
     return checkout if (checkout / "config.yaml").is_file() else package / "conf"

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from mptrain.convert import ConversionReport, other_matrices
 from mptrain.formats import Format
-from mptrain.policy import PrecisionPolicy
+from mptrain.precision.convert import ConversionReport, other_matrices
+from mptrain.precision.policy import PrecisionPolicy
 
 
 def require_masters(model: nn.Module, policy: PrecisionPolicy) -> None:

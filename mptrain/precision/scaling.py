@@ -15,7 +15,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from mptrain.policy import LossScale, LossScaleKind
+from mptrain.precision.policy import LossScale, LossScaleKind
 
 
 class ScaleEvent(IntEnum):

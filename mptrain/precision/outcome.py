@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mptrain.scaling import ScaleEvent
+from mptrain.precision.scaling import ScaleEvent
 
 
 @dataclass(frozen=True)

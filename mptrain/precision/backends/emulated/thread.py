@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mptrain.emulation import halves, products, tf32
 from mptrain.formats import Format
+from mptrain.precision.backends.emulated import halves, products, tf32
 
-KEY = "mptrain.emulation"  # in torch's own thread state: autograd's threads get that of the one that called backward
+KEY = "mptrain.precision.backends.emulated"  # in torch's own thread state: autograd's threads get that of the one that called backward
 
 
 class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptrain.emulation.products import INSIDE, is_attention, operands_of
+from mptrain.precision.backends.emulated.products import INSIDE, is_attention, operands_of
 
 _PLAIN, _PRODUCT, _ATTENTION, _WHOLE = range(4)
 _KINDS: dict[Any, int] = {}

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from mptrain import kernels
-from mptrain.convert import ConversionReport, is_conv1d, leave_fast_path, select
 from mptrain.distributed import Agree
-from mptrain.emulation.delayed import DelayedScaling
-from mptrain.emulation.fine import FineQuantizers
-from mptrain.emulation.fp8 import Operands, Quantizers, emulate
-from mptrain.emulation.gemm import carrier_dtype
-from mptrain.emulation.rounding import Rounded
 from mptrain.formats import Format
-from mptrain.kernels.counters import Counters
-from mptrain.policy import PrecisionPolicy, Scaling
-from mptrain.regions import Plain, Region
+from mptrain.precision.backends._delayed_scaling import DelayedScaling
+from mptrain.precision.backends.emulated.gemm import carrier_dtype
+from mptrain.precision.backends.emulated.linear import Operands, Quantizers, emulate
+from mptrain.precision.backends.emulated.rounding import Rounded
+from mptrain.precision.backends.emulated.tiled_linear import FineQuantizers
+from mptrain.precision.convert import ConversionReport, is_conv1d, leave_fast_path, select
+from mptrain.precision.counters import Counters
+from mptrain.precision.policy import PrecisionPolicy, Scaling
+from mptrain.precision.regions import Plain, Region
 
 
 class Backend:
-    """See :class:`mptrain.backends.base.Backend`."""
+    """See :class:`mptrain.precision.backends.base.Backend`."""
 
     name = "emulated"
     emulated = True

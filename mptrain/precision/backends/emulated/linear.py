@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from mptrain import kernels
 from mptrain.distributed.tensor import on_shards
-from mptrain.emulation import second
-from mptrain.emulation.delayed import DelayedScaling
-from mptrain.emulation.functions import bias_gradient, rows_of, shaped, without_autocast
-from mptrain.emulation.gemm import scaled_mm
-from mptrain.kernels.counters import Counters
-from mptrain.policy import Quantization
+from mptrain.precision.backends._delayed_scaling import DelayedScaling
+from mptrain.precision.backends.emulated import second
+from mptrain.precision.backends.emulated.functions import bias_gradient, rows_of, shaped, without_autocast
+from mptrain.precision.backends.emulated.gemm import scaled_mm
+from mptrain.precision.counters import Counters
+from mptrain.precision.policy import Quantization
 
 
 class Operands(ABC):

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptrain.emulation import second
-from mptrain.emulation.fp8 import Operands
-from mptrain.emulation.functions import bias_gradient, rows_of, shaped, without_autocast
-from mptrain.emulation.gemm import scaled_mm
 from mptrain.kernels import tiles
+from mptrain.precision.backends._observed import book_tiles
+from mptrain.precision.backends.emulated import second
+from mptrain.precision.backends.emulated.functions import bias_gradient, rows_of, shaped, without_autocast
+from mptrain.precision.backends.emulated.gemm import scaled_mm
+from mptrain.precision.backends.emulated.linear import Operands
 
 ALONG, DOWN = 1, 0  # the dimension of an operand that the GEMM sums over: along its rows or down its columns
 
@@ -44,7 +45,7 @@ class FineQuantizers(Operands):
         if dim == ALONG:
             self._note(slot, role, amax)
         if counts is not None:
-            tiles.book(books, slot, x, tile, made)
+            book_tiles(books, slot, x, tile, made)
         return made
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

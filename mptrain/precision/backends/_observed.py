@@ -8,6 +8,7 @@ amax alone reads every operand again (50 MB for 32 x 1024 x 768 in BF16, some 15
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from mptrain import kernels
 from mptrain.kernels import tiles
-from mptrain.kernels.counters import Counters
-from mptrain.policy import Quantization
+from mptrain.precision.counters import Counters
+from mptrain.precision.policy import Quantization
 
 
 class Booking:
@@ -95,7 +96,26 @@ class Booking:
         slot, tile = self._slots[role], self._config.tile_of(role, 1)
         made, amax = tiles.cast(rows, tile, self._config.format_of(role), margin=self._config.margin, counts=counts)
         self._counters.note(slot, amax)
-        tiles.book(self._counters, slot, rows, tile, made)
+        book_tiles(self._counters, slot, rows, tile, made)
+
+
+def book_tiles(books: Counters, slot: int, x: Tensor, tile: tiles.Tile, made: tiles.Cast) -> None:
+    """On a sampled step: what was made of ``x`` [M, N], its counts apart, in row ``slot``.
+
+    The row's scale is NaN: no single number stands for the cast, and nobody shall judge it by one. Errors are those of
+    the values, not of the scaled ones, in which tiles of small numbers would weigh as much as the largest.
+    """
+    books.scale[slot] = math.nan
+    if "histogram" in books.sums:
+        kernels.observe(x, histogram=books.sums["histogram"][slot])
+    if "errors" in books.sums:
+        kernels.observe(books.part_of(x), blocks=books.sums["blocks"][slot])
+        part, codes = books.part_of(x).double(), books.part_of(made.codes)
+        scale = made.scale / made.ratio
+        scale = tiles.join(scale.expand(tiles.split(x, tile).shape), x.shape)
+        back = codes.double() / books.part_of(scale)
+        squares = torch.stack([part, part - back]).masked_fill(~(part.isfinite() & back.isfinite()), 0).square_()
+        books.sums["errors"][slot] += squares.sum((1, 2))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

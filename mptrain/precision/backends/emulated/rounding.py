@@ -3,7 +3,7 @@
     with Rounded(Format.fp16, "cpu"): ...                    # a forward
     with Rounded(Format.fp16, "cpu", casting=False): ...     # its backward, where autocast is off
 
-FP16 is torch's own autocast with CUDA's lists (:mod:`mptrain.emulation.autocast_lists`), so tensors are real float16,
+FP16 is torch's own autocast with CUDA's lists (:mod:`mptrain.precision.backends.emulated.autocast_lists`), so tensors are real float16,
 and beneath it a dispatch mode that multiplies them in FP32. TF32 is a dispatch mode alone. A dispatch mode sees what
 composites, autograd's formulas and a checkpoint's recomputation come to, at 2 to 4 us an operator. A thread has one at
 most, however contexts are nested, with the format of the innermost.
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from mptrain.emulation.autocast_lists import CudaLists
-from mptrain.emulation.thread import Mode, current, make_current
 from mptrain.formats import Format
+from mptrain.precision.backends.emulated.autocast_lists import CudaLists
+from mptrain.precision.backends.emulated.thread import Mode, current, make_current
 
 Leave = Callable[..., Any]
 

@@ -34,18 +34,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from mptrain import gradients
-from mptrain.agreement import Agreement
-from mptrain.backends.base import Backend, resolve
-from mptrain.blame import MOST_LOSSES, Evidence, Losses, Names, all_bad, explanation, nothing
-from mptrain.convert import ConversionReport
 from mptrain.distributed import Ranks, may_join
-from mptrain.kernels.counters import Counters
-from mptrain.outcome import Blame, StepOutcome
-from mptrain.policy import PrecisionPolicy
-from mptrain.regions import Fence, fence_of
-from mptrain.scaling import LossScaler
-from mptrain.verified import Unseen, is_converted, reported, require_masters
+from mptrain.precision import gradients
+from mptrain.precision.agreement import Agreement
+from mptrain.precision.backends.base import Backend, resolve
+from mptrain.precision.blame import MOST_LOSSES, Evidence, Losses, Names, all_bad, explanation, nothing
+from mptrain.precision.convert import ConversionReport
+from mptrain.precision.counters import Counters
+from mptrain.precision.outcome import Blame, StepOutcome
+from mptrain.precision.policy import PrecisionPolicy
+from mptrain.precision.regions import Fence, fence_of
+from mptrain.precision.scaling import LossScaler
+from mptrain.precision.verified import Unseen, is_converted, reported, require_masters
 
 State = dict[str, dict[str, Tensor]]
 

@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from mptrain.convert import ConversionReport
 from mptrain.distributed import Agree
 from mptrain.formats import Format
-from mptrain.kernels.counters import Counters
-from mptrain.policy import PrecisionPolicy
-from mptrain.regions import Plain, Region
+from mptrain.precision.convert import ConversionReport
+from mptrain.precision.counters import Counters
+from mptrain.precision.policy import PrecisionPolicy
+from mptrain.precision.regions import Plain, Region
 
 
 def set_tf32(on: bool) -> None:
@@ -29,7 +29,7 @@ def set_tf32(on: bool) -> None:
 
 
 class Backend:
-    """See :class:`mptrain.backends.base.Backend`."""
+    """See :class:`mptrain.precision.backends.base.Backend`."""
 
     name = "autocast"
     emulated = False

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mptrain.backends._booking import Booking, require_rows
-from mptrain.backends.autocast import set_tf32
-from mptrain.convert import ConversionReport, select, swap
 from mptrain.distributed import Agree
 from mptrain.formats import Format
-from mptrain.kernels.counters import Counters
-from mptrain.policy import PrecisionPolicy, Quantization, Scaling
-from mptrain.regions import Plain, Region
+from mptrain.precision.backends._observed import Booking, require_rows
+from mptrain.precision.backends.autocast import set_tf32
+from mptrain.precision.convert import ConversionReport, select, swap
+from mptrain.precision.counters import Counters
+from mptrain.precision.policy import PrecisionPolicy, Quantization, Scaling
+from mptrain.precision.regions import Plain, Region
 from mptrain.tools.quiet import quiet_import
 
 
 class Backend:
-    """See :class:`mptrain.backends.base.Backend`."""
+    """See :class:`mptrain.precision.backends.base.Backend`."""
 
     name = "native"
     emulated = False

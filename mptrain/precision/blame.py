@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mptrain.distributed import Ranks
-from mptrain.kernels.counters import Counters
-from mptrain.outcome import Blame
+from mptrain.precision.counters import Counters
+from mptrain.precision.outcome import Blame
 from mptrain.tools.modules import parameter_names
 
 MOST_LOSSES = 1024  # of the micro-batches of one step, kept to tell a bad forward from a bad backward

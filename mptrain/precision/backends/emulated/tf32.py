@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mptrain import kernels
-from mptrain.emulation.products import VECTORS, operands_of
 from mptrain.formats import Format
+from mptrain.precision.backends.emulated.products import VECTORS, operands_of
 
 _OPERANDS: dict[Any, tuple[int, ...]] = {}
 _ONES: dict[torch.device, Tensor] = {}
