@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from mptrain import identity
-from mptrain.checkpoint import Checkpoints
+from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.distributed import among, wrap
 from mptrain.distributed.compression import Compression
 from mptrain.distributed.layout import PARTS
 from mptrain.distributed.reduction import Send, plain, summed
 from mptrain.formats import Format
-from mptrain.loggers import NullSink, Sinks
+from mptrain.loggers.base import NullSink, Sinks
 from mptrain.memory.live import buckets_of
 from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.precision import Precision
@@ -23,8 +23,8 @@ from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import Throughput, peak_tflops
 from mptrain.telemetry.monitor import Monitor
 from mptrain.tools.modules import parameter_names
-from mptrain.trainer import Trainer
-from mptrain.validation import to_device
+from mptrain.training.trainer import Trainer
+from mptrain.training.validation import to_device
 
 REDUCED = {Format.fp32: "none", Format.bf16: "bf16", Format.fp16: "fp16"}  # precision.reduce under ddp
 

@@ -18,12 +18,15 @@ from rich.console import Console
 from mptrain import baseline, kernels
 from mptrain.assembly import assemble
 from mptrain.baseline import Figures
-from mptrain.checkpoint import Checkpoints, read_about, require_fit
+from mptrain.checkpoint.checkpoints import Checkpoints, read_about, require_fit
 from mptrain.config import RunConfig
 from mptrain.distributed import Ranks, rank, world_size
 from mptrain.folder import describe, discard, folder_of, remember, remembered
 from mptrain.identity import job_mark
-from mptrain.loggers import ConsoleSink, JsonLines, NullSink, RankLog, Sinks
+from mptrain.loggers.base import NullSink, Sinks
+from mptrain.loggers.console import ConsoleSink
+from mptrain.loggers.jsonl import JsonLines, RankLog
+from mptrain.loggers.wandb import WandbSink
 from mptrain.memory.training import TrainingPlan, plan, rank_job
 from mptrain.precision.backends.base import resolve
 from mptrain.precision.policy import PrecisionPolicy
@@ -36,7 +39,6 @@ from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.drill import DebugConfig
 from mptrain.tools import machine
 from mptrain.tools.settings import to_plain
-from mptrain.wandb_logger import WandbSink
 
 
 def build(config: RunConfig, console: Console | None = None) -> Run | None:

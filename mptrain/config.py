@@ -33,7 +33,7 @@ from mptrain.telemetry.drill import DebugConfig
 from mptrain.telemetry.monitor import TelemetryConfig
 from mptrain.tools import registry
 from mptrain.tools.settings import did_you_mean, from_plain, require, to_plain
-from mptrain.trainer_config import TrainerConfig
+from mptrain.training.config import TrainerConfig
 
 LARGEST_SEED = 2**63 - 1  # what torch's generators take
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"

@@ -17,7 +17,7 @@ from rich.console import Console
 from mptrain import baseline, identity
 from mptrain.baseline import Figures
 from mptrain.distributed.watchdog import RankLost, Watchdog
-from mptrain.loggers import Sinks
+from mptrain.loggers.base import Sinks
 from mptrain.memory.grading import Grade, graded
 from mptrain.memory.training import TrainingPlan
 from mptrain.precision.counters import N_COUNTS
@@ -28,7 +28,7 @@ from mptrain.telemetry.coverage import summary_of
 from mptrain.telemetry.meters import weighted_rate
 from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED
 from mptrain.tools import machine
-from mptrain.trainer import Trainer
+from mptrain.training.trainer import Trainer
 
 
 @dataclass

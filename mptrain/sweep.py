@@ -34,12 +34,13 @@ from rich.console import Console
 
 from mptrain import build, config
 from mptrain.baseline import FEW_STEPS
-from mptrain.checkpoint import Checkpoints
+from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.config import RunConfig
 from mptrain.distributed import ALONE, Ranks, Told, rank, world_size
 from mptrain.distributed.joining import join
 from mptrain.folder import claim
 from mptrain.identity import JOB_LOCK, job_mark, short_hash
+from mptrain.loggers.wandb import log_comparison
 from mptrain.report import runs, seeds, watch
 from mptrain.report.compare import compare
 from mptrain.report.comparison import Status
@@ -48,7 +49,6 @@ from mptrain.report.table import print_comparison_table
 from mptrain.tools import machine
 from mptrain.tools.files import object_in, write_whole
 from mptrain.tools.settings import to_plain
-from mptrain.wandb_logger import log_comparison
 
 PLAN, JOB, ERROR = "sweep.json", "job.json", "error.json"
 WORST = math.inf  # what a job that failed, or whose loss is not a number, tells a search that minimizes

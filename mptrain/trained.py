@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptrain import checkpoint, models
+from mptrain import models
+from mptrain.checkpoint import checkpoints as checkpoint
 from mptrain.tools.files import object_in
 from mptrain.tools.settings import from_plain
 

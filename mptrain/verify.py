@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from mptrain import storage
-from mptrain.checkpoint import Checkpoints
+from mptrain.checkpoint import storage
+from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.config import RunConfig, composed
 from mptrain.precision.policy import PrecisionPolicy
 from mptrain.tools.files import rows_in

@@ -10,7 +10,7 @@ from mptrain.config import RunConfig
 from mptrain.optim import OptimConfig
 from mptrain.precision.policy import PrecisionPolicy
 from mptrain.tools.settings import to_plain
-from mptrain.trainer_config import TrainerConfig
+from mptrain.training.config import TrainerConfig
 
 
 def settings(precision="fp32", seed=0, steps=200, lr=1e-3, weights="fp32", **policy):

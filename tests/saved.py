@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mptrain.checkpoint import Checkpoints, load, read_about
+from mptrain.checkpoint.checkpoints import Checkpoints, load, read_about
 
 CPU = torch.device("cpu")
 HEAD, SHARD = "checkpoint.json", "rank-00000.safetensors"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mptrain import models
-from mptrain.checkpoint import Checkpoints
+from mptrain.checkpoint.checkpoints import Checkpoints
 
 CORPUS = Path(sysconfig.get_path("stdlib")) / "asyncio"
 VOCAB, BLOCK = 256, 32

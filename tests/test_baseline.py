@@ -14,7 +14,7 @@ from mptrain.optim import OptimConfig
 from mptrain.precision.policy import PrecisionPolicy
 from mptrain.report.terminal import comparison_rows, footnotes
 from mptrain.tools.settings import to_plain
-from mptrain.trainer_config import TrainerConfig
+from mptrain.training.config import TrainerConfig
 
 CONFIG = RunConfig(model={"kind": "gpt", "n_layer": 2})
 

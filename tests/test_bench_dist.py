@@ -13,9 +13,9 @@ import torch
 
 from mptrain.bench import cpu, dist, ranked, saving
 from mptrain.bench.by_hand import ByHand
-from mptrain.checkpoint import Checkpoints
+from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.distributed.compression import KINDS
-from mptrain.trainer import Trainer
+from mptrain.training.trainer import Trainer
 
 pytestmark = pytest.mark.multi
 MEASURE = Path(__file__).parent.parent / "recipes" / "measure.py"

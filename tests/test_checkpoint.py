@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from saved import CPU, SHARD, Part, assert_same, bits
 
 from mptrain import Precision, PrecisionPolicy, models
-from mptrain.checkpoint import Checkpoints, load, read_about, require_fit
+from mptrain.checkpoint.checkpoints import Checkpoints, load, read_about, require_fit
 from mptrain.optim import OptimConfig, Schedule, build_optimizer
 from mptrain.precision.policy import conf_dir
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
-from mptrain.trainer import Trainer
-from mptrain.trainer_config import TrainerConfig
+from mptrain.training.config import TrainerConfig
+from mptrain.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from saved import CPU, HEAD, SHARD, Part, check, save
 
 import mptrain
-from mptrain.checkpoint import Checkpoints, float_tensors, load, read_about
+from mptrain.checkpoint.checkpoints import Checkpoints, float_tensors, load, read_about
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
@@ -282,7 +282,7 @@ def test_what_killed_processes_left_is_cleared_away_and_what_is_the_users_stays(
 SAVER = """
 import os, sys, torch
 from pathlib import Path
-from mptrain.checkpoint import Checkpoints
+from mptrain.checkpoint.checkpoints import Checkpoints
 
 class Part:
     def __init__(self, step):

@@ -11,7 +11,7 @@ from mptrain.config import AuditConfig, CheckpointConfig, LoggerConfig, RunConfi
 from mptrain.optim import OptimConfig
 from mptrain.precision.policy import PrecisionPolicy
 from mptrain.tools.settings import to_plain
-from mptrain.trainer_config import TrainerConfig
+from mptrain.training.config import TrainerConfig
 
 ROOT = Path(__file__).parent.parent
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mptrain import cli, models
-from mptrain.checkpoint import Checkpoints, load
+from mptrain.checkpoint.checkpoints import Checkpoints, load
 
 with warnings.catch_warnings():
     # transformers and what it imports use interfaces that newer Pythons deprecate: theirs to mend, not under test here.

@@ -21,8 +21,8 @@ from mptrain.telemetry import record
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
-from mptrain.trainer import Trainer
-from mptrain.trainer_config import TrainerConfig
+from mptrain.training.config import TrainerConfig
+from mptrain.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("command_line")
 TELEMETRY = Path(mptrain.__file__).parent / "telemetry"

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mptrain import cli
 from mptrain.assembly import assemble
-from mptrain.checkpoint import load
+from mptrain.checkpoint.checkpoints import load
 from mptrain.config import composed, parse_open
-from mptrain.loggers import NullSink
+from mptrain.loggers.base import NullSink
 from mptrain.memory import trace
 from mptrain.memory.live import WINDOWS, by_role
 from mptrain.models import _huggingface, hf

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mptrain import cli
-from mptrain.checkpoint import Checkpoints
+from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.formats import Format, overflows, round_to, underflows
 from mptrain.kernels.bins import edges
 from mptrain.report import figures

@@ -13,17 +13,8 @@ from torch import nn
 
 from mptrain.kernels import bins
 from mptrain.kernels.adamw import N_LOST, lost_in, update, updates
-from mptrain.optim import (
-    MOMENTS,
-    WEIGHTS,
-    Average,
-    OptimConfig,
-    StoredAdamW,
-    build_optimizer,
-    join,
-    round_stochastically,
-    split,
-)
+from mptrain.optim import MOMENTS, WEIGHTS, Average, OptimConfig, build_optimizer
+from mptrain.optim._stored import StoredAdamW, join, round_stochastically, split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from mptrain import Precision
-from mptrain.loggers import NullSink
+from mptrain.loggers.base import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule, build_optimizer
 from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
-from mptrain.trainer import Trainer
-from mptrain.trainer_config import TrainerConfig
+from mptrain.training.config import TrainerConfig
+from mptrain.training.trainer import Trainer
 
 SIZES = gpt.Config(vocab_size=16, block_size=8, n_layer=1, n_head=2, n_embd=16)
 pytestmark = pytest.mark.usefixtures("one_thread")

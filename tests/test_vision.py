@@ -13,7 +13,7 @@ from torch import nn
 
 from mptrain import Precision, cli
 from mptrain.data import digits
-from mptrain.loggers import progress_line
+from mptrain.loggers.console import progress_line
 from mptrain.models import vit
 
 SIZES = vit.Config(image_size=8, channels=1, classes=10, patch_size=4, n_layer=2, n_head=2, n_embd=64)

@@ -31,7 +31,7 @@ from torch.optim import AdamW
 
 from mptrain import LossScale, Precision, PrecisionPolicy, kernels
 from mptrain.formats import Format
-from mptrain.loggers import NullSink
+from mptrain.loggers.base import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule
 from mptrain.precision.policy import BackendName, LossScaleKind
@@ -39,8 +39,8 @@ from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
 from mptrain.tools.files import write_whole
 from mptrain.tools.machine import cpu_name
-from mptrain.trainer import Trainer
-from mptrain.trainer_config import TrainerConfig
+from mptrain.training.config import TrainerConfig
+from mptrain.training.trainer import Trainer
 
 CLIP, EVERY = 1.0, 10
 LR = 1e-6  # learns nothing: gradients that vanish become subnormal, and arithmetic slow

@@ -20,7 +20,7 @@ import torch
 from mptrain.assembly import assemble
 from mptrain.bench import cpu
 from mptrain.config import composed
-from mptrain.loggers import NullSink
+from mptrain.loggers.base import NullSink
 from mptrain.memory.grading import Grade, graded
 from mptrain.memory.training import plan, rank_job
 from mptrain.prepare import prepare

@@ -14,14 +14,14 @@ from mptrain.bench.cpu import LR, TWIN, Step
 from mptrain.config import RunConfig
 from mptrain.distributed import World
 from mptrain.distributed.layout import DistConfig
-from mptrain.loggers import NullSink
+from mptrain.loggers.base import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig
 from mptrain.precision.policy import PrecisionPolicy
 from mptrain.prepare import Prepared
 from mptrain.telemetry.monitor import TelemetryConfig
-from mptrain.trainer import Trainer
-from mptrain.trainer_config import TrainerConfig
+from mptrain.training.config import TrainerConfig
+from mptrain.training.trainer import Trainer
 
 WRAPPERS = ("ddp", "fsdp")
 

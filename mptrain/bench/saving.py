@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mptrain.bench.cpu import TWIN
 from mptrain.bench.ranked import WRAPPERS, Row, Sizes, settings, timed, trainer_of
-from mptrain.checkpoint import Checkpoints
+from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.prepare import prepare
 from mptrain.telemetry.monitor import TelemetryConfig
-from mptrain.trainer import Trainer
+from mptrain.training.trainer import Trainer
 
 STALL = 0.10  # of a background save, over a synchronous one, at most
 REPEATS = 4  # at most: each takes 15 s with 124 M parameters

@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C import _is_key_in_tls
+from torch._C import _get_obj_in_tls, _is_key_in_tls
 from torch.utils._pytree import tree_map
 
 from mptrain.precision.backends.emulated.thread import KEY, Suspended
@@ -76,7 +76,7 @@ class Region(ContextDecorator):
         counters = self._counters
         if self._opening is not None and not counters.quiet and not is_open(counters):
             self._opening()
-        rounding = _is_key_in_tls(KEY)  # at least once in this thread; here, for a call more takes 0.3 us
+        rounding = _is_key_in_tls(KEY) and _get_obj_in_tls(KEY) is not None  # current(), without the call
         if rounding:
             self._suspended.__enter__()
         casting = self._plain_on is None or torch.is_autocast_enabled(self._plain_on)  # else there is nothing to do

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptrain import checkpoint
+from mptrain.checkpoint import checkpoints as checkpoint
 from mptrain.formats import Format
 from mptrain.telemetry import record
 from mptrain.telemetry.histogram import JUDGED, Histogram, Histograms, Share

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from saved import CPU, Part, assert_same, check
 
-from mptrain.checkpoint import Checkpoints, load
+from mptrain.checkpoint.checkpoints import Checkpoints, load
 from mptrain.distributed import World
 
 pytestmark = pytest.mark.multi

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mptrain.checkpoint import Checkpoints, load
+from mptrain.checkpoint.checkpoints import Checkpoints, load
 from mptrain.distributed import World
 from mptrain.distributed.compression import KINDS, Compression
 from mptrain.distributed.reduction import look_and_send

@@ -18,7 +18,7 @@ from mptrain import build
 from mptrain.config import composed
 from mptrain.distributed import joining
 from mptrain.distributed.watchdog import HUNG
-from mptrain.keeping import Diverged
+from mptrain.training.resume import Diverged
 
 SMALL = (
     "model=gpt-nano", "model.n_embd=32", "model.n_layer=1", "model.n_head=2", "model.block_size=16",

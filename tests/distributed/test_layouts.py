@@ -9,7 +9,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from mptrain import assembly
 from mptrain.config import composed
-from mptrain.loggers import NullSink
+from mptrain.loggers.base import NullSink
 from mptrain.prepare import prepare
 
 SMALL = (

@@ -11,7 +11,7 @@ from mptrain.config import composed
 from mptrain.distributed import World
 from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
-from mptrain.loggers import NullSink
+from mptrain.loggers.base import NullSink
 from mptrain.memory import cuda, trace
 from mptrain.memory.grading import graded
 from mptrain.memory.live import LATE, by_role
@@ -20,7 +20,7 @@ from mptrain.models import gpt
 from mptrain.optim import OptimConfig
 from mptrain.precision.policy import PrecisionPolicy
 from mptrain.prepare import prepare
-from mptrain.trainer_config import TrainerConfig
+from mptrain.training.config import TrainerConfig
 
 GPT = ["model=gpt-nano", "model.n_layer=2", "model.n_embd=64", "model.block_size=64"]
 LLAMA = ["model=llama-nano", "model.n_layer=2", "model.n_embd=64", "model.n_ffn=128", "model.block_size=64"]

@@ -17,7 +17,7 @@ from commands import CORPUS
 from scipy import stats
 
 from mptrain import cli, models
-from mptrain.checkpoint import Checkpoints
+from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.quantization import matrix
 from mptrain.quantization.apply import quantize_model
 from mptrain.quantization.source import open_source

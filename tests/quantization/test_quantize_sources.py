@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import inputs, run_of, small
 
-from mptrain.checkpoint import Checkpoints
+from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.quantization import huggingface, load, load_quantized, open_source, quantize_model, save
 from mptrain.tools.quiet import quiet_import
 

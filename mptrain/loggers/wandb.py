@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mptrain.loggers import Event, Metrics, NullSink
+from mptrain.loggers.base import Event, Metrics, NullSink
 from mptrain.report.comparison import Comparison, Group, Interval, Variant
 from mptrain.report.drawing import heat_map_svg
 from mptrain.telemetry.histogram import Histograms

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mptrain.checkpoint import Stateful
+from mptrain.checkpoint.checkpoints import Stateful
 from mptrain.telemetry.record import Record
 
 

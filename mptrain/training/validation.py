@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mptrain.distributed import Ranks
 from mptrain.distributed.layout import Share
 from mptrain.precision import Precision
-from mptrain.protocols import Averaged, Data
+from mptrain.training.protocols import Averaged, Data
 
 
 class Validation:

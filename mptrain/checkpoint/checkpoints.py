@@ -1,4 +1,4 @@
-"""Checkpoints: a folder for each saved step, holding a dict of named Stateful parts (:mod:`mptrain.storage`).
+"""Checkpoints: a folder for each saved step, holding a dict of named Stateful parts (:mod:`mptrain.checkpoint.storage`).
 
 Tensors go through ``torch.distributed.checkpoint``, so each rank writes what it holds and a run may go on with another
 number of ranks or another layout; everything else is JSON. Saving in the background copies the state first (that is all
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from mptrain import storage
+from mptrain.checkpoint import storage
 from mptrain.distributed import ALONE, Ranks, like, local
 
 FLOATING = {  # what can be computed from, by safetensors' names

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mptrain.checkpoint import Checkpoints, Like, Stateful, load, read_about
+from mptrain.checkpoint.checkpoints import Checkpoints, Like, Stateful, load, read_about
 from mptrain.distributed import Ranks
 from mptrain.telemetry.ledger import Event, Ledger
 

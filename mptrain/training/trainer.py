@@ -25,22 +25,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mptrain.checkpoint import Checkpoints, Stateful
+from mptrain.checkpoint.checkpoints import Checkpoints, Stateful
 from mptrain.distributed import ALONE, Ranks
 from mptrain.distributed.layout import Share
 from mptrain.distributed.optimizer import sharded_as
-from mptrain.interrupts import Interrupts
-from mptrain.keeping import Diverged, Keeper
 from mptrain.precision import Precision
 from mptrain.precision.outcome import StepOutcome
-from mptrain.protocols import Audits, Averaged, Compresses, Data, Rates, Sink, Watches
-from mptrain.spikes import Spikes
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.ledger import Ledger, alarm
 from mptrain.telemetry.meters import PeakMemory, Throughput, peaks, weighted_rate
 from mptrain.telemetry.monitor import Monitor, Sample
-from mptrain.trainer_config import TrainerConfig
-from mptrain.validation import Validation, to_device
+from mptrain.training.config import TrainerConfig
+from mptrain.training.protocols import Audits, Averaged, Compresses, Data, Rates, Sink, Watches
+from mptrain.training.resume import Diverged, Keeper
+from mptrain.training.signals import Interrupts
+from mptrain.training.spikes import Spikes
+from mptrain.training.validation import Validation, to_device
 
 NOTHING = nullcontext()
 

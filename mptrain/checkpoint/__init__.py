@@ -1,0 +1,1 @@
+"""Checkpoints of a run, whole on disk or not there at all."""

@@ -1,0 +1,76 @@
+"""Sinks: where metrics, events and the summary go. Console and JSONL always, W&B (:mod:`mptrain.loggers.wandb`) when
+configured. Metrics are one flat dict with ``/`` names and units.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from mptrain.telemetry.record import Record
+
+Metrics = dict[str, float]
+Event = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Receives what a run has to tell. ``tick`` comes every step and carries nothing."""
+
+    def tick(self, step: int) -> None: ...
+    def metrics(self, step: int, values: Metrics) -> None: ...
+    def event(self, event: Event) -> None: ...
+    def record(self, record: Record) -> None: ...
+    def summary(self, values: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class NullSink:
+    """Receives and forgets."""
+
+    def tick(self, step: int) -> None:
+        pass
+
+    def metrics(self, step: int, values: Metrics) -> None:
+        pass
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def record(self, record: Record) -> None:
+        pass
+
+    def summary(self, values: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Sinks(NullSink):
+    """Several sinks as one."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self.sinks = sinks
+
+    def tick(self, step: int) -> None:
+        for sink in self.sinks:
+            sink.tick(step)
+
+    def metrics(self, step: int, values: Metrics) -> None:
+        for sink in self.sinks:
+            sink.metrics(step, values)
+
+    def event(self, event: Event) -> None:
+        for sink in self.sinks:
+            sink.event(event)
+
+    def record(self, record: Record) -> None:
+        for sink in self.sinks:
+            sink.record(record)
+
+    def summary(self, values: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.summary(values)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
