@@ -6,9 +6,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mptrain import build, config, resumption, sweep
+from mptrain import build, config, sweep
 from mptrain.distributed.joining import left_cleanly
 from mptrain.precision.policy import conf_dir
+from mptrain.runs import resumption
 
 
 @hydra.main(version_base=None, config_path=str(conf_dir()), config_name="config")

@@ -13,18 +13,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mptrain import baseline, build, kernels, verify
-from mptrain import export as exporting
+from mptrain import build, kernels
+from mptrain.bench import resume as verify
 from mptrain.config import RunConfig, clear_errors, composed
 from mptrain.distributed.joining import left_cleanly
 from mptrain.doctor import audited_step
 from mptrain.precision.backends.base import MODULES, load
 from mptrain.precision.policy import PrecisionPolicy, conf_dir
-from mptrain.report import casts, deployment, figures, output, page, watch
-from mptrain.report import compare as comparing
-from mptrain.report import inspect as tables
 from mptrain.report.audit import print_audit
-from mptrain.report.table import print_comparison_table
+from mptrain.report.compare import compare as comparing
+from mptrain.report.compare import files as output
+from mptrain.report.compare import watch
+from mptrain.report.compare.terminal import print_comparison_table
+from mptrain.report.deploy import matrix as deployment
+from mptrain.report.inspect import formats as casts
+from mptrain.report.inspect import page
+from mptrain.report.inspect import tensors as figures
+from mptrain.report.inspect import terminal as tables
+from mptrain.runs import baseline
+from mptrain.runs import export as exporting
 from mptrain.telemetry.histogram import JUDGED
 from mptrain.tools import machine
 from mptrain.tools.files import json_text

@@ -33,19 +33,20 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
 from mptrain import build, config
-from mptrain.baseline import FEW_STEPS
 from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.config import RunConfig
 from mptrain.distributed import ALONE, Ranks, Told, rank, world_size
 from mptrain.distributed.joining import join
-from mptrain.folder import claim
-from mptrain.identity import JOB_LOCK, job_mark, short_hash
 from mptrain.loggers.wandb import log_comparison
-from mptrain.report import runs, seeds, watch
-from mptrain.report.compare import compare
-from mptrain.report.comparison import Status
-from mptrain.report.output import write_all
-from mptrain.report.table import print_comparison_table
+from mptrain.report.compare import seeds, watch
+from mptrain.report.compare.compare import compare
+from mptrain.report.compare.comparison import Status
+from mptrain.report.compare.files import write_all
+from mptrain.report.compare.terminal import print_comparison_table
+from mptrain.runs import read as runs
+from mptrain.runs.baseline import FEW_STEPS
+from mptrain.runs.folder import claim
+from mptrain.runs.identity import JOB_LOCK, job_mark, short_hash
 from mptrain.tools import machine
 from mptrain.tools.files import object_in, write_whole
 from mptrain.tools.settings import to_plain

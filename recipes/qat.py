@@ -24,9 +24,9 @@ from mptrain.quantization import open_source, qat, quantize_model
 from mptrain.quantization.command import TUNING_SEED
 from mptrain.quantization.evaluate import evaluate, loss_delta, top1_delta
 from mptrain.quantization.matrix import SAMPLES, trained_at, validation_batches
-from mptrain.report.comparison import Interval
-from mptrain.report.deployment import Evaluation
-from mptrain.report.inference import mean_of
+from mptrain.report.compare.comparison import Interval
+from mptrain.report.compare.intervals import mean_of
+from mptrain.report.deploy.matrix import Evaluation
 from mptrain.tools import machine
 from mptrain.tools.settings import to_plain
 

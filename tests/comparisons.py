@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from mptrain.report.comparison import (
+from mptrain.report.compare.comparison import (
     Comparison,
     Curve,
     Group,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mptrain.report.comparison import Interval
-from mptrain.report.deployment import Deployed, Matrix
+from mptrain.report.compare.comparison import Interval
+from mptrain.report.deploy.matrix import Deployed, Matrix
 
 FORMATS = {
     "fp32": (12.5, 1.0),

@@ -7,12 +7,12 @@ import multiprocessing
 
 import pytest
 
-from mptrain import baseline, identity
-from mptrain.baseline import Figures
 from mptrain.config import RunConfig
 from mptrain.optim import OptimConfig
 from mptrain.precision.policy import PrecisionPolicy
-from mptrain.report.terminal import comparison_rows, footnotes
+from mptrain.report.run_summary import comparison_rows, footnotes
+from mptrain.runs import baseline, identity
+from mptrain.runs.baseline import Figures
 from mptrain.tools.settings import to_plain
 from mptrain.training.config import TrainerConfig
 

@@ -6,7 +6,7 @@ import pytest
 
 from mptrain import cli, kernels
 from mptrain.formats import Format
-from mptrain.report import casts
+from mptrain.report.inspect import formats
 from mptrain.tools import machine
 
 
@@ -58,7 +58,7 @@ def fates(capsys, *values):
 
 @pytest.mark.parametrize("text", ["1e-3", "-2^-10", "0x1.8p+4", "500", "-3.4e4", "0.3", "2^-20", "0"])
 def test_formats_shows_what_the_casts_of_others_make_of_a_number(text, capsys):
-    value = casts.parse_number(text)
+    value = formats.parse_number(text)
     (rows,) = fates(capsys, text)
     others = {
         "fp16": np.float16,
@@ -102,7 +102,9 @@ def test_what_is_no_number_is_refused(text, capsys):
 
 
 def test_formats_knows_who_has_inf_and_nan_and_its_exponent_bits():
-    found = {fmt.name: (casts.exponent_bits(fmt.value), fmt.value.has_inf, casts.has_nan(fmt.value)) for fmt in Format}
+    found = {
+        fmt.name: (formats.exponent_bits(fmt.value), fmt.value.has_inf, formats.has_nan(fmt.value)) for fmt in Format
+    }
     assert found == {
         "fp32": (8, True, True),
         "tf32": (8, True, True),

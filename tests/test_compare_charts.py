@@ -12,12 +12,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mptrain.report import axes, words
-from mptrain.report.bars import intervals_svg, memory_svg, speed_svg
-from mptrain.report.charts import Series, clipped, difference_svg, lines_svg, tail
-from mptrain.report.comparison import Curve, Health, Interval, Kind, Loss, Memory, Speed, Variant, Verdict
-from mptrain.report.heat import layers_svg, shade, worst
-from mptrain.report.timeline import timeline_svg
+from mptrain.report import wording
+from mptrain.report.compare.comparison import Curve, Health, Interval, Kind, Loss, Memory, Speed, Variant, Verdict
+from mptrain.report.draw import axes
+from mptrain.report.draw.bars import intervals_svg, memory_svg, speed_svg
+from mptrain.report.draw.layers import layers_svg, shade, worst
+from mptrain.report.draw.lines import Series, clipped, difference_svg, lines_svg, tail
+from mptrain.report.draw.timeline import timeline_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -403,7 +404,7 @@ def test_markup_in_a_label_stays_text():
 def test_short_labels_stay_different():
     labels = [f"a-very-long-name-{i}-that-ends-alike" for i in range(12)]
     for width in (8, 12, 26):
-        found = words.brief(labels, width)
+        found = wording.brief(labels, width)
         assert len(set(found)) == 12
         assert max(map(len, found)) <= width
-    assert words.brief(["fp32", "bf16"], 8) == ["fp32", "bf16"]
+    assert wording.brief(["fp32", "bf16"], 8) == ["fp32", "bf16"]

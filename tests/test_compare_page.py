@@ -17,11 +17,11 @@ from markdown_it import MarkdownIt
 from rich.cells import cell_len
 from rich.console import Console
 
-from mptrain.report import words
-from mptrain.report.compare_page import page
-from mptrain.report.comparison import Comparison, Interval
-from mptrain.report.markdown import markdown
-from mptrain.report.table import print_comparison_table
+from mptrain.report import wording
+from mptrain.report.compare.comparison import Comparison, Interval
+from mptrain.report.compare.markdown import markdown
+from mptrain.report.compare.page import page
+from mptrain.report.compare.terminal import print_comparison_table
 
 FIGURES = {"loss", "loss-late", "difference", "interval", "speed", "memory", "timeline", "layers"}
 SAMPLES = {name: getattr(comparisons, name) for name in ("realistic", "crowded", "degenerate")}
@@ -265,7 +265,7 @@ def test_markdown_has_a_row_for_every_variant_with_its_text_unharmed(name):
         assert len({len(row) for row in rows}) == 1
         assert [row[0] for row in rows[1:]] == [variant.label for variant in group.variants]
         for row, variant in zip(rows[1:], group.variants, strict=True):
-            assert row[1] == f"{words.SIGNS[variant.verdict.kind]} {variant.verdict.text or 'no verdict'}"
+            assert row[1] == f"{wording.SIGNS[variant.verdict.kind]} {variant.verdict.text or 'no verdict'}"
         assert "validation loss" in rows[0] or "training loss" in rows[0]
 
 
@@ -301,7 +301,7 @@ def test_the_terminal_table_fits_and_cuts_no_number(name, width):
         for variant in group.variants:
             delta = variant.loss.top1_delta if group.metric == "top-1" else variant.loss.val_delta
             if delta and not math.isnan(delta.low):
-                assert words.delta(delta) in printed
+                assert wording.delta(delta) in printed
             if variant.loss.val is not None:
                 assert f" {variant.loss.val:.4f} " in printed
             for part in re.split(r"[ .]", variant.label):  # whole somewhere, if not in the table
@@ -327,19 +327,24 @@ def test_a_wide_terminal_shows_all_and_a_narrow_one_says_what_it_leaves_out():
 
 def test_words_for_figures():
     assert (
-        words.loss(None) == words.loss(math.nan) == words.ratio(None) == words.share(None) == words.delta(None) == "-"
+        wording.loss(None)
+        == wording.loss(math.nan)
+        == wording.ratio(None)
+        == wording.share(None)
+        == wording.delta(None)
+        == "-"
     )
-    assert words.delta(Interval(0.0021, -0.0005, 0.0047, 3, "")) == "+0.21 % [-0.05, +0.47]"
-    assert words.delta(Interval(-0.00001, -0.00004, 0.5, 3, "")) == "+0.00 % [+0.00, +50.00]"
-    assert words.delta(Interval(0.01, math.nan, math.nan, 1, ""), "pt") == "+1.00 pt"
-    assert (words.loss(2.40312), words.ratio(1.2549), words.gib(3.21), words.share(0.0003)) == (
+    assert wording.delta(Interval(0.0021, -0.0005, 0.0047, 3, "")) == "+0.21 % [-0.05, +0.47]"
+    assert wording.delta(Interval(-0.00001, -0.00004, 0.5, 3, "")) == "+0.00 % [+0.00, +50.00]"
+    assert wording.delta(Interval(0.01, math.nan, math.nan, 1, ""), "pt") == "+1.00 pt"
+    assert (wording.loss(2.40312), wording.ratio(1.2549), wording.gib(3.21), wording.share(0.0003)) == (
         "2.4031",
         "1.25x",
         "3.210",
         "0.03 %",
     )
-    assert words.coverage({"bf16": 0.08, "fp8_e4m3": 0.92}) == "fp8_e4m3 92 %, bf16 8.0 %"
-    assert (words.span(1.21, 1.29), words.span(1.21, 1.2101), words.span(None, 1.0)) == (" [1.21, 1.29]", "", "")
+    assert wording.coverage({"bf16": 0.08, "fp8_e4m3": 0.92}) == "fp8_e4m3 92 %, bf16 8.0 %"
+    assert (wording.span(1.21, 1.29), wording.span(1.21, 1.2101), wording.span(None, 1.0)) == (" [1.21, 1.29]", "", "")
 
 
 def chromium():

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from mptrain import cli
 from mptrain.distributed.layout import DistConfig
-from mptrain.folder import claim
-from mptrain.report import inference, watch
-from mptrain.report.compare import NothingToCompare, compare
-from mptrain.report.comparison import Interval, Kind, Status
-from mptrain.report.judge import judge
-from mptrain.report.runs import expand, read
+from mptrain.report.compare import intervals, watch
+from mptrain.report.compare.compare import NothingToCompare, compare
+from mptrain.report.compare.comparison import Interval, Kind, Status
+from mptrain.report.compare.verdict import judge
+from mptrain.runs.folder import claim
+from mptrain.runs.read import expand, read
 
 STEPS = 200
 
@@ -50,28 +50,28 @@ def by_label(comparison):
 
 @given(st.lists(st.integers(-1000, 1000), min_size=2, max_size=12))
 def test_the_paired_interval_is_scipys_times_the_factor(values):
-    found = inference.paired(values)
+    found = intervals.paired(values)
     if len(set(values)) == 1:
         assert (found.low, found.high) == (values[0], values[0])
         return
     low, high = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    wider = inference.factor(len(values), inference.PAIRED) * (high - low) / 2
+    wider = intervals.factor(len(values), intervals.PAIRED) * (high - low) / 2
     assert (found.low, found.high) == pytest.approx((found.mean - wider, found.mean + wider), rel=1e-9, abs=1e-9)
     assert found.mean == pytest.approx((low + high) / 2)
 
 
 def test_the_unpaired_interval_is_scipys_times_the_factor():
     ours, theirs = [1.0, 2.0, 4.0, 3.5], [2.0, 2.2, 1.9]
-    found = inference.welch(ours, theirs)
+    found = intervals.welch(ours, theirs)
     expected = scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
-    assert found.high - found.low == pytest.approx(inference.UNPAIRED[3] * (expected.high - expected.low))
+    assert found.high - found.low == pytest.approx(intervals.UNPAIRED[3] * (expected.high - expected.low))
     assert found.mean == pytest.approx((expected.low + expected.high) / 2)
     assert found.spreads == pytest.approx((np.std(ours, ddof=1), np.std(theirs, ddof=1)))
 
 
 def test_no_number_of_seeds_decides_what_lies_on_the_border():
     border = Interval(0.0025, -1.0, 1.005, 3, "paired t")
-    assert inference.seeds_needed(border, 0.005) is None
+    assert intervals.seeds_needed(border, 0.005) is None
     text = judge(border, 0.005, steps=300, seeds=3).text
     assert text == "undecided: 3 seeds are too few, plan over 1000 new ones"
 
@@ -80,7 +80,7 @@ def test_no_number_of_seeds_decides_what_lies_on_the_border():
 def test_smoothing_is_the_mean_of_the_last_steps_that_are_known(window, steps):
     values = np.random.default_rng(steps).standard_normal((2, steps))
     values[0, ::3] = np.nan
-    found = inference.smooth(values, window)
+    found = intervals.smooth(values, window)
     for row in range(2):
         for step in range(steps):
             known = values[row, max(0, step - window + 1) : step + 1]
@@ -93,7 +93,7 @@ def test_the_band_holds_a_further_seed_in_95_percent_of_cases():
     inside = []
     for _ in range(3000):
         curves = rng.standard_normal((4, 1))
-        half = inference.prediction_half_width(curves[:3], 1)
+        half = intervals.prediction_half_width(curves[:3], 1)
         inside.append(abs(curves[3, 0] - curves[:3].mean()) <= half[0])
     assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
 
@@ -102,7 +102,7 @@ def test_the_band_holds_a_further_seed_in_95_percent_of_cases():
 def test_the_first_lasting_row(flags, length):
     runs = [i for i in range(len(flags)) if all(flags[i : i + length]) and (i == 0 or not flags[i - 1])]
     whole = [i for i in runs if len(flags[i : i + length]) == length or all(flags[i:])]
-    assert inference.first_lasting(np.array(flags, dtype=bool), length) == (whole[0] if whole else None)
+    assert intervals.first_lasting(np.array(flags, dtype=bool), length) == (whole[0] if whole else None)
 
 
 # --- verdicts where the truth is known
@@ -129,9 +129,9 @@ def test_as_good_as_the_baseline_is_never_worse_beyond_the_stated_rate(paired):
     for _ in range(200):
         losses = rng.normal(2.4, 0.012, (2, 3))  # 0.5 % between seeds
         delta = (
-            inference.paired(((losses[0] - losses[1]) / losses[1]).tolist())
+            intervals.paired(((losses[0] - losses[1]) / losses[1]).tolist())
             if paired
-            else inference.welch(*(losses / losses[1].mean()).tolist())
+            else intervals.welch(*(losses / losses[1].mean()).tolist())
         )
         worse += judge(delta, 0.005, steps=300, seeds=3).kind is Kind.worse
     assert worse <= scipy.stats.binom.ppf(0.99, 200, 0.025)

@@ -11,16 +11,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mptrain import cli
-from mptrain.assembly import assemble
+from mptrain.build.assemble import assemble
+from mptrain.build.preflight import prepare
 from mptrain.checkpoint.checkpoints import load
 from mptrain.config import composed, parse_open
 from mptrain.loggers.base import NullSink
-from mptrain.memory import trace
-from mptrain.memory.live import WINDOWS, by_role
+from mptrain.memory.training import trace
+from mptrain.memory.training.live import WINDOWS, by_role
 from mptrain.models import _huggingface, hf
 from mptrain.precision import Precision
 from mptrain.precision.convert import select
-from mptrain.prepare import prepare
 from mptrain.telemetry.audit import StepAudit
 
 VOCAB, BLOCK = 64, 16

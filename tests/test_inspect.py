@@ -15,9 +15,9 @@ from mptrain import cli
 from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.formats import Format, overflows, round_to, underflows
 from mptrain.kernels.bins import edges
-from mptrain.report import figures
-from mptrain.report.drawing import COLOURS, Band, heat_map_svg, histogram_svg
-from mptrain.report.inspect import percent, scale_text, share_text, short
+from mptrain.report.draw.magnitudes import COLOURS, Band, heat_map_svg, histogram_svg
+from mptrain.report.inspect import tensors
+from mptrain.report.inspect.terminal import percent, scale_text, share_text, short
 from mptrain.telemetry import record
 from mptrain.telemetry.histogram import JUDGED, Histogram, Histograms, Share
 
@@ -477,9 +477,9 @@ def test_shares_in_words():
 
 
 def test_places_of_tensors():
-    assert figures.place_of("model/blocks.0.w.weight", True) == ("blocks.0.w", "weight")
-    assert figures.place_of("optimizer/state/3/exp_avg", True) == ("optimizer 3", "exp_avg")
-    assert figures.place_of("optimizer/state/3/step", True) is None
-    assert figures.place_of("rng/cpu", True) is None
-    assert figures.place_of("rng/cpu", False) == ("rng/cpu", "weight")
-    assert figures.place_of("weight", False) == ("weight", "weight")
+    assert tensors.place_of("model/blocks.0.w.weight", True) == ("blocks.0.w", "weight")
+    assert tensors.place_of("optimizer/state/3/exp_avg", True) == ("optimizer 3", "exp_avg")
+    assert tensors.place_of("optimizer/state/3/step", True) is None
+    assert tensors.place_of("rng/cpu", True) is None
+    assert tensors.place_of("rng/cpu", False) == ("rng/cpu", "weight")
+    assert tensors.place_of("weight", False) == ("weight", "weight")

@@ -11,10 +11,10 @@ from fake_runs import settings, write
 from rich.console import Console
 
 from mptrain import cli, sweep
-from mptrain.folder import claim
-from mptrain.report import watch
-from mptrain.report.comparison import Status
-from mptrain.report.runs import glance
+from mptrain.report.compare import watch
+from mptrain.report.compare.comparison import Status
+from mptrain.runs.folder import claim
+from mptrain.runs.read import glance
 from mptrain.tools.settings import to_plain
 
 

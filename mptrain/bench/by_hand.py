@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from mptrain.bench.cpu import CLIP, LR
-from mptrain.prepare import Prepared
+from mptrain.build.preflight import Prepared
 
 
 class ByHand:

@@ -33,11 +33,11 @@ from mptrain.bench.by_hand import ByHand
 from mptrain.bench.cpu import TWIN, Step
 from mptrain.bench.ranked import TINY, WRAPPERS, Row, Sizes, Turns, repeated, settings, trainer_of
 from mptrain.bench.saving import measure_checkpoints
+from mptrain.build.preflight import prepare
 from mptrain.distributed import World
 from mptrain.distributed.compression import KINDS, Compression
 from mptrain.distributed.reduction import look_and_send
 from mptrain.distributed.watchdog import Watchdog
-from mptrain.prepare import prepare
 from mptrain.telemetry.monitor import TelemetryConfig
 from mptrain.tools.files import json_text, write_whole
 from mptrain.tools.machine import describe, pick_device

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from mptrain.assembly import assemble
 from mptrain.bench import cpu
+from mptrain.build.assemble import assemble
+from mptrain.build.preflight import prepare
 from mptrain.config import composed
 from mptrain.loggers.base import NullSink
-from mptrain.memory.grading import Grade, graded
-from mptrain.memory.training import plan, rank_job
-from mptrain.prepare import prepare
+from mptrain.memory.training.grading import Grade, graded
+from mptrain.memory.training.plan import plan, rank_job
 from mptrain.tools.files import json_text, write_whole
 
 BOUND_CPU, BOUND_GPU = 3.0, 5.0  # percent

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from mptrain.assembly import assemble
 from mptrain.bench import cpu
 from mptrain.bench.cpu import LR, TWIN, Step
+from mptrain.build.assemble import assemble
+from mptrain.build.preflight import Prepared
 from mptrain.config import RunConfig
 from mptrain.distributed import World
 from mptrain.distributed.layout import DistConfig
@@ -18,7 +19,6 @@ from mptrain.loggers.base import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig
 from mptrain.precision.policy import PrecisionPolicy
-from mptrain.prepare import Prepared
 from mptrain.telemetry.monitor import TelemetryConfig
 from mptrain.training.config import TrainerConfig
 from mptrain.training.trainer import Trainer

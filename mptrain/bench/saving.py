@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mptrain.bench.cpu import TWIN
 from mptrain.bench.ranked import WRAPPERS, Row, Sizes, settings, timed, trainer_of
+from mptrain.build.preflight import prepare
 from mptrain.checkpoint.checkpoints import Checkpoints
-from mptrain.prepare import prepare
 from mptrain.telemetry.monitor import TelemetryConfig
 from mptrain.training.trainer import Trainer
 

@@ -1,7 +1,7 @@
 """``mptrain bench verdict``: how often the verdict of ``mptrain compare`` is wrong, and how often it decides.
 
 Simulated seeds, drawn from every distribution of the stated family and from some outside it, go through the rules of
-``mptrain.report.inference``. A rate is the share of verdicts that are wrong where the truth is on the border: called
+``mptrain.report.compare.intervals``. A rate is the share of verdicts that are wrong where the truth is on the border: called
 worse at a difference of 0, called equivalent at the margin; the worse of the two, for skew makes them unequal.
 ``--constants`` makes the tables of that module from the same draws. One process, no training.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
-from mptrain.report.comparison import Interval
-from mptrain.report.inference import LOOKS, PAIRED, POWER, TAIL, UNPAIRED, factor, quantile, seeds_needed
-from mptrain.report.runs import Floats
+from mptrain.report.compare.comparison import Interval
+from mptrain.report.compare.intervals import LOOKS, PAIRED, POWER, TAIL, UNPAIRED, factor, quantile, seeds_needed
+from mptrain.runs.read import Floats
 from mptrain.tools.files import json_text, write_whole
 
 SKEW = 0.5
@@ -184,7 +184,7 @@ def bounds(rng: np.random.Generator, last: int, runs: int) -> dict[int, float]:
 
 
 def constants(seed: int, runs: int) -> None:
-    """Print the tables of ``mptrain.report.inference``; each number has draws of its own."""
+    """Print the tables of ``mptrain.report.compare.intervals``; each number has draws of its own."""
     for name, of, part in (("PAIRED", paired_factor, 10), ("UNPAIRED", unpaired_factor, 4)):
         print(name, {n: up(of(np.random.default_rng((seed, n)), n, part * runs)) for n in range(2, 11)}, flush=True)
     print("LOOKS", {last: bounds(np.random.default_rng((seed, last)), last, 10 * runs) for last in LOOKS}, flush=True)

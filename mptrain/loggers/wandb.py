@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from mptrain.loggers.base import Event, Metrics, NullSink
-from mptrain.report.comparison import Comparison, Group, Interval, Variant
-from mptrain.report.drawing import heat_map_svg
+from mptrain.report.compare.comparison import Comparison, Group, Interval, Variant
+from mptrain.report.draw.magnitudes import heat_map_svg
 from mptrain.telemetry.histogram import Histograms
 from mptrain.telemetry.record import Record
 

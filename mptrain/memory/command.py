@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from mptrain.build.preflight import require_consistent
 from mptrain.config import RunConfig, composed, parse_open
 from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
-from mptrain.memory import catalogue
-from mptrain.memory.fit import Remedy, largest_batch, largest_sequence, remedies
-from mptrain.memory.trace import Job
-from mptrain.memory.training import TrainingPlan, plan, rank_job
-from mptrain.memory.training_table import print_fit, print_plans, print_remedies, told
+from mptrain.memory.inference import catalogue
+from mptrain.memory.training.fit import Remedy, largest_batch, largest_sequence, remedies
+from mptrain.memory.training.plan import TrainingPlan, plan, rank_job
+from mptrain.memory.training.table import print_fit, print_plans, print_remedies, told
+from mptrain.memory.training.trace import Job
 from mptrain.memory.units import parse_bytes
 from mptrain.precision.policy import PrecisionPolicy
-from mptrain.prepare import require_consistent
 from mptrain.report.plan_page import page
 from mptrain.tools.files import json_text, write_whole
 from mptrain.tools.settings import require

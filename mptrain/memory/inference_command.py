@@ -8,11 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mptrain.memory import catalogue, huggingface, inference_table
-from mptrain.memory.inference import KV_FORMATS, Request
-from mptrain.memory.serving import Subject, Target, as_json, row_of, why_nowhere
+from mptrain.memory.inference import catalogue, huggingface
+from mptrain.memory.inference import table as inference_table
+from mptrain.memory.inference.plan import KV_FORMATS, Request
+from mptrain.memory.inference.serving import Subject, Target, as_json, row_of, why_nowhere
+from mptrain.memory.inference.weights import FORMATS, KEEP, WIDE
 from mptrain.memory.units import gib, parse_bytes
-from mptrain.memory.weights import FORMATS, KEEP, WIDE
 from mptrain.tools.files import json_text
 from mptrain.tools.settings import require
 

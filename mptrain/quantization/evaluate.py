@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mptrain.report.comparison import Interval
-from mptrain.report.deployment import Evaluation, Latency, LayerError
-from mptrain.report.inference import mean_of, paired_proportions, proportion
+from mptrain.report.compare.comparison import Interval
+from mptrain.report.compare.intervals import mean_of, paired_proportions, proportion
+from mptrain.report.deploy.matrix import Evaluation, Latency, LayerError
 from mptrain.tools.machine import describe
 
 ANSWERS = ("targets", "labels")  # of a batch; without them a model gives logits

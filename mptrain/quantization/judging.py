@@ -14,9 +14,9 @@ from mptrain.quantization.matrix import validation_batches
 from mptrain.quantization.methods import Method
 from mptrain.quantization.report import Report
 from mptrain.quantization.source import Source
-from mptrain.report.comparison import Interval
-from mptrain.report.deploy_table import print_evaluation
-from mptrain.report.deployment import Evaluation
+from mptrain.report.compare.comparison import Interval
+from mptrain.report.deploy.matrix import Evaluation
+from mptrain.report.deploy.terminal import print_evaluation
 
 BATCHES = 8  # validation batches, where nobody says
 REPEATS = 5  # timed forwards

@@ -23,10 +23,10 @@ from mptrain.quantization.evaluate import Batch, evaluate, logits_of, loss_delta
 from mptrain.quantization.methods import named
 from mptrain.quantization.report import Report
 from mptrain.quantization.source import open_source
-from mptrain.report.comparison import Interval
-from mptrain.report.deployment import Deployed, Evaluation, Matrix
-from mptrain.report.inference import mean_of, perplexity
-from mptrain.report.runs import expand, settings_in
+from mptrain.report.compare.comparison import Interval
+from mptrain.report.compare.intervals import mean_of, perplexity
+from mptrain.report.deploy.matrix import Deployed, Evaluation, Matrix
+from mptrain.runs.read import expand, settings_in
 
 ORDER = ("fp32", "tf32", "bf16", "fp16", "fp8")  # of the precisions trained in; variants of them beside them
 FORMATS = ("fp32", "bf16", "int8", "int4", "fp8")

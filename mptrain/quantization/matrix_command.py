@@ -9,11 +9,11 @@ from rich.console import Console
 
 from mptrain.quantization import matrix
 from mptrain.quantization.methods import METHODS
-from mptrain.report.compare import compare
-from mptrain.report.deploy_table import print_matrix
-from mptrain.report.deployment import FILE
-from mptrain.report.output import write_all
-from mptrain.report.runs import is_run
+from mptrain.report.compare.compare import compare
+from mptrain.report.compare.files import write_all
+from mptrain.report.deploy.matrix import FILE
+from mptrain.report.deploy.terminal import print_matrix
+from mptrain.runs.read import is_run
 from mptrain.tools.files import json_text, write_whole
 from mptrain.tools.machine import pick_device
 from mptrain.tools.settings import to_plain

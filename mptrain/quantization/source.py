@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mptrain import data, models, trained
+from mptrain import data, models
 from mptrain.data import Dataset
 from mptrain.quantization import huggingface
+from mptrain.runs import weights as trained
 from mptrain.tools.files import object_in
 from mptrain.tools.settings import from_plain, to_plain
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Protocol
 
-from mptrain.report.axes import styles_of
-from mptrain.report.bars import Stack, stacks_svg
-from mptrain.report.comparison import Memory
-from mptrain.report.page import STYLE
+from mptrain.report.compare.comparison import Memory
+from mptrain.report.draw.axes import styles_of
+from mptrain.report.draw.bars import Stack, stacks_svg
+from mptrain.report.inspect.page import STYLE
 
 GIB = 2**30
 

@@ -1,7 +1,7 @@
 """Throughput and memory, measured the same way for every precision.
 
 Memory is the allocator's peak on a GPU. A CPU has no such allocator, and RSS holds the interpreter, libraries and
-freed pages, so there it is the peak of live tensor bytes over one whole training step: :mod:`mptrain.memory.live`.
+freed pages, so there it is the peak of live tensor bytes over one whole training step: :mod:`mptrain.memory.training.live`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mptrain.distributed import local
-from mptrain.memory import live
+from mptrain.memory.training import live
 
 GIB = 2**30
 NOTHING = nullcontext()
@@ -79,7 +79,7 @@ class Throughput:
 class PeakMemory:
     """The peak of a run in GiB: the allocator's on a GPU, of live tensors over one early step on a CPU; NaN before.
 
-    ``roles_gib``: what was alive at the peak, by the roles of :mod:`mptrain.memory.live`. ``others``: role -> tensors
+    ``roles_gib``: what was alive at the peak, by the roles of :mod:`mptrain.memory.training.live`. ``others``: role -> tensors
     that live from step to step beside the model's and the optimizer's. On a GPU all that is not weights, gradients and
     moments is one, the rest of the allocator's peak.
     """
@@ -118,7 +118,7 @@ class PeakMemory:
 
     @contextmanager
     def measured(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Around a step on a CPU: live bytes (:mod:`mptrain.memory.live`). Call :meth:`updating` within."""
+        """Around a step on a CPU: live bytes (:mod:`mptrain.memory.training.live`). Call :meth:`updating` within."""
         with live.watched({**live.resident(model, optimizer), **self.others}, model) as meter:
             self._meter, self.measuring = meter, True
             yield

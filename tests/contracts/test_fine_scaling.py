@@ -23,7 +23,7 @@ from mptrain.formats import Format  # noqa: E402
 from mptrain.kernels import tiles  # noqa: E402
 from mptrain.models import gpt  # noqa: E402
 from mptrain.precision.policy import BackendName  # noqa: E402
-from mptrain.report import figures  # noqa: E402
+from mptrain.report.inspect import tensors  # noqa: E402
 from mptrain.telemetry.audit import StepAudit  # noqa: E402
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig  # noqa: E402
 from mptrain.telemetry.products import look  # noqa: E402
@@ -332,7 +332,7 @@ def test_a_record_has_the_figures_of_the_cast_and_no_scale(name):
     assert 25 < sample.metrics[f"sqnr_db/{place}"] < 35
     assert 0 < sample.metrics[f"amax/{place}"] < 1
     assert f"scale/{place}" not in sample.metrics
-    rows = figures.figures(figures.Tensors("", sample.record.rows, sample.record.tables))
+    rows = tensors.figures(tensors.Tensors("", sample.record.rows, sample.record.tables))
     (row,) = [row for row in rows if f"{row.layer}/{row.role}" == place]
     assert (row.used.format, row.used.scale, row.used.subnormal) == ("fp8_e4m3", None, None)
     assert row.used.elements == row.elements == 5 * 32 * 512

@@ -7,10 +7,10 @@ import ranks
 import torch
 from torch.distributed.tensor import distribute_tensor
 
-from mptrain import assembly
+from mptrain.build import assemble
+from mptrain.build.preflight import prepare
 from mptrain.config import composed
 from mptrain.loggers.base import NullSink
-from mptrain.prepare import prepare
 
 SMALL = (
     "model=gpt-nano", "model.n_embd=32", "model.n_layer=2", "model.n_head=2", "model.block_size=16",
@@ -50,7 +50,7 @@ class Kept(NullSink):
 
 def assembled(*overrides):
     sink = Kept()
-    return assembly.assemble(prepare(composed([*SMALL, *overrides])), sink), sink
+    return assemble.assemble(prepare(composed([*SMALL, *overrides])), sink), sink
 
 
 def whole(model):

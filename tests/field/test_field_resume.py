@@ -13,8 +13,8 @@ import pytest
 from commands import CORPUS, ROOT, TINY, events_of, rows_of, summary_of, train
 
 from mptrain import config
-from mptrain.report import runs
-from mptrain.report.compare import compare
+from mptrain.report.compare.compare import compare
+from mptrain.runs import read as runs
 
 pytestmark = pytest.mark.usefixtures("command_line")
 

@@ -11,12 +11,12 @@ import scipy.stats
 from fake_runs import settings, write
 
 from mptrain.bench import verdict
-from mptrain.report import inference
-from mptrain.report.compare import compare
-from mptrain.report.comparison import Interval, Kind
-from mptrain.report.inference import LOOKS, PAIRED, UNPAIRED, factor, quantile, seeds_needed
-from mptrain.report.judge import judge, rules
-from mptrain.report.seeds import Planned, named
+from mptrain.report.compare import intervals
+from mptrain.report.compare.compare import compare
+from mptrain.report.compare.comparison import Interval, Kind
+from mptrain.report.compare.intervals import LOOKS, PAIRED, UNPAIRED, factor, quantile, seeds_needed
+from mptrain.report.compare.seeds import Planned, named
+from mptrain.report.compare.verdict import judge, rules
 
 RUNS = 20_000
 SURE = 1 - 1e-6  # of a bound: one in a million correct programs fails
@@ -74,7 +74,7 @@ def test_the_simulation_is_of_the_rules_themselves():
         sides = [(side.mean(0), side.var(0, ddof=1)) for side in (x / 3, y)]
         both = verdict.welch_t(sides[0], sides[1], n, m, 3.0) / factor(n, UNPAIRED)
         for i in range(50):
-            one, two = inference.paired(x[:, i].tolist()), inference.welch(x[:, i].tolist(), y[:, i].tolist())
+            one, two = intervals.paired(x[:, i].tolist()), intervals.welch(x[:, i].tolist(), y[:, i].tolist())
             assert one.mean / (one.high - one.mean) == pytest.approx(alone[i])
             assert two.mean / (two.high - two.mean) == pytest.approx(both[i], rel=1e-3)
 
@@ -90,7 +90,7 @@ def test_following_more_seeds_until_it_decides_keeps_the_rate():
             while found is None or (found.kind is Kind.undecided and "more seed" in found.text):
                 n += int(found.text.split()[2]) if found else 0
                 pairs = Planned(tuple(range(10)), 10).counted(range(n))
-                delta = inference.paired([values[seed] for seed in pairs], 10)
+                delta = intervals.paired([values[seed] for seed in pairs], 10)
                 found = judge(delta, MARGIN, steps=300, seeds=n, last=10)
             wrong += found.kind is Kind.equivalent
             assert n <= 10
@@ -99,7 +99,7 @@ def test_following_more_seeds_until_it_decides_keeps_the_rate():
 
 def test_one_look_asks_for_no_more_seeds():
     """Adding seeds until it decides is what the rate does not hold for."""
-    found = judge(inference.paired([0.001, 0.009, 0.004]), MARGIN, steps=300, seeds=3)
+    found = judge(intervals.paired([0.001, 0.009, 0.004]), MARGIN, steps=300, seeds=3)
     assert found.kind is Kind.undecided
     assert found.text.startswith("undecided: 3 seeds are too few, plan ")
     assert "more" not in found.text
@@ -148,7 +148,7 @@ def _power(distance: float, n: int, widened: float) -> float:
 def test_intervals_over_samples_have_no_factor():
     values = [0.1, 0.4, 0.2, 0.7]
     low, high = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    plain, seeds = inference.mean_of(values, ""), inference.mean_of(values, "", seeds=True)
+    plain, seeds = intervals.mean_of(values, ""), intervals.mean_of(values, "", seeds=True)
     assert (plain.low, plain.high) == pytest.approx((low, high))
     assert seeds.high - seeds.low == pytest.approx(PAIRED[4] * (high - low))
 
@@ -156,7 +156,7 @@ def test_intervals_over_samples_have_no_factor():
 def test_the_rules_name_the_family_and_what_is_outside():
     single, several = ("\n".join(rules(MARGIN, "validation loss", last)) for last in (0, 10))
     for text in (single, several):
-        assert inference.FAMILY in text
+        assert intervals.FAMILY in text
         assert "at most 2.5% of comparisons each" in text
         assert "lognormal with s = 0.5: 4 to 6 %" in text
     assert "fixed before it" in single

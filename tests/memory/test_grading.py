@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mptrain.bench import plan as bench
-from mptrain.memory.grading import REST, Grade, graded
-from mptrain.memory.training import TrainingPlan
+from mptrain.memory.training.grading import REST, Grade, graded
+from mptrain.memory.training.plan import TrainingPlan
 
 MEASURE = Path(__file__).parents[2] / "recipes" / "measure.py"
 GIB = 2**30

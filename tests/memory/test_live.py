@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mptrain import Precision
-from mptrain.memory import live
+from mptrain.memory.training import live
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, build_optimizer
 from mptrain.telemetry.meters import GIB, PeakMemory

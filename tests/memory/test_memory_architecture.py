@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 
-from mptrain.memory import catalogue
-from mptrain.memory.architecture import GROUPS
-from mptrain.memory.huggingface import FAMILIES, from_config, read
+from mptrain.memory.inference import catalogue
+from mptrain.memory.inference.architecture import GROUPS
+from mptrain.memory.inference.huggingface import FAMILIES, from_config, read
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)

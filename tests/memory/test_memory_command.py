@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mptrain import cli
-from mptrain.memory import catalogue
+from mptrain.memory.inference import catalogue
 
 R1 = ["--model", "deepseek-r1", "--format", "fp8", "--batch", "30", "--input-tokens", "2048", "--output-tokens", "2048"]
 

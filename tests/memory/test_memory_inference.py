@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mptrain.memory import catalogue
-from mptrain.memory.architecture import Part
-from mptrain.memory.article import article
-from mptrain.memory.huggingface import from_config
-from mptrain.memory.inference import Request, activations, kv_bytes, largest_batch, plan, plan_count
+from mptrain.memory.inference import catalogue
+from mptrain.memory.inference.architecture import Part
+from mptrain.memory.inference.article import article
+from mptrain.memory.inference.huggingface import from_config
+from mptrain.memory.inference.plan import Request, activations, kv_bytes, largest_batch, plan, plan_count
+from mptrain.memory.inference.weights import FORMATS, KEEP, weigh, weight_format
 from mptrain.memory.units import gb, gib, parse_bytes
-from mptrain.memory.weights import FORMATS, KEEP, weigh, weight_format
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mptrain import cli
-from mptrain.memory.fit import MOST, largest
-from mptrain.memory.trace import Job
-from mptrain.memory.training import plan
+from mptrain.memory.training.fit import MOST, largest
+from mptrain.memory.training.plan import plan
+from mptrain.memory.training.trace import Job
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig
 from mptrain.precision.policy import PrecisionPolicy

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mptrain import Precision, PrecisionPolicy
-from mptrain.memory import trace
-from mptrain.memory.live import UPDATE, resident, watched
+from mptrain.memory.training import trace
+from mptrain.memory.training.live import UPDATE, resident, watched
 from mptrain.optim import OptimConfig, build_optimizer
 
 BATCH = 6

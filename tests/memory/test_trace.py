@@ -6,20 +6,20 @@ import pytest
 import ranks
 import torch
 
-from mptrain.assembly import assemble
+from mptrain.build.assemble import assemble
+from mptrain.build.preflight import prepare
 from mptrain.config import composed
 from mptrain.distributed import World
 from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
 from mptrain.loggers.base import NullSink
-from mptrain.memory import cuda, trace
-from mptrain.memory.grading import graded
-from mptrain.memory.live import LATE, by_role
-from mptrain.memory.training import plan, rank_job
+from mptrain.memory.training import cuda, trace
+from mptrain.memory.training.grading import graded
+from mptrain.memory.training.live import LATE, by_role
+from mptrain.memory.training.plan import plan, rank_job
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig
 from mptrain.precision.policy import PrecisionPolicy
-from mptrain.prepare import prepare
 from mptrain.training.config import TrainerConfig
 
 GPT = ["model=gpt-nano", "model.n_layer=2", "model.n_embd=64", "model.block_size=64"]

@@ -21,8 +21,8 @@ from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.quantization import matrix
 from mptrain.quantization.apply import quantize_model
 from mptrain.quantization.source import open_source
-from mptrain.report import deployment
-from mptrain.report.inference import PAIRED
+from mptrain.report.compare.intervals import PAIRED
+from mptrain.report.deploy import matrix as deployment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GPT = {"kind": "gpt", "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "tied": False}

@@ -13,12 +13,13 @@ from rich.cells import cell_len
 from rich.console import Console
 from test_compare_page import DRAWN, Page, browser, exact, tables_of  # noqa: F401
 
-from mptrain.report import deploy_cells, deployment
-from mptrain.report.comparison import Interval
-from mptrain.report.deploy_page import markdown_parts, section
-from mptrain.report.deploy_table import print_evaluation, print_matrix
-from mptrain.report.deployment import Evaluation, Latency, LayerError
-from mptrain.report.output import write_all
+from mptrain.report.compare.comparison import Interval
+from mptrain.report.compare.files import write_all
+from mptrain.report.deploy import cells
+from mptrain.report.deploy import matrix as deployment
+from mptrain.report.deploy.matrix import Evaluation, Latency, LayerError
+from mptrain.report.deploy.page import markdown_parts, section
+from mptrain.report.deploy.terminal import print_evaluation, print_matrix
 from mptrain.tools.files import json_text
 from mptrain.tools.settings import to_plain
 
@@ -61,22 +62,22 @@ def test_what_is_no_matrix_is_none(text, tmp_path):
 def test_every_number_of_the_section_is_that_of_the_data():
     matrix = deployments.realistic()
     found = Page(section(matrix))
-    square, cells = found.cells("deploy"), found.cells("deploy-cells")
+    square, shown = found.cells("deploy"), found.cells("deploy-cells")
     assert len(square) == len(matrix.trained) * len(matrix.deployed) == 20
     for cell in matrix.cells:
         shown = square[f"{cell.trained}/{cell.deployed}"]
         assert exact(shown) == (cell.metric and cell.metric.mean)
-        name = deploy_cells.name(cell)
+        name = cells.name(cell)
         for key in ("kl_nats", "same_frac", "mib", "size_frac", "speed_ratio", "worst_layer", "layers"):
             value = cell.worst_db if key == "worst_layer" else getattr(cell, key)
-            assert exact(cells[f"{name}/{key}"]) == value, (name, key)
+            assert exact(shown[f"{name}/{key}"]) == value, (name, key)
         for key in ("metric", "own_delta", "base_delta"):
-            interval, entry = getattr(cell, key), cells[f"{name}/{key}"]
+            interval, entry = getattr(cell, key), shown[f"{name}/{key}"]
             assert exact(entry) == (interval and interval.mean)
             if interval:
                 assert [float(entry["data-low"]), float(entry["data-high"])] == [interval.low, interval.high]
                 assert entry["data-method"] == interval.method
-    assert cells["fp8 > int4/why"]["text"] == deployments.WHY
+    assert shown["fp8 > int4/why"]["text"] == deployments.WHY
     assert square["fp32/int4"]["text"].replace("\xa0", " ") == "8.377 (+3.12 %)"
     assert square["fp8/int4"]["text"] == "-"
     text = found.all("section")[0]["text"]
@@ -127,7 +128,7 @@ def test_the_terminal_table_fits_and_cuts_no_number(name, width):
     printed = terminal(print_matrix, matrix, width=width)
     assert all(cell_len(line) <= width for line in printed.splitlines())
     assert "…" not in printed
-    columns = {column.key: column for column in deploy_cells.columns(matrix)}
+    columns = {column.key: column for column in cells.columns(matrix)}
     for cell in matrix.cells:
         for key in ("metric", "own_delta"):
             assert columns[key].cell(cell).text in printed

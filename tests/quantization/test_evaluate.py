@@ -14,8 +14,8 @@ from torch import nn
 from mptrain.models import gpt, vit
 from mptrain.quantization import evaluate as evaluation
 from mptrain.quantization.evaluate import evaluate, layer_errors, sqnr_db
-from mptrain.report import inference
-from mptrain.report.comparison import Interval
+from mptrain.report.compare import intervals
+from mptrain.report.compare.comparison import Interval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 31
@@ -74,7 +74,7 @@ def test_figures_of_text_are_those_of_the_formulas():
     assert found.kl_worst == pytest.approx(rows[:, 2].max(), rel=1e-6)
     assert found.same_frac == pytest.approx(rows[:, 3].mean())
     assert found.losses == pytest.approx(samples[:, 0], rel=1e-6)
-    assert inference.perplexity(found.loss).high == pytest.approx(math.exp(found.loss.high))
+    assert intervals.perplexity(found.loss).high == pytest.approx(math.exp(found.loss.high))
     assert (found.top1, found.latencies, found.layers) == (None, [], [])
 
 
@@ -189,10 +189,10 @@ def test_figures_of_images_have_exact_intervals():
 def test_proportions_are_covered():
     """Of many drawn experiments at least 95 % (less what 4,000 draws may miss) hold the truth; Wald's would not."""
     draw = np.random.default_rng(0)
-    share = [inference.proportion(int(k), 60) for k in draw.binomial(60, 0.97, 4000)]
+    share = [intervals.proportion(int(k), 60) for k in draw.binomial(60, 0.97, 4000)]
     assert np.mean([i.low <= 0.97 <= i.high for i in share]) > 0.94
     cells = draw.multinomial(360, [0.01, 0.02, 0.97], 4000)  # gained, lost, neither: a point is lost
-    held = [inference.paired_proportions(int(up), int(down), 360) for up, down, _ in cells]
+    held = [intervals.paired_proportions(int(up), int(down), 360) for up, down, _ in cells]
     covered = np.mean([i.low <= -0.01 <= i.high for i in held])
     assert 0.93 < covered < 0.985
     assert np.mean([i.high - i.low for i in held]) < 0.05
@@ -206,16 +206,16 @@ def test_the_interval_of_a_paired_difference_covers_drawn_losses():
     covered = np.mean([i.low <= 0.02 <= i.high for i in held])
     assert 0.93 < covered < 0.97
     assert np.mean([i.high - i.low for i in held]) < 0.1 * np.mean(
-        [i.high - i.low for i in (inference.mean_of(row.tolist(), "") for row in ours)]
+        [i.high - i.low for i in (intervals.mean_of(row.tolist(), "") for row in ours)]
     )
 
 
 def test_extremes_have_ends():
-    assert inference.proportion(0, 10) == Interval(0.0, 0.0, pytest.approx(0.3085, abs=1e-4), 10, "Clopper-Pearson")
-    assert inference.proportion(10, 10).high == 1.0
-    none = inference.paired_proportions(0, 0, 50)
+    assert intervals.proportion(0, 10) == Interval(0.0, 0.0, pytest.approx(0.3085, abs=1e-4), 10, "Clopper-Pearson")
+    assert intervals.proportion(10, 10).high == 1.0
+    none = intervals.paired_proportions(0, 0, 50)
     assert none.low < 0.0 < none.high
-    assert math.isnan(inference.mean_of([1.0], "").low)
+    assert math.isnan(intervals.mean_of([1.0], "").low)
 
 
 def test_nothing_to_evaluate_on_is_an_error():

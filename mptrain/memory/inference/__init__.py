@@ -1,0 +1,1 @@
+"""Memory of inference: weights and KV cache."""

@@ -1,0 +1,195 @@
+"""The figures of a group of runs for the HTML report: which can be drawn, what is said under each, and what is said
+instead of one that would be empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from mptrain.report.compare.comparison import Curve, Group, Kind, Variant
+from mptrain.report.draw import axes
+from mptrain.report.draw.axes import Style
+from mptrain.report.draw.bars import intervals_svg, memory_svg, speed_svg
+from mptrain.report.draw.layers import MOST, layers_svg, worst
+from mptrain.report.draw.lines import MOST_SHADED, Series, difference_svg, lines_svg, tail
+from mptrain.report.draw.timeline import timeline_svg
+
+ROOM = 120  # characters of labels in a caption
+KEYS = {"training loss": "train_delta", "top-1": "top1_delta"}  # else val_delta
+
+
+def figures(group: Group, margin: float) -> list[str]:
+    """Every figure of the group, or the sentence in its place."""
+    styles = styles_of(group)
+    drawn = [_losses(group, styles), _late_losses(group, styles), _differences(group, styles)]
+    drawn += [_intervals(group, styles, margin), _speed(group, styles), _memory(group, styles)]
+    return [*filter(None, drawn), _timeline(group, styles), _layers(group, styles)]
+
+
+def styles_of(group: Group) -> list[Style]:
+    """How each variant is drawn, alike in all figures."""
+    kinds = [variant.verdict.kind for variant in group.variants]
+    baseline = kinds.index(Kind.baseline) if Kind.baseline in kinds else None
+    return axes.styles_of([variant.label for variant in group.variants], baseline)
+
+
+def _losses(group: Group, styles: Sequence[Style]) -> str:
+    series = _series(group, styles, "curve")
+    if not series:
+        return _none("loss", "Training loss", "no run has recorded a training loss.")
+    shaded = any(one.curve.low for one in series) and len(series) <= MOST_SHADED
+    seeds = "; lightly shaded: the extremes of its seeds" if shaded else ""
+    window = f", averaged over {group.window_steps:,} steps" if group.window_steps > 1 else ""
+    caption = f"Mean over the seeds{window}{seeds}. {_band(group, group.band)}"
+    return _figure("loss", "Training loss", _loss_lines(series, group.band), caption)
+
+
+def _late_losses(group: Group, styles: Sequence[Style]) -> str:
+    """The last half again, where the first steps do not flatten it; nothing if it is too short to tell more."""
+    series = _series(group, styles, "curve")
+    last = max((one.curve.steps[-1] for one in series), default=0)
+    first = min((one.curve.steps[0] for one in series), default=0)
+    half = [one._replace(curve=tail(one.curve, first + (last - first) // 2)) for one in series]
+    half = [one for one in half if len(_finite(one.curve)) >= 3]
+    if not half:
+        return ""
+    band = tail(group.band, half[0].curve.steps[0]) if group.band else None
+    return _figure("loss-late", "Training loss, the last half", _loss_lines(half, band), "The same, closer.")
+
+
+def _loss_lines(series: list[Series], band: Curve | None) -> str:
+    return lines_svg(series, name="training loss (nats)", band=band, band_name="the baseline with other seeds (95 %)")
+
+
+def _differences(group: Group, styles: Sequence[Style]) -> str:
+    title = "Training loss relative to the baseline"
+    if group.baseline is None:
+        return _none("difference", title, "there is no baseline to compare with.")
+    series = [
+        one for one, v in zip(*_paired(group, styles, "difference"), strict=True) if v.verdict.kind is not Kind.baseline
+    ]
+    if not series:
+        return _none("difference", title, "no other variant has steps and seeds in common with the baseline.")
+    band = "the baseline with other seeds (95 %)"
+    drawn = difference_svg(series, name="difference of training loss", noise=group.noise, band_name=band)
+    caption = f"Seed by seed against {group.baseline}, then the mean; above 0 is worse. {_band(group, group.noise)}"
+    return _figure("difference", title, drawn, f"{caption} {_off(series)}")
+
+
+def _intervals(group: Group, styles: Sequence[Style], margin: float) -> str:
+    key = KEYS.get(group.metric, "val_delta")
+    title = f"Difference of {group.metric}"
+    shown = [(v, s) for v, s in zip(group.variants, styles, strict=True) if v.verdict.kind is not Kind.baseline]
+    usable = [getattr(v.loss, key) for v, _ in shown if getattr(v.loss, key) is not None]
+    if not any(math.isfinite(interval.mean) for interval in usable):
+        return _none("interval", title, "no variant has one.")
+    top1 = key == "top1_delta"
+    drawn = intervals_svg([v for v, _ in shown], [s for _, s in shown], key, margin)
+    side = "left" if top1 else "right"
+    unit = "points of accuracy" if top1 else "percent of the baseline's"
+    return _figure("interval", title, drawn, f"In {unit}, with 95 % intervals over seeds; {side} of 0 is worse.")
+
+
+def _speed(group: Group, styles: Sequence[Style]) -> str:
+    title = f"Speed relative to the baseline ({group.unit}/s)"
+    if not any(v.emulated or v.speed.ratio is not None for v in group.variants):
+        return _none("speed", title, "no ratio of speeds was measured.")
+    caption = "Medians over the seeds, whiskers: their extremes."
+    if any(v.emulated for v in group.variants):
+        caption += " Emulated: the numerics are real, the speed is not, so none is shown."
+    return _figure("speed", title, speed_svg(group.variants, styles), caption)
+
+
+def _memory(group: Group, styles: Sequence[Style]) -> str:
+    if not any(v.memory.peak_gib is not None and math.isfinite(v.memory.peak_gib) for v in group.variants):
+        return _none("memory", "Peak memory", "no run has measured it.")
+    caption = "Median over the seeds, and its ratio to the baseline's; by role where the runs tell them apart."
+    return _figure("memory", "Peak memory", memory_svg(group.variants, styles), caption)
+
+
+def _timeline(group: Group, styles: Sequence[Style]) -> str:
+    title = "Loss scale and events"
+    calm = [v.label for v in group.variants if not v.health.events]
+    if not any(v.health.events or (v.health.scale and _finite(v.health.scale)) for v in group.variants):
+        return _none("timeline", title, "no loss scale, no skipped step and no alarm in any run.")
+    caption = "The loss scale of one seed above, the events of all seeds below; a mark's tooltip says what it was."
+    left_out = [f"{v.health.more_events:,} of {v.label}" for v in group.variants if v.health.more_events]
+    if left_out:
+        caption += f" More events than are shown: {_listed(left_out)}."
+    if calm:
+        caption += f" Without any event: {_listed(calm)}."
+    return _figure("timeline", title, timeline_svg(group.variants, styles), caption)
+
+
+def _layers(group: Group, styles: Sequence[Style]) -> str:
+    title = "Underflow and overflow by layer"
+    counted = [v for v in group.variants if v.health.layers]
+    if not counted:
+        return _none("layers", title, "no variant has counted casts.")
+    if not any(row["overflow_events"] or row["underflow_frac"] for v in counted for row in v.health.layers):
+        return _none("layers", title, "no counted cast turned anything into zero or overflowed.")
+    caption = "Share of a tensor's elements that a cast turned into zero, on sampled steps; worst first."
+    left_out = worst(counted).left_out
+    if left_out:
+        caption += f" The worst {MOST} of {MOST + left_out}: {left_out} less bad are left out."
+    silent = [v.label for v in group.variants if not v.health.layers]
+    if silent:
+        caption += f" No counted casts: {_listed(silent)}."
+    return _figure("layers", title, layers_svg(group.variants, styles), caption)
+
+
+def _series(group: Group, styles: Sequence[Style], which: str) -> list[Series]:
+    return _paired(group, styles, which)[0]
+
+
+def _paired(group: Group, styles: Sequence[Style], which: str) -> tuple[list[Series], list[Variant]]:
+    """The variants that have such a curve, as series."""
+    found: list[Series] = []
+    owners: list[Variant] = []
+    for variant, style in zip(group.variants, styles, strict=True):
+        curve: Curve | None = getattr(variant, which)
+        if curve is not None and _finite(curve):
+            outside = variant.loss.outside_step if which == "difference" else None
+            steady = variant.verdict.kind is not Kind.diverged
+            found.append(Series(variant.label, curve, style, outside, steady))
+            owners.append(variant)
+    return found, owners
+
+
+def _band(group: Group, band: Curve | None) -> str:
+    if band is None or not band.low:
+        return (
+            "No grey band: the baseline's seeds are too few to tell how far another would be." if group.baseline else ""
+        )
+    return f"Grey: where {group.baseline} with another seed would lie (95 %)."
+
+
+def _off(series: Sequence[Series]) -> str:
+    if all(one.steady for one in series) or not any(one.steady for one in series):
+        return ""
+    return "A diverged curve may leave the plot, which is drawn for the others."
+
+
+def _finite(curve: Curve) -> list[float]:
+    return [value for value in curve.values if math.isfinite(value)]
+
+
+def _listed(labels: Sequence[str]) -> str:
+    """As many as fit two lines, at least one."""
+    shown = list(labels[:1])
+    for label in labels[1:]:
+        if sum(map(len, shown)) + len(label) > ROOM:
+            break
+        shown.append(label)
+    more = f" and {len(labels) - len(shown)} more" if len(labels) > len(shown) else ""
+    return ", ".join(shown) + more
+
+
+def _figure(name: str, title: str, drawn: str, caption: str) -> str:
+    words = f"<figcaption>{escape(caption.strip())}</figcaption>"
+    return f"<figure data-figure='{name}'><h3>{escape(title)}</h3><div class='wide'>{drawn}</div>{words}</figure>"
+
+
+def _none(name: str, title: str, why: str) -> str:
+    return f"<p class='none' data-no-figure='{name}'><b>{escape(title)}</b>: {escape(why)}</p>"

@@ -1,0 +1,147 @@
+"""Which runs can be compared: groups that saw the same data and schedule, and in them variants of one precision.
+
+A group's runs have model, corpus, batches and optimizer in common (so that equal seeds saw equal data from equal
+weights); a variant's have the precision in common too, how weights and moments are stored included, and differ by seed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mptrain.runs.identity import STORAGE, numerics, short_hash
+from mptrain.runs.read import Run, leaf_names
+
+SENT = {"compress": "none", "gather": "compute"}  # of dist: what gradients and weights travel in
+USUAL = {"weights": "fp32", "moments": "fp32", "inject": "", **SENT}  # said of a variant only where it is otherwise
+SCHEDULE = ("max_steps", "batch_size", "accumulate", "clip", "eval_batches")  # of trainer: what a loss depends on
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Runs of one variant; ``settings``: flat, what its precision consists of; ``key``: a hash of them."""
+
+    key: str
+    name: str
+    settings: dict[str, Any]
+    runs: tuple[Run, ...]
+
+    @property
+    def stored_fp32(self) -> bool:
+        """FP32 weights (or masters) and moments, and no fire drill."""
+        return all(self.settings[key] == "fp32" for key in STORAGE) and not self.settings["debug.inject"]
+
+    @property
+    def is_fp32(self) -> bool:
+        s = self.settings
+        plain = s["compute"] == "fp32" and s["quantization.scaling"] == "none" and s["loss_scale.kind"] == "none"
+        return plain and self.stored_fp32 and s["compress"] == SENT["compress"]
+
+
+@dataclass(frozen=True)
+class MatchedGroup:
+    """Variants that can be compared; ``settings``: flat, what all of their runs have in common."""
+
+    settings: dict[str, Any]
+    variants: tuple[Matched, ...]
+
+
+def groups_of(runs: Iterable[Run]) -> list[MatchedGroup]:
+    """Every run that has settings, sorted into groups and variants, in the order of their first run.
+
+    A run that never began does not know its corpus: it goes with those whose settings of the data are its own.
+    """
+    known = [run for run in runs if run.config]
+    corpora = {short_hash(run.config["data"]): run.about["corpus"] for run in known if "corpus" in run.about}
+    found: dict[str, list[tuple[dict[str, Any], Run]]] = defaultdict(list)
+    for run in known:
+        corpus = run.about.get("corpus") or corpora.get(short_hash(run.config["data"]))
+        settings = trial(run, corpus)
+        found[short_hash(settings)].append((settings, run))
+    return [MatchedGroup(flat(members[0][0]), _variants([run for _, run in members])) for members in found.values()]
+
+
+def _variants(runs: list[Run]) -> tuple[Matched, ...]:
+    found: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        found[short_hash(variant(run))].append(run)
+    made = []
+    for key, members in found.items():
+        name = str(members[0].config["precision"].get("name", "?"))
+        members.sort(key=lambda run: (run.seed or 0, run.folder.name))
+        made.append(Matched(key, name, flat(variant(members[0])), tuple(members)))
+    return tuple(made)
+
+
+def trial(run: Run, corpus: str | None) -> dict[str, Any]:
+    """What the runs of a group have in common. ``corpus``: hash of the data's content, None if it is not known."""
+    settings = run.config
+    optim = {key: value for key, value in settings["optim"].items() if key not in STORAGE}
+    trainer = {key: settings["trainer"].get(key) for key in SCHEDULE}
+    data = {"corpus": corpus} if corpus else settings["data"]
+    shared = {"model": settings["model"], "data": data, "optim": optim, "trainer": trainer}
+    dist = settings.get("dist", {})
+    if dist.get("kind", "single") == "single" and dist.get("tp", 1) == 1:
+        return shared
+    return shared | {"dist": {key: dist.get(key) for key in ("kind", "tp", "replicas")}}  # speeds are those of a layout
+
+
+def variant(run: Run) -> dict[str, Any]:
+    """What the runs of a variant have in common beside that."""
+    settings = run.config
+    storage = {key: settings["optim"].get(key, "fp32") for key in STORAGE}
+    inject = settings.get("debug", {}).get("inject", "")
+    sent = {key: settings.get("dist", {}).get(key, usual) for key, usual in SENT.items()}
+    return {**numerics(settings["precision"]), **storage, **sent, "debug": {"inject": inject}}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def differing(settings: Iterable[dict[str, Any]]) -> list[str]:
+    """The names whose values are not the same in all."""
+    every = list(settings)
+    names = dict.fromkeys(name for one in every for name in one)
+    return [name for name in names if len({str(one.get(name)) for one in every}) > 1]
+
+
+def labels(groups: Iterable[MatchedGroup]) -> dict[str, str]:
+    """Variant key -> what to call it: the precision's name, and what tells it from others of the same name."""
+    variants = {v.key: v for group in groups for v in group.variants}
+    named: dict[str, list[Matched]] = defaultdict(list)
+    for one in variants.values():
+        named[one.name].append(one)
+    found = {}
+    for name, alike in named.items():
+        leaves = leaf_names(differing([one.settings for one in alike]))
+        for one in alike:
+            values = {leaf: one.settings[key] for key, leaf in leaves.items() if key in one.settings}
+            told = [f"{leaf}={_brief(value)}" for leaf, value in values.items() if USUAL.get(leaf) != value]
+            found[one.key] = " ".join([name, *told])
+    return found
+
+
+def group_labels(groups: list[MatchedGroup]) -> list[str]:
+    """What tells each group from the others, empty for one alone."""
+    leaves = leaf_names(differing([group.settings for group in groups]))
+    return [", ".join(f"{leaf}={_brief(group.settings.get(key))}" for key, leaf in leaves.items()) for group in groups]
+
+
+def difference(ours: MatchedGroup, theirs: MatchedGroup) -> str:
+    """In words, why the runs of two groups cannot be compared."""
+    names = differing([ours.settings, theirs.settings])
+    return "; ".join(
+        f"{n} is {_brief(ours.settings.get(n))} here and {_brief(theirs.settings.get(n))} there" for n in names
+    )
+
+
+def _brief(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value) or "''"
+    return text if len(text) <= 24 else f"{text[:12]}…{text[-8:]}"

@@ -1,0 +1,178 @@
+"""The live table of a sweep: a row for each run, read from the runs' folders, whoever runs them."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from mptrain.report.compare.compare import NothingToCompare
+from mptrain.report.compare.comparison import Status
+from mptrain.runs.read import Run, expand, glance, in_use, is_run
+from mptrain.tools.files import object_in
+
+EVERY_S = 1.0
+FOLLOW_S = 5.0  # a comparison reads every row of every run
+DONE = (Status.finished, Status.failed)
+MARKS = {  # a sign and a word beside the colour
+    Status.finished: ("✓", "green"),
+    Status.running: ("▶", "bold"),
+    Status.stopped: ("■", "yellow"),
+    Status.failed: ("✗", "red"),
+    Status.unreadable: ("?", "red"),
+}
+
+
+class Watch:
+    """Shows the table while it is started: redrawn every second in a terminal, elsewhere a line for each run that ends.
+
+    A thread of its own reads the folders; a finished run is not read again, a failed one is: it may be retried.
+    """
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self.folder, self.console = folder, console
+        self._finished: dict[Path, Run] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def runs(self) -> list[Run]:
+        """Every run there is by now, in the order in which they were begun."""
+        found = []
+        for folder in _folders(self.folder):
+            run = self._finished.get(folder) or glance(folder)
+            if run.status is Status.finished:
+                self._finished[folder] = run
+            found.append(run)
+        return found
+
+    def table(self) -> Table:
+        return table(self.runs(), jobs(self.folder), self.folder)
+
+    def _follow(self) -> None:
+        if self.console.is_terminal:
+            with Live(self.table(), console=self.console, auto_refresh=False) as live:
+                while not self._stop.wait(EVERY_S):
+                    live.update(self.table(), refresh=True)
+                live.update(self.table(), refresh=True)
+            return
+        self.console.print(f"sweep in {self.folder}", highlight=False, soft_wrap=True)
+        told = {end for run in self.runs() if (end := _end(run))}
+        if told:
+            self.console.print(f"{len(told)} runs are there already", highlight=False)
+        while True:
+            last = self._stop.wait(EVERY_S)
+            for run in self.runs():
+                end = _end(run)
+                if end and end not in told:
+                    told.add(end)
+                    self.console.print(line(run), highlight=False, soft_wrap=True)
+            if last:
+                return
+
+
+def follow(paths: Sequence[Path], console: Console, once: Callable[[Console], None]) -> None:
+    """Print ``once``, the comparison, under the table of runs, again and again until no run is at work any more.
+
+    In a terminal the screen is drawn anew; elsewhere the comparison is printed when a run ends, and at the end.
+    """
+    shown: list[Status] = []
+    while True:
+        runs = [glance(folder) for folder in expand(paths)]
+        busy = any(run.status is Status.running for run in runs) or any(in_use(path) for path in paths)
+        states = [run.status for run in runs]
+        if console.is_terminal or states != shown or not busy:
+            if console.is_terminal:
+                console.clear()
+            console.print(table(runs, None, paths[0] if len(paths) == 1 else Path(f"{len(runs)} runs")))
+            try:
+                once(console)
+            except NothingToCompare as error:
+                console.print(str(error), highlight=False, soft_wrap=True)
+        if not busy:
+            return
+        shown = states
+        try:
+            time.sleep(FOLLOW_S)
+        except KeyboardInterrupt:
+            return
+
+
+def _end(run: Run) -> tuple[Path, int] | None:
+    """What tells this end of a run from that of an earlier attempt: its file and when it was written (ns)."""
+    if run.status not in DONE:
+        return None
+    path = run.folder / ("summary.json" if run.status is Status.finished else "error.json")
+    try:
+        return path, path.stat().st_mtime_ns
+    except OSError:  # set aside since: the run has begun again
+        return None
+
+
+def _folders(sweep: Path) -> list[Path]:
+    found = [path for path in sweep.iterdir() if is_run(path)]
+    return sorted(found, key=lambda path: (path / "job.json").stat().st_mtime if (path / "job.json").exists() else 0.0)
+
+
+def jobs(sweep: Path) -> int | None:
+    """How many jobs the sweep has, where that is known beforehand."""
+    found = object_in(sweep / "sweep.json").get("jobs")
+    return found if isinstance(found, int) else None
+
+
+def _jobs_of(run: Run) -> int:
+    """Of a sweep's jobs, those that this run is: they would compute the same."""
+    return len(object_in(run.folder / "job.json").get("names", [run.name]))
+
+
+def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
+    """What each run is at; ``whole``: the number of jobs to come to."""
+    over = sum(_jobs_of(run) for run in runs if run.status in DONE)
+    title = f"{folder}: {over}{f' of {whole}' if whole else ''} done"
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.add_column("run", overflow="fold")
+    made.add_column("", no_wrap=True)
+    for head in ("step", "loss", "val loss", "per s", "skipped"):
+        made.add_column(head, justify="right", no_wrap=True)
+    for run in runs:
+        mark, style = MARKS[run.status]
+        status = Text(f"{mark} {run.status.value}", style)
+        if run.status is Status.failed:
+            made.add_row(Text.assemble(run.name, "\n", (run.why, "red")), status)
+            continue
+        made.add_row(run.name, status, f"{run.steps}/{run.max_steps or '?'}", *cells(run))
+    left = (whole or 0) - sum(map(_jobs_of, runs))
+    if left > 0:
+        made.add_row(Text(f"{left} more to come", "dim"))
+    return made
+
+
+def cells(run: Run) -> list[str]:
+    """Loss, validation loss, tokens a second and skipped steps as text."""
+    loss = run.losses.get(run.steps, math.nan)
+    forms = ((loss, ".4f"), (run.figure("val_loss"), ".4f"), (run.figure("tokens_per_s"), ",.0f"))
+    shown = ["-" if math.isnan(value) else format(value, form) for value, form in forms]
+    skipped = run.figure("skipped_steps")
+    return [*shown, "-" if math.isnan(skipped) else f"{skipped:.0f}"]
+
+
+def line(run: Run) -> str:
+    """The same in one line."""
+    if run.status is Status.failed:
+        return f"{run.name}: failed: {run.why}"
+    loss, val, speed, skipped = cells(run)
+    return f"{run.name}: {run.status.value}, loss {loss}, val {val}, {speed} tokens/s, {skipped} skipped"

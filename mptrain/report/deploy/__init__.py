@@ -1,0 +1,1 @@
+"""Trained models beside each other as they are deployed."""

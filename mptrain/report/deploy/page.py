@@ -1,0 +1,85 @@
+"""The deployment matrix as a section of the report, in HTML and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+from mptrain.report import wording
+from mptrain.report.compare.cells import Cell, Column
+from mptrain.report.compare.markdown import listed as markdown_list
+from mptrain.report.compare.markdown import plain, row
+from mptrain.report.compare.page import listed, table_of
+from mptrain.report.deploy import cells
+from mptrain.report.deploy.matrix import Matrix
+
+TITLE = "Deployed in another format"
+
+
+def section(matrix: Matrix) -> str:
+    """A square of trained x deployed, then all that is known of each cell."""
+    square = [(escape(name), name, name) for name in matrix.trained]
+    each = [(escape(cells.name(cell)), cells.name(cell), cell) for cell in matrix.cells]
+    parts = [
+        f"<h2>{TITLE}</h2>",
+        f"<p>{escape(_explained(matrix))}</p>",
+        table_of("deploy", "trained in", _square(matrix), square),
+        "<p></p><h3>Intervals, size, speed and agreement</h3>",
+        table_of("deploy-cells", "trained > deployed", cells.columns(matrix), each),
+        listed(matrix.notes) if matrix.notes else "",
+    ]
+    return f"<section data-group='deploy'>{''.join(parts)}</section>"
+
+
+def markdown_parts(matrix: Matrix) -> list[str]:
+    """The same two tables."""
+    columns = cells.columns(matrix)
+    each = [
+        row([plain(cells.name(cell)), *(plain(column.cell(cell).text) for column in columns)]) for cell in matrix.cells
+    ]
+    square = _square(matrix)
+    rows = [row([plain(name), *(plain(column.cell(name).text) for column in square)]) for name in matrix.trained]
+    return [
+        f"#### {TITLE}",
+        plain(_explained(matrix)),
+        "\n".join([*_head("trained in", square), *rows]),
+        "\n".join([*_head("trained > deployed", columns), *each]),
+        *([markdown_list(matrix.notes)] if matrix.notes else []),
+    ]
+
+
+def _explained(matrix: Matrix) -> str:
+    figure = (
+        f"{matrix.metric.capitalize()} by the format deployed in; in brackets the change from the same runs in FP32."
+    )
+    return f"{figure} {cells.overview(matrix)}"
+
+
+def _head(first: str, columns: list[Column[Any]]) -> list[str]:
+    heads = [row([plain(first), *(plain(column.head) for column in columns)])]
+    return [*heads, row(["---", *("---:" if column.numeric else "---" for column in columns)])]
+
+
+def _square(matrix: Matrix) -> list[Column[str]]:
+    """A column for each format deployed in; its rows are the precisions trained in."""
+    return [Column(name, name, name, _pick(matrix, name)) for name in matrix.deployed]
+
+
+def _pick(matrix: Matrix, deployed: str) -> Callable[[str], Cell]:
+    """What is shown of the cell in that column."""
+    columns = {column.key: column for column in cells.columns(matrix)}
+
+    def shown(trained: str) -> Cell:
+        cell = matrix.cell(trained, deployed)
+        if cell is None or cell.metric is None:
+            return Cell(wording.UNKNOWN)
+        figure = columns["metric"].cell(cell)
+        text = figure.text.partition(" [")[0]
+        own = cell.own_delta
+        if own is not None:
+            unit = "%" if matrix.metric == "perplexity" else "pt"
+            text += f" ({wording.signed(100 * own.mean)} {unit})"
+        return Cell(text, figure.value, figure.more)
+
+    return shown

@@ -1,0 +1,281 @@
+"""Curves over training steps as SVG text: losses, and how far they are from the baseline's.
+
+Every curve ends in its label, on the right; a curve that leaves the plot (it diverged) ends in an arrow there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import NamedTuple
+
+from mptrain.report.compare.comparison import Curve
+from mptrain.report.draw import axes
+from mptrain.report.draw.axes import Axis, Style
+from mptrain.report.draw.magnitudes import GREY, INK, line, svg, text
+
+LEFT, TOP, HEIGHT, WHOLE = 62.0, 26.0, 290.0, 960.0  # the plot and its labels are WHOLE pixels wide
+PITCH = 15.0  # of the labels
+BAND_REACH = 0.5  # times the span of the curves: what a band may add to a plot on either side
+MOST_SHADED = 6  # curves whose own extremes are shaded: more of them would be mud
+BAND = "#b9b9b9"
+Point = tuple[float, float]
+
+
+class Series(NamedTuple):
+    """``outside``: the step from which it is outside the band, None: never. A series that is not ``steady`` (it
+    diverged) has no say in the range of values that is drawn, unless all are like that."""
+
+    label: str
+    curve: Curve
+    style: Style
+    outside: int | None = None
+    steady: bool = True
+
+
+def lines_svg(series: Sequence[Series], *, name: str, band: Curve | None = None, band_name: str = "band") -> str:
+    """Curves over steps, with the ``band`` shaded; logarithmic if the values span more than a factor of ten.
+
+    ValueError if no series has a finite value.
+    """
+    drawn = [one for one in series if _finite(one.curve.values)]
+    if not drawn:
+        raise ValueError("no curve has a finite value")
+    values = _range_of(drawn, band)
+    log = min(values) > 0 and max(values) > 10 * min(values)
+    bottom = TOP + max(HEIGHT, PITCH * (len(drawn) + 1))
+    y = axes.value_axis(min(values), max(values), bottom, TOP, log=log)
+    return _plot(drawn, y, band, f"{name}{', logarithmic' if log else ''}", band_name, axes.number)
+
+
+def difference_svg(series: Sequence[Series], *, name: str, noise: Curve | None = None, band_name: str = "noise") -> str:
+    """Relative differences in percent around 0, with the ``noise`` shaded. ValueError if no value is finite."""
+    drawn = [one._replace(curve=_scaled(one.curve, 100.0)) for one in series if _finite(one.curve.values)]
+    if not drawn:
+        raise ValueError("no curve has a finite value")
+    shaded = _scaled(noise, 100.0) if noise else None
+    values = _middle(drawn, shaded)
+    bottom = TOP + max(HEIGHT, PITCH * (len(drawn) + 1))
+    y = axes.value_axis(min(values), max(values), bottom, TOP)
+    return _plot(drawn, y, shaded, name, band_name, _percent, zero=True)
+
+
+def tail(curve: Curve, first: int) -> Curve:
+    """The curve from step ``first`` on."""
+    keep = [index for index, step in enumerate(curve.steps) if step >= first]
+    parts = [[column[index] for index in keep] if column else [] for column in (curve.values, curve.low, curve.high)]
+    return Curve([curve.steps[index] for index in keep], *parts)
+
+
+def _plot(
+    series: list[Series],
+    y: Axis,
+    band: Curve | None,
+    name: str,
+    band_name: str,
+    form: Callable[[float, float], str],
+    *,
+    zero: bool = False,
+) -> str:
+    right, bottom = WHOLE - 58 - max(axes.text_width(one.style.name) for one in series), y.start
+    steps = [step for one in series for step in (one.curve.steps[0], one.curve.steps[-1])]
+    x = axes.step_axis(steps, LEFT, right)
+    parts = [text(LEFT - 6, 13, name, fill=GREY), *axes.y_grid(y, LEFT, right, form)]
+    legend: list[tuple[str, str]] = []
+    if band and band.low and _finite(band.low):
+        parts.append(_area(band, x, y, f"fill='{BAND}' fill-opacity='.55' class='band'"))
+        legend.append((f"<rect x='0' y='-9' width='22' height='10' fill='{BAND}' fill-opacity='.55'/>", band_name))
+    if zero:
+        parts.append(line(LEFT, y.at(0.0), right, y.at(0.0), INK, 1.1))
+    parts += [_curve(one, index, len(series), x, y) for index, one in reversed(list(enumerate(series)))]
+    if any(_outside(one, x, y) for one in series):
+        parts += [_outside(one, x, y) for one in series]
+        ring = f"<circle cx='11' cy='-4' r='6' fill='none' stroke='{INK}' stroke-width='1.4'/>"
+        legend.append((ring, "outside the band from here on"))
+    parts += axes.x_grid(x, bottom)
+    parts += _end_labels(series, x, y)
+    parts += _legend(legend, bottom + 50)
+    return svg(WHOLE, bottom + (62 if legend else 42), parts)
+
+
+def _curve(one: Series, index: int, count: int, x: Axis, y: Axis) -> str:
+    curve, drawn = one.curve, one.style
+    parts = []
+    if curve.low and _finite(curve.low) and count <= MOST_SHADED:
+        parts.append(_area(curve, x, y, f"fill='{drawn.colour}' fill-opacity='.13' class='extremes'"))
+    pieces = clipped(_points(curve, x, y), y.end, y.start)
+    path = "".join(_path(piece) for piece in pieces)
+    stroke = f"stroke='{drawn.colour}' stroke-width='{drawn.width}' stroke-dasharray='{drawn.dashes or 'none'}'"
+    parts.append(f"<path class='curve' d='{path}' fill='none' {stroke} stroke-linejoin='round'/>")
+    inside = [p for p in _points(curve, x, y) if p and y.end <= p[1] <= y.start]
+    many = 5 if count <= 6 else 3
+    for place in range(many if len(inside) >= 2 * many else 0):
+        at = inside[int((place + (index + 0.5) / count) / many * len(inside))]
+        parts.append(axes.marker(drawn.shape, *at, 3.0, drawn.colour))
+    left_at = _exit(pieces, _points(curve, x, y), y)
+    if left_at:
+        parts.append(axes.marker("triangle" if left_at[1] <= y.end else "down", *left_at, 5.0, drawn.colour))
+    return axes.group_of(parts, _tip(one), f"data-series='{escape(one.label)}'")
+
+
+def _tip(one: Series) -> str:
+    finite = [(s, v) for s, v in zip(one.curve.steps, one.curve.values, strict=True) if math.isfinite(v)]
+    last = f"{finite[-1][1]:.5g} at step {finite[-1][0]:,}"
+    outside = "" if one.outside is None else f", outside the band from step {one.outside:,}"
+    return f"{one.label}: {last}{outside}"
+
+
+def _outside(one: Series, x: Axis, y: Axis) -> str:
+    """A ring where the curve leaves the band for good, empty if it never does."""
+    if one.outside is None:
+        return ""
+    pairs = zip(one.curve.steps, one.curve.values, strict=True)
+    after = [(step, value) for step, value in pairs if step >= one.outside and math.isfinite(value)]
+    if not after or not x.holds(after[0][0]) or not y.holds(after[0][1]):
+        return ""
+    ring = f"<circle class='outside' cx='{x.at(after[0][0]):.1f}' cy='{y.at(after[0][1]):.1f}' r='6' fill='none'"
+    tip = f"{one.label}: outside the band from step {one.outside:,}"
+    return axes.group_of([f"{ring} stroke='{INK}' stroke-width='1.4'/>"], tip)
+
+
+def _end_labels(series: list[Series], x: Axis, y: Axis) -> list[str]:
+    """Labels in the order of the curves' ends; a line leads to those of curves that reach the plot's right."""
+    right = x.end
+    ends = [[p for p in _points(one.curve, x, y) if p][-1] for one in series]
+    wanted = [min(max(end[1], y.end), y.start) for end in ends]
+    places = axes.spread(wanted, PITCH, y.end, y.start)
+    found = []
+    for one, end, at, place in zip(series, ends, wanted, places, strict=True):
+        parts = []
+        if end[0] > right - 8 and y.end <= end[1] <= y.start:
+            parts.append(line(end[0], at, right + 18, place, one.style.colour, 0.7))
+        parts.append(axes.sample(right + 20, place, one.style))
+        parts.append(axes.marked(text(right + 52, place + 4, one.style.name), "end"))
+        found.append(axes.group_of(parts, one.label))
+    return found
+
+
+def _legend(entries: list[tuple[str, str]], y: float) -> list[str]:
+    found, x = [], LEFT
+    for drawn, said in entries:
+        found.append(f"<g transform='translate({x:.1f} {y:.1f})'>{drawn}{text(28, 0, said)}</g>")
+        x += 52 + axes.text_width(said)
+    return found
+
+
+def clipped(points: Sequence[Point | None], top: float, bottom: float) -> list[list[Point]]:
+    """Pieces of the line that lie within ``top`` and ``bottom`` (pixels), cut where it crosses; None is a gap."""
+    pieces: list[list[Point]] = [[]]
+    before: Point | None = None
+    for point in points:
+        if before and point:
+            ends = _within(before, point, top, bottom)
+            if ends and pieces[-1] and pieces[-1][-1] == ends[0]:
+                pieces[-1].append(ends[1])
+            elif ends:
+                pieces.append(list(ends))
+        elif point and top <= point[1] <= bottom:
+            pieces.append([point])
+        before = point
+    return [piece for piece in pieces if piece]
+
+
+def _within(a: Point, b: Point, top: float, bottom: float) -> tuple[Point, Point] | None:
+    """The part of the segment from ``a`` to ``b`` between two heights, None if there is none."""
+    if max(a[1], b[1]) < top or min(a[1], b[1]) > bottom:
+        return None
+
+    def cut(point: Point, other: Point) -> Point:
+        edge = min(max(point[1], top), bottom)
+        if edge == point[1]:
+            return point
+        return (point[0] + (edge - point[1]) / (other[1] - point[1]) * (other[0] - point[0]), edge)
+
+    return cut(a, b), cut(b, a)
+
+
+def _exit(pieces: list[list[Point]], points: Sequence[Point | None], y: Axis) -> Point | None:
+    """Where the curve leaves the plot for good (where it starts, if it never was inside), None if it ends inside."""
+    if not pieces:
+        first = next(point for point in points if point)
+        return (first[0], min(max(first[1], y.end), y.start))
+    last = pieces[-1][-1]
+    return last if last[1] in (y.end, y.start) else None
+
+
+def _path(piece: list[Point]) -> str:
+    start = f"M{piece[0][0]:.1f} {piece[0][1]:.2f}"
+    return start + ("".join(f"L{px:.1f} {py:.2f}" for px, py in piece[1:]) or "h1.5")
+
+
+def _area(curve: Curve, x: Axis, y: Axis, attributes: str) -> str:
+    """The band of a curve, held inside the plot; in pieces where an edge is not known."""
+    pieces: list[list[tuple[float, float, float]]] = [[]]
+    for step, low, high in zip(curve.steps, curve.low, curve.high, strict=True):
+        if math.isfinite(low) and math.isfinite(high) and x.holds(step):
+            bottom, top = (min(max(_at(y, value), y.end), y.start) for value in (low, high))
+            pieces[-1].append((x.at(step), bottom, top))
+        elif pieces[-1]:
+            pieces.append([])
+    found = []
+    for piece in filter(None, pieces):
+        there = "L".join(f"{px:.1f} {lo:.1f}" for px, lo, _ in piece)
+        back = "L".join(f"{px:.1f} {hi:.1f}" for px, _, hi in reversed(piece))
+        found.append(f"M{there}L{back}Z")
+    return f"<path {attributes} d='{''.join(found)}' stroke='none'/>"
+
+
+def _points(curve: Curve, x: Axis, y: Axis) -> list[Point | None]:
+    pairs = zip(curve.steps, curve.values, strict=True)
+    return [(x.at(step), _at(y, value)) if math.isfinite(value) else None for step, value in pairs]
+
+
+def _at(y: Axis, value: float) -> float:
+    """Pixels; what a logarithmic axis cannot show is far below it."""
+    return y.at(value) if not y.log or value > 0 else 10 * y.start
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def _range_of(series: Sequence[Series], band: Curve | None) -> list[float]:
+    steady = [one for one in series if one.steady] or series
+    values = [value for one in steady for value in _finite([*one.curve.values, *one.curve.low, *one.curve.high])]
+    if not band:
+        return values
+    floor = 0.0 if min(values) >= 0 else -math.inf  # no seed's loss would be below 0
+    return values + [max(floor, value) for value in _near(values, [*band.low, *band.high])]
+
+
+def _near(values: Sequence[float], band: Sequence[float]) -> list[float]:
+    """Ends of a band, held within ``BAND_REACH`` times the span of the curves: of two seeds it is 30 times as wide."""
+    least, most = min(values), max(values)
+    reach = BAND_REACH * (most - least)
+    return [min(max(value, least - reach), most + reach) for value in _finite(band)]
+
+
+def _middle(series: Sequence[Series], band: Curve | None) -> list[float]:
+    """0, where the curves end, and all but the 5 % furthest out on either side: the first steps would hide the rest."""
+    steady = [one for one in series if one.steady] or series
+    found = [0.0, *(_finite(one.curve.values)[-1] for one in steady)]
+    for one in steady:
+        found += _most(one.curve.values)
+    return found + (_near(found, [*_most(band.low), *_most(band.high)]) if band else [])
+
+
+def _most(values: Sequence[float]) -> list[float]:
+    """All but the 5 % furthest out on either side."""
+    ordered = sorted(_finite(values))
+    cut = len(ordered) // 20
+    return ordered[cut : len(ordered) - cut]
+
+
+def _scaled(curve: Curve, factor: float) -> Curve:
+    parts = [[factor * value for value in column] for column in (curve.values, curve.low, curve.high)]
+    return Curve(curve.steps, *parts)
+
+
+def _percent(tick: float, step: float) -> str:
+    return "0 %" if abs(tick) < step / 1e3 else f"{'+' if tick > 0 else ''}{axes.number(tick, step)} %"

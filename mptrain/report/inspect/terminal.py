@@ -1,0 +1,208 @@
+"""``mptrain inspect`` for the terminal: tables of figures, worst rows first, readable at 100 columns."""
+
+from __future__ import annotations
+
+import math
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mptrain.formats import Format
+from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judged, Row, Tensors
+from mptrain.telemetry.histogram import Share
+
+SHOWN = 20  # rows of a table without --all: what a terminal holds beside the other tables
+BAD, DOUBTFUL = 1e-2, 1e-4  # shares of elements lost from which a cell is red, yellow
+COARSE = 0.25  # share of subnormals from which a cell is yellow: a quarter of the elements keeps fewer bits
+LAYER_WIDTH = 22
+
+
+def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Format | None, every: bool) -> None:
+    """All that the record holds of ``rows``; ``only``: one format with all its figures; ``every``: no row left out."""
+    console.print(tensors.title, style="bold", highlight=False, soft_wrap=True)
+    width = LAYER_WIDTH if console.width >= 97 else max(9, LAYER_WIDTH - (93 - console.width))  # figures stay whole
+    shown = rows if every else rows[:SHOWN]
+    judged = any(row.formats for row in rows)
+    if judged:
+        console.print(one_format(shown, only, width) if only else all_formats(shown, width))
+        console.print(_legend(only), style="dim", highlight=False)
+    used = [row for row in rows if row.used and (not only or row.used.format == only.name)]
+    if used:
+        console.print(as_cast(used if every else used[:SHOWN], width))
+    if not judged and not used:
+        console.print(amaxes(shown, width))
+    if any(row.spread for row in rows) and (only or not judged or every):
+        console.print(spreads([row for row in shown if row.spread], width))
+    lost = sorted((row for row in rows if row.lost), key=_stayed, reverse=True)
+    if lost:
+        console.print(lost_updates(lost if every else lost[:SHOWN], width))
+    notes = list(tensors.notes)
+    if len(rows) > len(shown):
+        notes.append(f"{len(rows) - len(shown)} more of {len(rows)} rows, less bad than these: --all shows every one")
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
+
+
+def all_formats(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
+    """One line a tensor, one compact cell a format."""
+    names = [*dict.fromkeys(name for row in rows for name in row.formats)]
+    table = _table("saturated/flushed/subnormal, % of elements", *(name for name in names))
+    for row in rows:
+        table.add_row(*_place(row, width), *(compact(row.formats[name], name) for name in names))
+    return table
+
+
+def one_format(rows: list[Row], fmt: Format, width: int = LAYER_WIDTH) -> Table:
+    """One line a tensor with everything known about it in one format; ranges where the bins only bound a share."""
+    title = f"{fmt} {'unscaled' if fmt in UNSCALED else 'at its best power-of-two scale'}"
+    table = _table(title, "scale", "saturated", "flushed", "subnormal", "room", "amax", "median")
+    for row in rows:
+        judged = row.formats[fmt.name]
+        shares = [Text(share_text(share), style) for share, style in _styled(judged)]
+        room = "-" if math.isinf(judged.headroom_bits) else f"{round(judged.headroom_bits, 1) + 0.0:.1f}b"
+        sizes = [_power(row.amax), _power(row.percentiles.get("50"))]
+        table.add_row(*_place(row, width), scale_text(judged.scale), *shares, room, *sizes)
+    return table
+
+
+def as_cast(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
+    """What the run's own casts did, by exact counts."""
+    table = _table("as cast in the run", "format", "scale", "saturated", "flushed", "inf+nan", "subnorm", "SQNR")
+    for row in rows:
+        used = row.used
+        assert used is not None
+        whole = max(1, used.elements or 0)
+        bad = None if used.inf is None or used.nan is None else used.inf + used.nan
+        counts = [
+            Text("-" if count is None else f"{count:,}", _style((count or 0) / whole))
+            for count in (used.saturated, used.flushed)
+        ]
+        table.add_row(
+            *_place(row, width),
+            _brief(used.format),
+            "-" if used.scale is None else scale_text(used.scale),
+            *counts,
+            Text("-" if bad is None else f"{bad:,}", "bold red" if bad else ""),
+            "-" if used.subnormal is None else share_text(used.subnormal),
+            "-" if used.sqnr_db is None else "exact" if math.isinf(used.sqnr_db) else f"{used.sqnr_db:.0f} dB",
+        )
+    return table
+
+
+def amaxes(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
+    """What is left to show of a record that holds neither histograms nor casts."""
+    table = _table("tensors", "amax")
+    for row in rows:
+        table.add_row(*_place(row, width), _power(row.amax))
+    return table
+
+
+def spreads(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
+    """How far below the tensor's amax its blocks lie: bits that one scale a block would win back."""
+    sizes = [*dict.fromkeys(size for row in rows for size in row.spread)]
+    heads = [f"{what} of {size}" for size in sizes for what in ("median", "1st %ile")]
+    table = _table("bits from the tensor's amax down to that of its blocks", *heads)
+    for row in rows:
+        cells = [str(value) for size in sizes for value in (row.spread[size].median, row.spread[size].first)]
+        table.add_row(*_place(row, width), *cells)
+    return table
+
+
+def lost_updates(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
+    """Coordinates that an optimizer step asked to move and that stayed, by what holds the weights."""
+    title = "updates lost, % of the coordinates asked to move"
+    table = _table(title, "asked", "BF16", "FP32", "BF16 stochastic", "BF16+16 bits")
+    for row in rows:
+        lost = row.lost
+        assert lost is not None
+        parts = [value / max(1.0, lost.asked) for value in (lost.bf16, lost.fp32, lost.stochastic, lost.remainder)]
+        cells = [Text(f"{percent(part)} %", _style(part)) for part in parts]
+        table.add_row(*_place(row, width), f"{lost.asked:,.0f}", *cells)
+    return table
+
+
+def compact(judged: Judged, name: str) -> Text:
+    """``saturated/flushed/subnormal`` in percent (integers have no subnormals), ``.`` if all are 0."""
+    shares = [share.estimate for share in (judged.saturated, judged.flushed, judged.subnormal)]
+    shares = shares[:2] if FORMATS[name].value.integer else shares
+    if not any(shares):
+        return Text("·", "green")
+    brief = ["0" if not share else percent(share).replace("<0.01", "~0").removeprefix("0") for share in shares]
+    return Text("/".join(brief), _style(judged.lost, judged.subnormal.estimate) or "green")
+
+
+def percent(share: float) -> str:
+    """A share in percent with two figures at most: 0, <0.01, 0.03, 1.2, 34."""
+    value = 100 * share
+    if value == 0:
+        return "0"
+    if value < 0.005:
+        return "<0.01"
+    if value < 0.995:
+        return f"{value:.2f}".rstrip("0")
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def share_text(share: Share) -> str:
+    """In percent; ``low-high`` where the bins only bound it."""
+    low, high = percent(share.low), percent(share.high)
+    return f"{low}%" if low == high else f"{low}-{high}%"
+
+
+def scale_text(scale: float) -> str:
+    """``2^-12`` for powers of two, else three figures."""
+    mantissa, exponent = math.frexp(scale)
+    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.3g}".replace("e+0", "e").replace("e-0", "e-")
+
+
+def short(layer: str, width: int = LAYER_WIDTH) -> str:
+    """The end of a long layer name says which it is: keep that, and where there is room its first letters."""
+    if len(layer) <= width:
+        return layer
+    head = width // 4 if width > 16 else 0
+    return f"{layer[:head]}…{layer[len(layer) - (width - head - 1) :]}"
+
+
+def _table(title: str, *heads: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="ellipsis")  # may be cut; of the figures, none
+    table.add_column("role", overflow="ellipsis")
+    for head in heads:
+        table.add_column(_brief(head), justify="right", no_wrap=True)
+    return table
+
+
+def _stayed(row: Row) -> float:
+    return row.lost.bf16 / max(1.0, row.lost.asked) if row.lost else 0.0
+
+
+def _brief(name: str) -> str:
+    """The part of a format's name that tells it from others: 100 columns hold no more."""
+    return name.removeprefix("fp8_").removeprefix("fp4_")
+
+
+def _place(row: Row, width: int) -> tuple[Text, str]:
+    bad = row.inf + row.nan or (row.used and (row.used.inf or 0) + (row.used.nan or 0))
+    return Text(short(row.layer, width), "bold red" if bad else ""), row.role if width == LAYER_WIDTH else row.role[:7]
+
+
+def _styled(judged: Judged) -> list[tuple[Share, str]]:
+    sub = "yellow" if judged.subnormal.estimate >= COARSE else ""
+    kinds = [(share, _style(share.high)) for share in (judged.saturated, judged.flushed)]
+    return [*kinds, (judged.subnormal, sub)]
+
+
+def _style(lost: float, subnormal: float = 0.0) -> str:
+    return "red" if lost >= BAD else "yellow" if lost >= DOUBTFUL or subnormal >= COARSE else ""
+
+
+def _power(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.2g}"
+
+
+def _legend(only: Format | None) -> str:
+    scale = "" if only in UNSCALED else "at the largest power of two where nothing saturates; "
+    bf16 = "bf16 unscaled; " if only is None else ""
+    return f"{scale}{bf16}red: {BAD:.0%} or more lost, yellow: {DOUBTFUL:.2%}, or {COARSE:.0%} subnormal; · all kept"

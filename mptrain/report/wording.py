@@ -1,0 +1,90 @@
+"""How a comparison puts its figures into words: the same in the terminal, in Markdown and in HTML; ``-``: not known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from mptrain.report.compare.comparison import Interval, Kind
+from mptrain.report.inspect.terminal import percent, short
+
+UNKNOWN = "-"
+SIGNS = {
+    Kind.baseline: "■",
+    Kind.equivalent: "✓",
+    Kind.worse: "▼",
+    Kind.undecided: "?",
+    Kind.diverged: "✗",
+    Kind.none: "–",
+}
+
+
+def known(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)
+
+
+def loss(value: float | None) -> str:
+    return _put("{:.4f}", value)
+
+
+def ratio(value: float | None) -> str:
+    return _put("{:.2f}x", value)
+
+
+def gib(value: float | None) -> str:
+    return _put("{:.3f}", value)
+
+
+def count(value: float | None) -> str:
+    return _put("{:,.0f}", value)
+
+
+def share(value: float | None) -> str:
+    """``0.03 %``: two figures are enough for what is a symptom."""
+    return UNKNOWN if value is None or math.isnan(value) else f"{percent(value)} %"
+
+
+def top1(value: float | None) -> str:
+    """An accuracy in percent; two decimals, for that is what results are quoted with."""
+    return UNKNOWN if value is None or math.isnan(value) else f"{100 * value:.2f} %"
+
+
+def delta(interval: Interval | None, unit: str = "%") -> str:
+    """``+0.21 % [-0.05, +0.47]``; without the interval where one seed gives none. ``unit``: ``pt`` for accuracies."""
+    if interval is None or math.isnan(interval.mean):
+        return UNKNOWN
+    mean = f"{signed(100 * interval.mean)} {unit}"
+    if math.isnan(interval.low) or math.isnan(interval.high):
+        return mean
+    return f"{mean} [{signed(100 * interval.low)}, {signed(100 * interval.high)}]"
+
+
+def signed(value: float) -> str:
+    """Two decimals with a sign; never ``-0.00``."""
+    return f"{round(value, 2) + 0.0:+.2f}"
+
+
+def span(low: float | None, high: float | None) -> str:
+    """The ends of a range of ratios, in brackets; empty if they are not known or show no range."""
+    if not known(low) or not known(high) or ratio(low) == ratio(high):
+        return ""
+    return f" [{low:.2f}, {high:.2f}]"
+
+
+def coverage(shares: Mapping[str, float]) -> str:
+    """``fp8_e4m3 92 %, bf16 8 %``, the largest first."""
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {percent(part)} %" for name, part in ordered) or UNKNOWN
+
+
+def brief(labels: Sequence[str], width: int) -> list[str]:
+    """Labels of at most ``width`` characters; those that would become equal are numbered."""
+    cut = [short(label, width) for label in labels]
+    if len(set(cut)) == len(set(labels)):
+        return cut
+    digits = len(str(len(labels)))
+    return [f"{number}:{short(label, width - digits - 1)}" for number, label in enumerate(labels, 1)]
+
+
+def _put(form: str, value: float | None) -> str:
+    return UNKNOWN if value is None or math.isnan(value) else form.format(value)

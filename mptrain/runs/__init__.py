@@ -1,0 +1,1 @@
+"""Run folders: claimed, told apart, read again, exported."""

@@ -1,0 +1,116 @@
+"""The folder of a run: where it is, that it can be written, and that no run lands in the folder of another.
+
+A run holds a lock on its folder while it is at work. The system lets go of it when the process ends, however it ends,
+so a folder without a summary and without a lock is of a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from mptrain.config import RunConfig
+from mptrain.runs import identity
+from mptrain.tools.files import write_whole
+from mptrain.tools.settings import to_plain
+
+MARKS = ".torchrun"  # in the folder of the runs
+
+
+def folder_of(config: RunConfig, *, resumed: bool) -> tuple[Path, TextIO]:
+    """Make the run's folder, claim it and write ``config.json`` into it; returns the folder and what holds it.
+
+    ValueError if it cannot be written, is in use, or holds a run already and is not being resumed.
+    """
+    setting = f"run_dir={config.run_dir}" if config.run_dir else f"runs_dir={config.runs_dir}"
+    try:
+        folder = _made(config, resumed)
+        held = claim(folder)
+        text = json.dumps(to_plain(config), indent=2) + "\n"
+        _keep_earlier(folder, text)
+        write_whole(folder / "config.json", text)
+    except OSError as error:
+        raise ValueError(f"{setting} cannot be written ({error.strerror}): choose another folder") from error
+    return folder, held
+
+
+def _keep_earlier(folder: Path, text: str) -> None:
+    """The settings of the attempt before, as ``config.N.json``, if they were others."""
+    path = folder / "config.json"
+    if path.exists() and path.read_text() != text:
+        number = 1
+        while (folder / f"config.{number}.json").exists():
+            number += 1
+        write_whole(folder / f"config.{number}.json", path.read_text())
+
+
+def _made(config: RunConfig, resumed: bool) -> Path:
+    if not config.run_dir:
+        return _numbered(Path(config.runs_dir), f"{config.model.get('kind')}-{config.precision.name}")
+    folder = Path(config.run_dir)
+    if (folder / "metrics.jsonl").exists() and not resumed and config.resume != "auto":
+        raise ValueError(f"{folder} already holds a run: continue it with resume=auto, or choose another run_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _numbered(parent: Path, stem: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = parent / f"{stem}-{number}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def claim(folder: Path) -> TextIO:
+    """Hold the folder until the returned file is closed. ValueError if another run is at work in it."""
+    held = (folder / identity.LOCK).open("a")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise ValueError(f"{folder} is in use by a run at work: wait for it, or choose another run_dir") from None
+    return held
+
+
+def launched() -> str:
+    """What tells this start of torchrun from every other: of all its restarts the same, empty without it."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{run_id}-{os.getppid()}" if run_id else ""
+
+
+def remember(runs: Path, folder: Path) -> None:
+    """Note which folder this start of torchrun works in, for the processes that it starts when one of them failed."""
+    name = launched()
+    if name:
+        (runs / MARKS).mkdir(parents=True, exist_ok=True)
+        write_whole(runs / MARKS / name, str(folder.resolve()))
+
+
+def remembered(runs: Path) -> Path | None:
+    """The folder that an earlier attempt of this start of torchrun worked in."""
+    path = runs / MARKS / launched()
+    return Path(path.read_text()) if launched() and path.is_file() else None
+
+
+def describe(folder: Path, about: dict[str, Any]) -> None:
+    """Write ``run.json``. A resumed run keeps the one of its beginning."""
+    path = folder / identity.FILE
+    if not path.exists():
+        write_whole(path, json.dumps(about, indent=2) + "\n")
+
+
+def discard(folder: Path) -> None:
+    """Remove the folder of a run that never began, if it holds nothing but what was written before it began."""
+    if {path.name for path in folder.iterdir()} <= {"config.json", identity.FILE, identity.LOCK}:
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()

@@ -1,0 +1,59 @@
+"""What a run left behind, found by the path that a user names: its folder or a checkpoint in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mptrain import models
+from mptrain.checkpoint import checkpoints
+from mptrain.tools.files import object_in
+from mptrain.tools.settings import from_plain
+
+
+def located(source: Path) -> tuple[Path, Path]:
+    """The run's folder and the checkpoint that ``source`` means: of a folder its newest whole one. ValueError if there
+    is none."""
+    source = source.resolve()
+    if not source.exists():
+        raise ValueError(f"nothing at {source}: give a run's folder, or a checkpoint RUN/checkpoints/NAME")
+    if not (source / "config.json").is_file():
+        run = source.parent.parent
+        if not (run / "config.json").is_file():
+            raise ValueError(f"{source} is no run's folder and in none's checkpoints: there is no config.json")
+        return run, source
+    newest = checkpoints.Checkpoints(source / "checkpoints", keep=1).newest()
+    if newest is None:
+        raise ValueError(f"{source} has no whole checkpoint: train with checkpoint.every=N, or let the run end")
+    return source, newest
+
+
+def weights(path: Path, average: bool) -> dict[str, Tensor]:
+    """The state of the model in a checkpoint, or the running average of it. ValueError if there is no average."""
+    state = checkpoints.load(path, torch.device("cpu"))
+    if average and "average" not in state:
+        raise ValueError(f"{path} has no running average (the run had optim.ema_decay=0): leave --average out")
+    found: dict[str, Tensor] = state["average" if average else "model"]
+    return found
+
+
+def model_kind(run: Path) -> str:
+    """The kind of a run's model. ValueError if its folder does not say."""
+    return str(_model(run)["kind"])
+
+
+def model_config(run: Path, state: dict[str, Tensor]) -> Any:
+    """The Config of a run's model, with the sizes that the data decided read off the weights."""
+    settings = _model(run)
+    module = models.load(settings.pop("kind"))
+    return from_plain(module.Config, settings | module.sizes(settings, state), "model")
+
+
+def _model(run: Path) -> dict[str, Any]:
+    settings = object_in(run / "config.json").get("model")
+    if not isinstance(settings, dict) or "kind" not in settings:
+        raise ValueError(f"{run}/config.json holds no settings of a model: is it the folder of a run?")
+    return settings
