@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mptrain import build, config, sweep
+from mptrain.cli.errors import clear_errors
 from mptrain.distributed.joining import left_cleanly
 from mptrain.precision.policy import conf_dir
 from mptrain.runs import resumption
@@ -16,7 +17,7 @@ from mptrain.runs import resumption
 def main(composed: DictConfig) -> float | None:
     if sweep.is_job():
         return sweep.job(composed)
-    with config.clear_errors():  # here for the run, below for the command line
+    with clear_errors():  # here for the run, below for the command line
         sweep.require_single(composed)
         run = build.build(resumption.settings(composed, list(HydraConfig.get().overrides.task)))
         if run is None:  # it is finished, as was said
@@ -30,5 +31,5 @@ def main(composed: DictConfig) -> float | None:
 if __name__ == "__main__":
     config.register()
     sys.argv[1:] = config.readable(sys.argv[1:])
-    with left_cleanly(), config.clear_errors(), sweep.reported():
+    with left_cleanly(), clear_errors(), sweep.reported():
         main()

@@ -6,26 +6,18 @@ marks frozen dataclasses read-only; the flag is cleared on the schema, which ove
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from mptrain.distributed import Told, rank, world_size
 from mptrain.distributed.layout import DistConfig
 from mptrain.optim import OptimConfig
 from mptrain.precision.policy import PrecisionPolicy, conf_dir
@@ -36,8 +28,6 @@ from mptrain.tools.settings import did_you_mean, from_plain, require, to_plain
 from mptrain.training.config import TrainerConfig
 
 LARGEST_SEED = 2**63 - 1  # what torch's generators take
-SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
-USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -205,68 +195,3 @@ def parse_open(package: str, group: str, values: dict[str, Any], **filled: Any) 
         if key in known and not settings.get(key):
             settings[key] = value
     return module, from_plain(module.Config, settings, group)
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn what the user can mend into one message and exit code 2, Ctrl-C and SIGTERM into a line and 130.
-
-    HYDRA_FULL_ERROR=1 shows the traceback instead of the message.
-    """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints errors in its own way and exits with 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both unwind: probes end, half-made files go
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted; every saved checkpoint is whole (resume=auto run_dir=FOLDER continues)", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Told:
-        raise SystemExit(2) from None
-    except USER_ERRORS as error:
-        if SHOW_TRACEBACK:
-            raise
-        joined = torch.distributed.is_initialized()
-        who = f"rank {rank()}: " if joined and world_size() > 1 else ""
-        if joined or rank() == 0:  # before they join, all ranks find the same
-            print(f"error: {who}{explain(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        if not SHOW_TRACEBACK:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
-
-
-def explain(error: BaseException) -> str:
-    """The message of an error, with Hydra's and OmegaConf's own made to name the setting and the nearest match."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory: lower trainer.batch_size, or set trainer.checkpointing=true"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} has no value: set {error.full_key}=..."
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown:
-        return _unknown_key(unknown.group(1))
-    missing = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
-    if missing:
-        group, name = missing.groups()
-        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
-        return f"{group}={name} is unknown{did_you_mean(name, options)}"
-    merging = re.search(r"Error merging override (\S+)", text)
-    if merging and error.__cause__ is not None:
-        return f"{merging.group(1)} cannot work: {str(error.__cause__).splitlines()[0]}"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.strerror}: {error.filename}"
-    return text if isinstance(error, ValueError) else text.splitlines()[0]
-
-
-def _unknown_key(path: str) -> str:
-    """Walk the schema along a dotted path to the first part that is not there."""
-    known: Any = to_plain(RunConfig())
-    walked: list[str] = []
-    for part in path.split("."):
-        if not isinstance(known, dict) or part not in known:
-            options = sorted(known) if isinstance(known, dict) else []
-            where = ".".join([*walked, part])
-            return f"unknown setting {where}{did_you_mean(part, options)}"
-        known = known[part]
-        walked.append(part)
-    return f"{path} cannot be set like this"

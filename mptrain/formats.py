@@ -10,19 +10,22 @@ Sources: IEEE 754 (FP32, FP16), OCP 8-bit Floating Point 1.0 (E4M3, E5M2), OCP M
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CHUNK = 2**22  # elements counted at a time: 16 MiB in FP32
 
 
 @dataclass(frozen=True)
 class FormatSpec:
-    """One number format. Magnitudes are exact Python floats; ``dtype`` is torch's storage type, if it has one."""
+    """One number format. Magnitudes are exact Python floats. ``stored_as`` names torch's storage type, if it has one."""
 
     name: str
     bits: int
@@ -31,8 +34,19 @@ class FormatSpec:
     min_normal: float
     min_subnormal: float
     has_inf: bool
-    dtype: torch.dtype | None = None
+    stored_as: str = ""
     integer: bool = False
+    has_nan: bool = True
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype | None:
+        """torch's storage type, if it has one. torch is imported when this is asked: that takes two seconds."""
+        if not self.stored_as:
+            return None
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.stored_as)
+        return dtype
 
     @property
     def eps(self) -> float:
@@ -60,17 +74,17 @@ class FormatSpec:
 class Format(Enum):
     """The formats mptrain knows. ``Format.fp8_e4m3.value`` is its :class:`FormatSpec`."""
 
-    fp32 = FormatSpec("fp32", 32, 23, 2.0**128 - 2.0**104, 2.0**-126, 2.0**-149, True, torch.float32)
+    fp32 = FormatSpec("fp32", 32, 23, 2.0**128 - 2.0**104, 2.0**-126, 2.0**-149, True, "float32")
     # TF32 keeps FP32's storage and range; tensor cores read 10 mantissa bits. Subnormals have 2^-126 / 2^10 steps.
-    tf32 = FormatSpec("tf32", 19, 10, 2.0**128 - 2.0**117, 2.0**-126, 2.0**-136, True, None)
-    bf16 = FormatSpec("bf16", 16, 7, 2.0**128 - 2.0**120, 2.0**-126, 2.0**-133, True, torch.bfloat16)
-    fp16 = FormatSpec("fp16", 16, 10, 65504.0, 2.0**-14, 2.0**-24, True, torch.float16)
-    fp8_e4m3 = FormatSpec("fp8_e4m3", 8, 3, 448.0, 2.0**-6, 2.0**-9, False, torch.float8_e4m3fn)
-    fp8_e5m2 = FormatSpec("fp8_e5m2", 8, 2, 57344.0, 2.0**-14, 2.0**-16, True, torch.float8_e5m2)
-    fp4_e2m1 = FormatSpec("fp4_e2m1", 4, 1, 6.0, 1.0, 0.5, False, None)
-    e8m0 = FormatSpec("e8m0", 8, 0, 2.0**127, 2.0**-127, 2.0**-127, False, torch.float8_e8m0fnu)
-    int8 = FormatSpec("int8", 8, 0, 127.0, 1.0, 1.0, False, torch.int8, integer=True)
-    int4 = FormatSpec("int4", 4, 0, 7.0, 1.0, 1.0, False, None, integer=True)
+    tf32 = FormatSpec("tf32", 19, 10, 2.0**128 - 2.0**117, 2.0**-126, 2.0**-136, True)
+    bf16 = FormatSpec("bf16", 16, 7, 2.0**128 - 2.0**120, 2.0**-126, 2.0**-133, True, "bfloat16")
+    fp16 = FormatSpec("fp16", 16, 10, 65504.0, 2.0**-14, 2.0**-24, True, "float16")
+    fp8_e4m3 = FormatSpec("fp8_e4m3", 8, 3, 448.0, 2.0**-6, 2.0**-9, False, "float8_e4m3fn")
+    fp8_e5m2 = FormatSpec("fp8_e5m2", 8, 2, 57344.0, 2.0**-14, 2.0**-16, True, "float8_e5m2")
+    fp4_e2m1 = FormatSpec("fp4_e2m1", 4, 1, 6.0, 1.0, 0.5, False, has_nan=False)
+    e8m0 = FormatSpec("e8m0", 8, 0, 2.0**127, 2.0**-127, 2.0**-127, False, "float8_e8m0fnu")
+    int8 = FormatSpec("int8", 8, 0, 127.0, 1.0, 1.0, False, "int8", integer=True, has_nan=False)
+    int4 = FormatSpec("int4", 4, 0, 7.0, 1.0, 1.0, False, integer=True, has_nan=False)
 
     def __str__(self) -> str:
         return self.name
@@ -97,6 +111,8 @@ def round_to(x: Tensor, fmt: Format) -> Tensor:
     arithmetic (exact for every format here), it is the slow reference that the kernels are tested against,
     and it is itself tested against ``ml_dtypes``.
     """
+    import torch
+
     spec = fmt.value
     wide = x.double()
     if spec.integer:

@@ -34,21 +34,23 @@ from rich.console import Console
 
 from mptrain import build, config
 from mptrain.checkpoint.checkpoints import Checkpoints
+from mptrain.cli.errors import explain
 from mptrain.config import RunConfig
-from mptrain.distributed import ALONE, Ranks, Told, rank, world_size
+from mptrain.distributed import ALONE, Ranks, Told
 from mptrain.distributed.joining import join
 from mptrain.loggers.wandb import log_comparison
 from mptrain.report.compare import seeds, watch
 from mptrain.report.compare.compare import compare
-from mptrain.report.compare.comparison import Status
 from mptrain.report.compare.files import write_all
 from mptrain.report.compare.terminal import print_comparison_table
 from mptrain.runs import read as runs
 from mptrain.runs.baseline import FEW_STEPS
 from mptrain.runs.folder import claim
 from mptrain.runs.identity import JOB_LOCK, job_mark, short_hash
+from mptrain.runs.read import Status
 from mptrain.tools import machine
 from mptrain.tools.files import object_in, write_whole
+from mptrain.tools.launcher import rank, world_size
 from mptrain.tools.settings import to_plain
 
 PLAN, JOB, ERROR = "sweep.json", "job.json", "error.json"
@@ -327,7 +329,7 @@ def _set_aside(folder: Path) -> None:
 def _fail(folder: Path, error: Exception) -> None:
     """Leave the error where the report finds it."""
     text = "".join(traceback.format_exception(error))
-    write_whole(folder / ERROR, json.dumps({"error": config.explain(error), "traceback": text}, indent=2) + "\n")
+    write_whole(folder / ERROR, json.dumps({"error": explain(error), "traceback": text}, indent=2) + "\n")
 
 
 @contextmanager

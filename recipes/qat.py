@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from mptrain.cli.quantize import TUNING_SEED
 from mptrain.quantization import open_source, qat, quantize_model
-from mptrain.quantization.command import TUNING_SEED
 from mptrain.quantization.evaluate import evaluate, loss_delta, top1_delta
 from mptrain.quantization.matrix import SAMPLES, trained_at, validation_batches
 from mptrain.report.compare.comparison import Interval

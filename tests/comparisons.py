@@ -16,10 +16,10 @@ from mptrain.report.compare.comparison import (
     Memory,
     RunRow,
     Speed,
-    Status,
     Variant,
     Verdict,
 )
+from mptrain.runs.read import Status
 
 STEPS = list(range(0, 2001, 10))
 RULES = [

@@ -19,10 +19,10 @@ from mptrain import cli
 from mptrain.distributed.layout import DistConfig
 from mptrain.report.compare import intervals, watch
 from mptrain.report.compare.compare import NothingToCompare, compare
-from mptrain.report.compare.comparison import Interval, Kind, Status
+from mptrain.report.compare.comparison import Interval, Kind
 from mptrain.report.compare.verdict import judge
 from mptrain.runs.folder import claim
-from mptrain.runs.read import expand, read
+from mptrain.runs.read import Status, expand, read
 
 STEPS = 200
 

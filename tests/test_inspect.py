@@ -15,9 +15,11 @@ from mptrain import cli
 from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.formats import Format, overflows, round_to, underflows
 from mptrain.kernels.bins import edges
-from mptrain.report.draw.magnitudes import COLOURS, Band, heat_map_svg, histogram_svg
+from mptrain.report.draw.magnitudes import Band, heat_map_svg, histogram_svg
+from mptrain.report.draw.svg import COLOURS
 from mptrain.report.inspect import tensors
-from mptrain.report.inspect.terminal import percent, scale_text, share_text, short
+from mptrain.report.inspect.terminal import share_text
+from mptrain.report.wording import percent, scale_text, short
 from mptrain.telemetry import record
 from mptrain.telemetry.histogram import JUDGED, Histogram, Histograms, Share
 

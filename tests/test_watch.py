@@ -12,9 +12,8 @@ from rich.console import Console
 
 from mptrain import cli, sweep
 from mptrain.report.compare import watch
-from mptrain.report.compare.comparison import Status
 from mptrain.runs.folder import claim
-from mptrain.runs.read import glance
+from mptrain.runs.read import Status, glance
 from mptrain.tools.settings import to_plain
 
 

@@ -203,7 +203,7 @@ def _start(config: RunConfig, folder: Path, ranks: int, restarts: int = 0) -> su
     config = replace(config, run_dir=str(folder), runs_dir=str(folder.parent / "runs"))
     asked = folder.parent / f"{folder.name}.json"
     asked.write_text(json.dumps(to_plain(config)))
-    program = ["-m", "mptrain.cli", "run", str(asked)]
+    program = ["-m", "mptrain.cli.subprocesses", "run", str(asked)]
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         program = [*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.1", *program]

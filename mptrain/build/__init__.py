@@ -21,7 +21,7 @@ from mptrain.build.preflight import Prepared, prepare
 from mptrain.build.run import Run, about
 from mptrain.checkpoint.checkpoints import Checkpoints, read_about, require_fit
 from mptrain.config import RunConfig
-from mptrain.distributed import Ranks, rank, world_size
+from mptrain.distributed import Ranks
 from mptrain.loggers.base import NullSink, Sinks
 from mptrain.loggers.console import ConsoleSink
 from mptrain.loggers.jsonl import JsonLines, RankLog
@@ -39,6 +39,7 @@ from mptrain.runs.resumption import remember as remember_attempt
 from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.drill import DebugConfig
 from mptrain.tools import machine
+from mptrain.tools.launcher import rank, world_size
 from mptrain.tools.settings import to_plain
 
 

@@ -20,8 +20,9 @@ from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.precision import Precision
 from mptrain.runs import identity
 from mptrain.telemetry.drill import Drill
-from mptrain.telemetry.meters import Throughput, peak_tflops
+from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor
+from mptrain.telemetry.peaks import peak_tflops
 from mptrain.tools.modules import parameter_names
 from mptrain.training.trainer import Trainer
 from mptrain.training.validation import to_device

@@ -12,15 +12,16 @@ from torch import nn
 
 from mptrain.config import RunConfig, parse_open
 from mptrain.data import Dataset
-from mptrain.distributed import ALONE, Ranks, world_size
+from mptrain.distributed import ALONE, Ranks
 from mptrain.distributed.joining import join
 from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
 from mptrain.precision.backends.base import resolve
 from mptrain.runs import identity
 from mptrain.telemetry.drill import Drill
-from mptrain.telemetry.meters import peaks
+from mptrain.telemetry.peaks import peaks
 from mptrain.tools import machine, registry
+from mptrain.tools.launcher import world_size
 
 
 @dataclass(frozen=True)

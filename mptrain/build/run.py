@@ -25,8 +25,8 @@ from mptrain.runs import baseline, identity
 from mptrain.runs.baseline import Figures
 from mptrain.runs.resumption import command
 from mptrain.telemetry.coverage import summary_of
-from mptrain.telemetry.meters import weighted_rate
 from mptrain.telemetry.monitor import ELEMENTS, FLUSHED, INF, NAN, SATURATED
+from mptrain.telemetry.peaks import weighted_rate
 from mptrain.tools import machine
 from mptrain.training.trainer import Trainer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,18 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mptrain.tools.launcher import world_size
+
 Agree = Callable[[Tensor], Tensor]  # elementwise MAX over the ranks that share a tensor
 T = TypeVar("T")
-
-
-def world_size() -> int:
-    """Processes in this run, as torchrun announces them; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """This process's place among them, from 0."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def joined() -> bool:

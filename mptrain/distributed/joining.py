@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from mptrain.distributed import ALONE, Ranks, World, world_size
+from mptrain.distributed import ALONE, Ranks, World
 from mptrain.distributed.layout import DistConfig, Layout
+from mptrain.tools.launcher import world_size
 
 POLL_S = 0.02
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mptrain.report.compare.comparison import Interval, Kind
-from mptrain.report.inspect.terminal import percent, short
 
 UNKNOWN = "-"
 SIGNS = {
@@ -88,3 +87,32 @@ def brief(labels: Sequence[str], width: int) -> list[str]:
 
 def _put(form: str, value: float | None) -> str:
     return UNKNOWN if value is None or math.isnan(value) else form.format(value)
+
+
+LAYER_WIDTH = 22
+
+
+def percent(share: float) -> str:
+    """A share in percent with two figures at most: 0, <0.01, 0.03, 1.2, 34."""
+    value = 100 * share
+    if value == 0:
+        return "0"
+    if value < 0.005:
+        return "<0.01"
+    if value < 0.995:
+        return f"{value:.2f}".rstrip("0")
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def scale_text(scale: float) -> str:
+    """``2^-12`` for powers of two, else three figures."""
+    mantissa, exponent = math.frexp(scale)
+    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.3g}".replace("e+0", "e").replace("e-0", "e-")
+
+
+def short(layer: str, width: int = LAYER_WIDTH) -> str:
+    """The end of a long layer name says which it is: keep that, and where there is room its first letters."""
+    if len(layer) <= width:
+        return layer
+    head = width // 4 if width > 16 else 0
+    return f"{layer[:head]}…{layer[len(layer) - (width - head - 1) :]}"

@@ -128,7 +128,7 @@ def _run_probe(config: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="mptrain-probe-") as folder:
         asked, answer = Path(folder) / "config.json", Path(folder) / "figures.json"
         asked.write_text(json.dumps(to_plain(config)))
-        command = [sys.executable, "-m", "mptrain.cli", "probe", str(asked), str(answer)]
+        command = [sys.executable, "-m", "mptrain.cli.subprocesses", "probe", str(asked), str(answer)]
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

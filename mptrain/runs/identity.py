@@ -14,12 +14,13 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from mptrain.distributed import world_size
+from mptrain.tools.launcher import world_size
 from mptrain.tools.settings import to_plain
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FILE = "run.json"
 HISTORY = "history.json"  # what changed from one attempt of a run to the next

@@ -12,19 +12,29 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mptrain.report.compare.comparison import Status
 from mptrain.runs.identity import FILE, HISTORY, JOB_LOCK, LOCK
 from mptrain.tools.files import number, object_in, rows_in
 
 Floats = npt.NDArray[np.float64]
 MARKS = ("config.json", "metrics.jsonl", "summary.json", "error.json", "job.json")  # one of them makes a run's folder
 TAIL_BYTES = 1 << 14  # of metrics.jsonl: holds the last row of metrics at any interval of up to 150 steps
+
+
+class Status(Enum):
+    """What became of a run."""
+
+    finished = "finished"
+    running = "running"
+    stopped = "stopped"  # before its last step, and nobody is at it: resume=auto continues it
+    failed = "failed"
+    unreadable = "unreadable"
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ worth telling; the trainer decides where it goes.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mptrain.precision.outcome import StepRecord
-from mptrain.precision.scaling import ScaleEvent
+if TYPE_CHECKING:
+    from mptrain.precision.outcome import StepRecord
 
 SKIPS_ALARM = 8  # in a row: dynamic scaling has then fallen by 2^7 without finding a scale that works
 UNCHANGED_ALARM = 50  # steps without a weight that moved: half the length at which two runs can be compared
@@ -49,9 +49,9 @@ class Ledger:
             if self.skipped_in_a_row % SKIPS_ALARM == 0:
                 text = f"{self.skipped_in_a_row} steps skipped in a row: lower optim.lr, or use precision=bf16"
                 events.append(alarm(step, text))
-        if outcome.event in (ScaleEvent.grew, ScaleEvent.backed_off):
+        if outcome.event.name in ("grew", "backed_off"):
             events.append({"event": f"scale_{outcome.event.name}", "step": step, "scale": outcome.next_scale})
-        if outcome.event is ScaleEvent.at_floor:
+        if outcome.event.name == "at_floor":
             text = f"overflow with the loss scale at its floor of {outcome.scale:g}: the gradients themselves overflow"
             events.append(alarm(step, text))
         if self.unchanged and self.unchanged % UNCHANGED_ALARM == 0:

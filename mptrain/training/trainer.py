@@ -33,8 +33,9 @@ from mptrain.precision import Precision
 from mptrain.precision.outcome import StepOutcome
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.ledger import Ledger, alarm
-from mptrain.telemetry.meters import PeakMemory, Throughput, peaks, weighted_rate
+from mptrain.telemetry.meters import PeakMemory, Throughput
 from mptrain.telemetry.monitor import Monitor, Sample
+from mptrain.telemetry.peaks import peaks, weighted_rate
 from mptrain.training.config import TrainerConfig
 from mptrain.training.protocols import Audits, Averaged, Compresses, Data, Rates, Sink, Watches
 from mptrain.training.resume import Diverged, Keeper

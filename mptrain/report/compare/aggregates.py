@@ -12,7 +12,7 @@ from typing import Any
 from mptrain.report.compare.comparison import Curve, Health, Kind, Memory, RunRow, Speed, Variant, Verdict
 from mptrain.report.compare.matching import Matched
 from mptrain.runs.read import Run
-from mptrain.telemetry.meters import weighted_rate
+from mptrain.telemetry.peaks import weighted_rate
 from mptrain.tools.files import number
 
 MOST_EVENTS = 200

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from mptrain.report.compare import aggregates
-from mptrain.report.compare.comparison import Comparison, Curve, Group, Interval, Kind, Loss, RunRow, Status, Verdict
+from mptrain.report.compare.comparison import Comparison, Curve, Group, Interval, Kind, Loss, RunRow, Verdict
 from mptrain.report.compare.intervals import first_lasting, paired, prediction_half_width, smooth, welch
 from mptrain.report.compare.matching import Matched, MatchedGroup, difference, group_labels, groups_of, labels
 from mptrain.report.compare.seeds import Planned, planned
 from mptrain.report.compare.verdict import Divergence, diverged, divergence, judge, rules
-from mptrain.runs.read import Floats, Run, expand, read
+from mptrain.runs.read import Floats, Run, Status, expand, read
 
 MARGIN_FRAC = 0.005  # of the loss; DeepSeek-V3 reports 0.25 % between FP8 and BF16
 POINTS = 240  # of a drawn curve: one a pixel and a half

@@ -11,15 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-
-class Status(Enum):
-    """What became of a run."""
-
-    finished = "finished"
-    running = "running"
-    stopped = "stopped"  # before its last step, and nobody is at it: resume=auto continues it
-    failed = "failed"
-    unreadable = "unreadable"
+from mptrain.runs.read import Status
 
 
 class Kind(Enum):

@@ -13,9 +13,10 @@ from typing import Any
 
 from mptrain.report.compare import cells
 from mptrain.report.compare.cells import Cell, Column
-from mptrain.report.compare.comparison import Comparison, Group, Kind, RunRow, Status, Variant
+from mptrain.report.compare.comparison import Comparison, Group, Kind, RunRow, Variant
 from mptrain.report.compare.figures import figures, styles_of
 from mptrain.report.draw.axes import sample
+from mptrain.runs.read import Status
 
 EXPLAINED = (
     "MFU: the model's FLOPs a second over the rate of the formats that its GEMMs really ran in: of a GPU the vendor's "

@@ -15,8 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mptrain.report.compare.compare import NothingToCompare
-from mptrain.report.compare.comparison import Status
-from mptrain.runs.read import Run, expand, glance, in_use, is_run
+from mptrain.runs.read import Run, Status, expand, glance, in_use, is_run
 from mptrain.tools.files import object_in
 
 EVERY_S = 1.0

@@ -12,7 +12,7 @@ from html import escape
 from typing import NamedTuple
 
 from mptrain.report import wording
-from mptrain.report.draw.magnitudes import GREY, INK, line, text
+from mptrain.report.draw.svg import GREY, INK, line, text
 
 # Okabe and Ito's without their yellow, which is lost on white. 7 colours, 6 dashes and 6 shapes: 42 differ in two.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")

@@ -13,7 +13,7 @@ from mptrain.report import wording
 from mptrain.report.compare.comparison import Interval, Memory, Speed, Variant
 from mptrain.report.draw import axes
 from mptrain.report.draw.axes import Axis, Style
-from mptrain.report.draw.magnitudes import GREY, INK, line, svg, text
+from mptrain.report.draw.svg import GREY, INK, line, svg, text
 
 WHOLE, SAID, TOP, PITCH, THICK = 800.0, 190.0, 20.0, 24.0, 14.0  # SAID: pixels of the figures right of the bars
 SHADE = "#b9b9b9"

@@ -11,8 +11,8 @@ from mptrain.report import wording
 from mptrain.report.compare.comparison import Variant
 from mptrain.report.draw import axes
 from mptrain.report.draw.axes import Style
-from mptrain.report.draw.magnitudes import BAD, BLUES, GREY, INK, svg, text
-from mptrain.report.inspect.terminal import percent
+from mptrain.report.draw.svg import BAD, BLUES, GREY, INK, svg, text
+from mptrain.report.wording import percent
 
 LOWEST, HIGHEST = 1e-6, 1.0
 PITCH, MOST = 15.0, 40

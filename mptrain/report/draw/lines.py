@@ -13,7 +13,7 @@ from typing import NamedTuple
 from mptrain.report.compare.comparison import Curve
 from mptrain.report.draw import axes
 from mptrain.report.draw.axes import Axis, Style
-from mptrain.report.draw.magnitudes import GREY, INK, line, svg, text
+from mptrain.report.draw.svg import GREY, INK, line, svg, text
 
 LEFT, TOP, HEIGHT, WHOLE = 62.0, 26.0, 290.0, 960.0  # the plot and its labels are WHOLE pixels wide
 PITCH = 15.0  # of the labels

@@ -7,27 +7,15 @@ is hatched as well as coloured.
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
 from mptrain.formats import Format
 from mptrain.kernels.bins import INF, N_MAGNITUDES, NAN, ZERO, edges
+from mptrain.report.draw.svg import BAD, COLOURS, GREY, INK, blue, line, superscript, svg, text
 from mptrain.telemetry.histogram import Histogram, Histograms
 
-COLOURS = {
-    "fp16": "#0072b2",
-    "bf16": "#56b4e9",
-    "fp8_e4m3": "#d55e00",
-    "fp8_e5m2": "#e69f00",
-    "fp4_e2m1": "#cc79a7",
-    "int8": "#009e73",
-    "int4": "#666666",
-}
-INK, GREY, BAD = "#222222", "#777777", "#d55e00"
-BLUES = ((255, 255, 255), (158, 202, 225), (49, 130, 189), (8, 48, 107))  # of ColorBrewer, light to dark
-FONT = "font-family='system-ui,Segoe UI,Helvetica,Arial,sans-serif'"
 MOST_OCTAVES = 44  # drawn below the largest magnitude: FP16 normal and subnormal are 40
 LOWEST = -140  # log2 at which the bin that starts at 0 is drawn
 
@@ -154,14 +142,6 @@ def _marks(plot: Box, y: float, height: float, ends: tuple[float, float] | None)
     return [line(plot.x(end), y + 1, plot.x(end), y + height - 1, BAD, 2.2) for end in inside]
 
 
-def blue(share: float) -> str:
-    """A colour between white (0) and dark blue (half the elements or more), by the square root of the share."""
-    place = min(1.0, math.sqrt(share / 0.5)) * (len(BLUES) - 1)
-    at = min(int(place), len(BLUES) - 2)
-    mixed = [round(a + (place - at) * (b - a)) for a, b in zip(BLUES[at], BLUES[at + 1], strict=True)]
-    return "#{:02x}{:02x}{:02x}".format(*mixed)
-
-
 def _density(histogram: Histogram, plot: Box) -> list[str]:
     """The outline of the histogram: share of elements per octave, on a square-root axis with its ticks."""
     counts = histogram.counts[:N_MAGNITUDES]
@@ -253,37 +233,6 @@ def _band(plot: Box, band: Band, y: float) -> list[str]:
     return found
 
 
-def superscript(exponent: int) -> str:
-    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
 def _outline(plot: Box) -> str:
     place = f"x='{plot.left:.1f}' y='{plot.top}' width='{plot.width:.1f}' height='{plot.height:.1f}'"
     return f"<rect {place} fill='none' stroke='#bbbbbb' stroke-width='.7'/>"
-
-
-def line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float, dashes: str = "") -> str:
-    dashed = f" stroke-dasharray='{dashes}'" if dashes else ""
-    ends = f"x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'"
-    return f"<line {ends} stroke='{colour}' stroke-width='{width}'{dashed}/>"
-
-
-def text(
-    x: float, y: float, words: str, *, size: float = 11, anchor: str = "start", fill: str = INK, weight: str = "normal"
-) -> str:
-    place = f"x='{x:.1f}' y='{y:.1f}' font-size='{size}' text-anchor='{anchor}' fill='{fill}' font-weight='{weight}'"
-    return f"<text {place}>{escape(words)}</text>"
-
-
-def svg(width: float, height: float, parts: Iterable[str]) -> str:
-    """A stand-alone SVG image; with the hatch that marks what is lost."""
-    body = "".join(parts)
-    name = f"hatch{zlib.crc32(body.encode()):08x}"  # unique in a page: a pattern in a folded part may not be found
-    hatch = (
-        f"<defs><pattern id='{name}' width='6' height='6' patternUnits='userSpaceOnUse' patternTransform='rotate(45)'>"
-        f"<rect width='6' height='6' fill='{BAD}' fill-opacity='.10'/>"
-        f"<line x1='0' y1='0' x2='0' y2='6' stroke='{BAD}' stroke-width='1.6' stroke-opacity='.7'/></pattern></defs>"
-    )
-    size = f"width='{width:.0f}' height='{height:.0f}' viewBox='0 0 {width:.0f} {height:.0f}'"
-    drawn = body.replace("#hatch", f"#{name}")
-    return f"<svg xmlns='http://www.w3.org/2000/svg' {size} {FONT} role='img'>{hatch}{drawn}</svg>"

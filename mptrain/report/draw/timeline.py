@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mptrain.report.compare.comparison import Curve, Variant
 from mptrain.report.draw import axes
 from mptrain.report.draw.axes import Axis, Style
-from mptrain.report.draw.magnitudes import GREY, line, superscript, svg, text
+from mptrain.report.draw.svg import GREY, line, superscript, svg, text
 
 LEFT, TOP, SCALES, PITCH, WHOLE = 62.0, 26.0, 150.0, 15.0, 960.0
 ROW = 11.0  # a lane's row, one a kind of event

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import re
 
-import torch
 from rich import box
 from rich.table import Table
 
-from mptrain.formats import Format, FormatSpec, overflows, round_to, underflows
+from mptrain.formats import Format, FormatSpec
 
 POWER = re.compile(r"([+-]?)(\d+(?:\.\d+)?)\^([+-]?\d+)")
 
@@ -36,7 +35,7 @@ def overview() -> Table:
     for fmt in Format:
         spec = fmt.value
         numbers = [f"{number:.6g}" for number in (spec.max, spec.min_normal, spec.min_subnormal, spec.eps)]
-        special = ["yes" if has else "no" for has in (spec.has_inf, has_nan(spec))]
+        special = ["yes" if has else "no" for has in (spec.has_inf, spec.has_nan)]
         table.add_row(
             str(fmt), *(str(n) for n in (spec.bits, exponent_bits(spec), spec.mantissa_bits)), *numbers, *special
         )
@@ -59,30 +58,35 @@ def fate(value: float) -> Table:
 
 def becomes(value: float, fmt: Format) -> tuple[str, str, str]:
     """(rounded value, relative error, note) of one number in one format, as texts."""
-    spec, x = fmt.value, torch.tensor(value, dtype=torch.float64)
+    spec = fmt.value
     if math.isnan(value):
-        return ("nan", "-", "NaN") if has_nan(spec) else ("-", "-", "has no NaN")
+        return ("nan", "-", "NaN") if spec.has_nan else ("-", "-", "has no NaN")
     if math.isinf(value):
         return (f"{value}", "-", "Inf") if spec.has_inf else ("-", "-", "has no Inf: a cast that saturates hides it")
-    rounded = float(round_to(x, fmt))
+    rounded = rounded_to(value, spec)
     error = "exact" if rounded == value else f"{abs(rounded - value) / abs(value):.2%}"
     if error == "0.00%":
         error = f"{abs(rounded - value) / abs(value):.1e}"
     note = ""
-    if bool(overflows(x, fmt)):
+    magnitude = abs(value)
+    if magnitude > spec.overflow_at or (magnitude == spec.overflow_at and spec.tie_overflows):
         note = "saturates" + (" (Inf where the cast does not clamp)" if spec.has_inf else "")
-    elif bool(underflows(x, fmt)):
+    elif 0 < magnitude <= spec.underflow_at:
         note = "flushed to 0"
     elif 0 < abs(rounded) < spec.min_normal:
         note = f"subnormal: a multiple of {spec.min_subnormal:.6g}"
     return (f"{rounded:.9g}", error, note)
 
 
-def has_nan(spec: FormatSpec) -> bool:
-    """Asked of torch's own cast where there is one."""
-    if spec.has_inf or spec.dtype is None or not spec.dtype.is_floating_point:
-        return spec.has_inf
-    return bool(torch.tensor(math.nan).to(spec.dtype).float().isnan())
+def rounded_to(value: float, spec: FormatSpec) -> float:
+    """A finite number as :func:`mptrain.formats.round_to` rounds it, without torch: importing that takes two seconds."""
+    if spec.integer:
+        rounded = float(round(value))
+    else:
+        exponent = max(math.frexp(value)[1], math.frexp(spec.min_normal)[1]) - 1
+        step = math.ldexp(1.0, exponent - spec.mantissa_bits)
+        rounded = round(value / step) * step
+    return math.copysign(min(abs(rounded), spec.max), value)
 
 
 def exponent_bits(spec: FormatSpec) -> int:

@@ -6,9 +6,11 @@ import math
 from html import escape
 
 from mptrain.formats import Format
-from mptrain.report.draw.magnitudes import BAD, Band, heat_map_svg, histogram_svg, lower, superscript, upper
+from mptrain.report.draw.magnitudes import Band, heat_map_svg, histogram_svg, lower, upper
+from mptrain.report.draw.svg import BAD, superscript
 from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judged, Row, Tensors
-from mptrain.report.inspect.terminal import percent, scale_text, share_text
+from mptrain.report.inspect.terminal import share_text
+from mptrain.report.wording import percent, scale_text
 from mptrain.telemetry.histogram import Histogram, Histograms
 
 OPEN = 6  # tensors drawn open; the others unfold

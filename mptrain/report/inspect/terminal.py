@@ -11,12 +11,12 @@ from rich.text import Text
 
 from mptrain.formats import Format
 from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judged, Row, Tensors
+from mptrain.report.wording import LAYER_WIDTH, percent, scale_text, short
 from mptrain.telemetry.histogram import Share
 
 SHOWN = 20  # rows of a table without --all: what a terminal holds beside the other tables
 BAD, DOUBTFUL = 1e-2, 1e-4  # shares of elements lost from which a cell is red, yellow
 COARSE = 0.25  # share of subnormals from which a cell is yellow: a quarter of the elements keeps fewer bits
-LAYER_WIDTH = 22
 
 
 def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Format | None, every: bool) -> None:
@@ -133,36 +133,10 @@ def compact(judged: Judged, name: str) -> Text:
     return Text("/".join(brief), _style(judged.lost, judged.subnormal.estimate) or "green")
 
 
-def percent(share: float) -> str:
-    """A share in percent with two figures at most: 0, <0.01, 0.03, 1.2, 34."""
-    value = 100 * share
-    if value == 0:
-        return "0"
-    if value < 0.005:
-        return "<0.01"
-    if value < 0.995:
-        return f"{value:.2f}".rstrip("0")
-    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
-
-
 def share_text(share: Share) -> str:
     """In percent; ``low-high`` where the bins only bound it."""
     low, high = percent(share.low), percent(share.high)
     return f"{low}%" if low == high else f"{low}-{high}%"
-
-
-def scale_text(scale: float) -> str:
-    """``2^-12`` for powers of two, else three figures."""
-    mantissa, exponent = math.frexp(scale)
-    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.3g}".replace("e+0", "e").replace("e-0", "e-")
-
-
-def short(layer: str, width: int = LAYER_WIDTH) -> str:
-    """The end of a long layer name says which it is: keep that, and where there is room its first letters."""
-    if len(layer) <= width:
-        return layer
-    head = width // 4 if width > 16 else 0
-    return f"{layer[:head]}…{layer[len(layer) - (width - head - 1) :]}"
 
 
 def _table(title: str, *heads: str) -> Table:

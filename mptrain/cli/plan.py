@@ -1,4 +1,4 @@
-"""``mptrain plan``: the memory of a training run before anything is allocated, in all precisions side by side."""
+"""``mptrain plan``: Memory of a training run before it starts, in all precisions; --inference: of serving a model"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from mptrain.build.preflight import require_consistent
+from mptrain.cli import plan_inference
 from mptrain.config import RunConfig, composed, parse_open
 from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
@@ -26,10 +27,13 @@ from mptrain.tools.files import json_text, write_whole
 from mptrain.tools.settings import require
 
 BESIDE = ("fp32", "tf32", "bf16", "fp16", "fp8")
+DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
-    """ValueError for settings that cannot work, and if no batch fits."""
+    """Plan and print. ValueError for settings that cannot work, and if no batch fits."""
+    if "--inference" in argv:
+        return plan_inference.run([word for word in argv if word != "--inference"])
     asked = _parsed(argv)
     config = composed(asked.overrides)
     card = catalogue.gpu(asked.gpu) if asked.gpu else None
@@ -65,7 +69,7 @@ def run(argv: list[str]) -> int:
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="mptrain plan", description=__doc__)
+    parser = argparse.ArgumentParser(prog="mptrain plan", description=DESCRIPTION)
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE", help="as for train.py, e.g. model=gpt-small")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes, for dist=ddp, fsdp, dist.tp=2")
     parser.add_argument("--gpu", default="", metavar="NAME", help="plan for this GPU (names: --inference --list)")

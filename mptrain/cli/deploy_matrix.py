@@ -1,4 +1,4 @@
-"""``mptrain deploy-matrix``: what each precision trained in and each format deployed in costs, together."""
+"""``mptrain deploy-matrix``: Trained in {fp32, bf16, ...} x deployed in {int8, fp8, ...}: accuracy, size, speed"""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from mptrain.runs.read import is_run
 from mptrain.tools.files import json_text, write_whole
 from mptrain.tools.machine import pick_device
 from mptrain.tools.settings import to_plain
+
+DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
@@ -55,7 +57,7 @@ def _reported(folder: Path) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mptrain deploy-matrix", description=__doc__)
+    parser = argparse.ArgumentParser(prog="mptrain deploy-matrix", description=DESCRIPTION)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs, or one folder of them (a sweep)")
     known = ", ".join(name for name, method in METHODS.items() if not method.calibrated)
     what = f"formats to deploy in, of {known} (default: {' '.join(matrix.FORMATS)})"

@@ -1,4 +1,4 @@
-"""``mptrain plan --inference``: what a model takes to be served, in each format, and on how many GPUs."""
+"""``plan --inference``: what a model takes to be served, in each format, and on how many GPUs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mptrain.tools.settings import require
 DEFAULT_FORMATS = ("bf16", "fp8", "int4")
 MOST_GPUS = 100_000
 EPILOG = "Sizes need a unit: 80GiB is 2^30 bytes each, 80GB 10^9."
+DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
@@ -49,7 +50,7 @@ def run(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mptrain plan --inference", description=__doc__, epilog=EPILOG, allow_abbrev=False
+        prog="mptrain plan --inference", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="NAME|PATH", help="of the catalogue, or a config.json, or its folder")

@@ -1,4 +1,4 @@
-"""``mptrain quantize``: a run's model, or a Hugging Face one, as a folder for ``mptrain.quantization.load``."""
+"""``mptrain quantize``: A trained model, or a Hugging Face one, in INT8, INT4 or FP8"""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ TUNING_SEED = 1 << 20
 """Of the order of fine-tuning's samples: that of no run."""
 CALIBRATION_ROWS = 8
 """Samples of a batch that a calibrated method sees."""
+DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
@@ -82,7 +83,7 @@ def _judge(source: Source, asked: argparse.Namespace) -> Judge:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mptrain quantize", description=__doc__)
+    parser = argparse.ArgumentParser(prog="mptrain quantize", description=DESCRIPTION)
     what = "a run's folder, a checkpoint in one, a Hugging Face model's folder, or a .safetensors file in one"
     parser.add_argument("source", type=Path, metavar="SOURCE", help=what)
     words = "; ".join(f"{name}: {method.what}" for name, method in METHODS.items() if name != "fp32")

@@ -1,0 +1,36 @@
+"""``mptrain bench``: What a machine reaches, against targets and peers: cpu, telemetry, dist, plan, gpu, verdict"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from mptrain.tools.settings import did_you_mean
+
+SUBJECTS = {
+    "cpu": "the emulation, the kernels and the trainer on this CPU",
+    "telemetry": "the cost of watching a run",
+    "dist": "several processes: layouts and compressed gradients",
+    "plan": "planned memory against what is measured",
+    "gpu": "formats, kernels and training on a GPU",
+    "verdict": "how often the verdict of a comparison is right",
+}
+DESCRIPTION = (__doc__ or "").partition(": ")[2]
+
+
+def run(argv: list[str]) -> int:
+    """Measure one subject. ValueError if there is none of that name."""
+    if not argv or argv[0] in ("-h", "--help"):
+        parser = argparse.ArgumentParser(
+            prog="mptrain bench",
+            usage="mptrain bench SUBJECT [...]",
+            description=DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="\n".join(f"  {name:11}{text}" for name, text in SUBJECTS.items()),
+        )
+        parser.print_help()
+        return 0 if argv else 2
+    if argv[0] not in SUBJECTS:
+        raise ValueError(f"mptrain bench has no subject {argv[0]!r}{did_you_mean(argv[0], [*SUBJECTS])}")
+    status: int = importlib.import_module(f"mptrain.bench.{argv[0]}").run(argv[1:])
+    return status

@@ -1,0 +1,49 @@
+"""``mptrain compare``: Is each precision equivalent to FP32, faster, smaller, healthy? Runs or sweeps, with a verdict"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from mptrain.report.compare import compare as comparing
+from mptrain.report.compare import files, watch
+from mptrain.report.compare.terminal import print_comparison_table
+from mptrain.report.deploy import matrix
+from mptrain.tools.settings import require
+
+DESCRIPTION = (__doc__ or "").partition(": ")[2]
+
+
+def run(argv: list[str]) -> int:
+    """Is each precision equivalent to FP32, faster, smaller, healthy? Runs or whole sweeps, with a verdict."""
+    parser = argparse.ArgumentParser(prog="mptrain compare", description=DESCRIPTION)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs (a sweep)"
+    )
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="compare with runs like this one (default: FP32)")
+    what = "largest difference that counts as equal, relative to the loss or in accuracy (default: %(default)s)"
+    parser.add_argument("--margin", type=float, default=comparing.MARGIN_FRAC, metavar="FRAC", help=what)
+    for name, kind in (
+        ("html", "the report with its figures"),
+        ("markdown", "for a pull request"),
+        ("json", "all of it"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"also write {kind}")
+    parser.add_argument("--watch", action="store_true", help="refresh while runs are at work; Ctrl-C ends it")
+    asked = parser.parse_args(argv)
+    require(asked.margin > 0, "--margin", asked.margin, "above 0, e.g. 0.005")
+
+    def once(console: Console) -> None:
+        comparison = comparing.compare(asked.runs, asked.baseline, asked.margin)
+        print_comparison_table(console, comparison)
+        deployed = matrix.read(asked.runs[0] / matrix.FILE) if len(asked.runs) == 1 else None
+        asked_files = {"html": asked.html, "markdown": asked.markdown, "data": asked.json}
+        files.write_asked(comparison, **asked_files, deployed=deployed)
+
+    if asked.watch:
+        watch.follow(asked.runs, Console(), once)
+    else:
+        once(Console())
+    return 0

@@ -1,0 +1,37 @@
+"""Programs that a run or a command starts: ``python -m mptrain.cli.subprocesses probe|run SETTINGS ...``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from mptrain import build
+from mptrain.cli.errors import clear_errors
+from mptrain.config import RunConfig
+from mptrain.distributed.joining import left_cleanly
+from mptrain.runs import baseline
+from mptrain.tools.settings import from_plain
+
+
+def probe(argv: list[str]) -> None:
+    """The FP32 probe of a run, started by it: settings (JSON file) in, figures (JSON file) out."""
+    asked, answer = argv
+    config = from_plain(RunConfig, json.loads(Path(asked).read_text()), "config")
+    Path(answer).write_text(baseline.figures_json(build.probe(config)))
+
+
+def run(argv: list[str]) -> None:
+    """A run from a JSON file of settings: what verify-resume starts, alone or under torchrun."""
+    with left_cleanly():
+        made = build.build(from_plain(RunConfig, json.loads(Path(argv[0]).read_text()), "config"))
+        if made is None:
+            raise SystemExit(0)
+        made.train()
+        stopped = made.trainer.interrupts.stopped_by
+        raise SystemExit(0 if stopped is None else 128 + stopped)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        {"probe": probe, "run": run}[sys.argv[1]](sys.argv[2:])
