@@ -25,7 +25,7 @@ CHUNK = 2**22  # elements counted at a time: 16 MiB in FP32
 
 @dataclass(frozen=True)
 class FormatSpec:
-    """One number format. Magnitudes are exact Python floats. ``stored_as`` names torch's storage type, if it has one."""
+    """One number format. Magnitudes are exact Python floats. ``stored_as``: the name of torch's type, if it has one."""
 
     name: str
     bits: int

@@ -1,9 +1,15 @@
 """The ``mptrain`` command, in this process."""
 
+import math
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
+import mptrain
 from mptrain import cli, kernels
 from mptrain.formats import Format
 from mptrain.report.inspect import formats
@@ -15,7 +21,7 @@ def _wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def test_help_names_every_command_but_the_probe(capsys):
+def test_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     shown = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
@@ -23,7 +29,37 @@ def test_help_names_every_command_but_the_probe(capsys):
         "doctor", "formats", "inspect", "compare", "export", "plan", "quantize", "deploy-matrix", "bench",
         "verify-resume",
     ]  # fmt: skip
-    assert {*cli.COMMANDS} == {*shown, "probe", "run"}, "these two are for mptrain itself"
+    assert list(cli.commands()) == shown
+
+
+@pytest.mark.parametrize("command", cli.commands())
+def test_every_command_has_a_help_that_lists_its_options(command, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        raise SystemExit(cli.main([command, "--help"]))
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: mptrain {command}")
+    assert "--help" in text
+    assert "``" not in text
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mptrain {mptrain.__version__}\n"
+
+
+@pytest.mark.parametrize("module", ["mptrain", "mptrain.cli", "mptrain.cli.formats", "mptrain.cli.compare"])
+def test_what_needs_no_torch_does_not_import_it(module):
+    """Importing torch takes two seconds."""
+    script = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'hydra', 'wandb')))"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+def test_the_names_of_the_package_are_there_when_asked_for():
+    assert {name for name in mptrain.__all__ if getattr(mptrain, name) is not None} == set(mptrain.__all__)
+    assert set(mptrain.__all__) <= set(dir(mptrain))
+    with pytest.raises(AttributeError, match="has no attribute 'Precison'"):
+        _ = mptrain.Precison
 
 
 def test_an_unknown_command_is_answered_with_the_nearest(capsys):
@@ -102,9 +138,10 @@ def test_what_is_no_number_is_refused(text, capsys):
 
 
 def test_formats_knows_who_has_inf_and_nan_and_its_exponent_bits():
-    found = {
-        fmt.name: (formats.exponent_bits(fmt.value), fmt.value.has_inf, formats.has_nan(fmt.value)) for fmt in Format
-    }
+    found = {fmt.name: (formats.exponent_bits(fmt.value), fmt.value.has_inf, fmt.value.has_nan) for fmt in Format}
+    for fmt in Format:
+        if fmt.value.dtype is not None and fmt.value.dtype.is_floating_point:  # as torch casts
+            assert bool(torch.tensor(math.nan).to(fmt.value.dtype).float().isnan()) == fmt.value.has_nan, fmt
     assert found == {
         "fp32": (8, True, True),
         "tf32": (8, True, True),
@@ -130,7 +167,7 @@ def test_doctor_says_for_every_precision_which_backend_is_used_and_why_not_the_o
     assert f"quantizer on {device}: {kernels.implementation(device)}" in text
 
 
-def test_bench_needs_a_device(capsys):
+def test_bench_needs_a_subject(capsys):
     with pytest.raises(SystemExit) as leaving:
         cli.main(["bench"])
     assert leaving.value.code == 2

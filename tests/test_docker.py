@@ -179,7 +179,8 @@ def test_a_planted_defect_is_found(original, tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "out"),
-    [("mptrain/training/trainer.py", False), ("docker/check.py", False), ("docker/compose.yaml", True), (".git/config", True),
+    [("mptrain/training/trainer.py", False), ("docker/check.py", False), ("docker/compose.yaml", True),
+     (".git/config", True),
      ("mptrain/kernels/__pycache__/c.pyc", True), ("tests/conftest.py", True), ("train.py", False), ("runs/a", True)],
 )  # fmt: skip
 def test_the_build_context_is_what_the_images_are_made_of(path, out):

@@ -14,111 +14,59 @@ PACKAGE = Path(mptrain.__file__).parent
 ROOT = PACKAGE.parent
 ANY = ("*",)
 
-# Module (or the folder it is in) -> what of mptrain it may import, itself and its folder apart. The most exact row
-# counts. `*` is for the composition root and for programs; a row is missing only for a module that is a new concept.
+# Folder (or module at the top of the package) -> the folders it may import. A row names rows above it only, so that
+# folders form no circle and no setting travels back up. `*` is for what composes the rest, and for programs.
 INTERNAL: dict[str, tuple[str, ...]] = {
-    "": ("convert", "distributed", "formats", "outcome", "policy", "precision", "scaling"),  # the public names
     "formats": (),
-    "tools.files": (),
-    "tools.settings": (),
-    "tools.registry": ("tools.settings",),
-    "tools.machine": (),
-    "interrupts": (),
-    "tools.quiet": (),
-    "models": ("tools.registry",),
-    "models._huggingface": ("tools.quiet",),
-    "data": ("tools.files", "tools.registry"),
-    "policy": ("formats", "tools.settings"),
-    "scaling": ("policy",),
-    "convert": (),
+    "tools": (),
     "kernels": ("formats",),
-    "distributed": ("convert", "kernels", "formats", "tools.settings"),
-    "outcome": ("scaling",),
-    "regions": ("emulation.thread", "kernels.counters"),
-    "gradients": ("distributed",),
-    "agreement": ("distributed",),
-    "verified": ("convert", "formats", "policy"),
-    "blame": ("convert", "distributed", "kernels.counters", "outcome"),
-    "emulation": ("kernels", "formats", "policy", "distributed"),
-    "backends": ("convert", "kernels", "formats", "policy", "distributed", "emulation", "tools.quiet", "regions"),
-    "backends.base": ("convert", "kernels.counters", "policy", "distributed"),  # backends themselves only by name
-    "precision": (
-        "policy", "scaling", "backends.base", "convert", "kernels.counters", "outcome", "distributed",
-        "agreement", "blame", "gradients", "regions", "verified",
-    ),
-    "checkpoint": ("storage", "distributed"),
-    "optim": ("tools.settings", "distributed", "tools.quiet"),
-    "telemetry": (
-        "kernels", "formats", "distributed", "outcome", "scaling", "tools.settings", "policy", "convert", "precision",
-        "memory.live", "emulation.gemm", "emulation.products",
-    ),
-    "trainer": ("precision", "telemetry", "checkpoint", "distributed", "outcome", "interrupts", "protocols",
-        "validation", "keeping", "spikes", "trainer_config",
-    ),
-    "identity": ("tools.settings", "distributed"),
-    "baseline": ("tools.files", "tools.settings", "identity"),
-    "loggers": ("tools.files", "telemetry.record"),
-    "wandb_logger": (
-        "loggers", "telemetry.record", "telemetry.histogram", "report.drawing", "report.comparison",
-    ),
-    "sweep": ANY,
-    "folder": ("config", "tools.files", "identity", "tools.settings"),
-    "memory": ("formats", "tools.settings", "tools.files"),
-    "memory.live": ("kernels", "distributed"),  # what the meter of a real step shares with a plan
-    "memory.cuda": ("formats", "policy"),
-    "memory.trace": ("backends.base", "distributed", "emulation", "kernels", "optim", "policy", "precision"),
-    "memory.training": ("backends.base", "distributed", "tools.settings"),
-    "memory.fit": ("distributed", "formats", "policy"),
-    "memory.command": ANY,
-    "quantization": (
-        "convert", "tools.files", "tools.machine", "tools.settings", "tools.quiet", "trained", "models", "data", "optim", "precision",
-        "report",
-    ),
-    "report": (
-        "baseline", "identity", "checkpoint", "tools.files", "formats", "kernels.bins", "tools.settings", "telemetry",
-    ),
-    "config": (
-        "tools.registry", "tools.settings", "policy", "optim", "trainer_config", "telemetry", "distributed",
-    ),
-    "trained": ("models", "checkpoint", "tools.files", "tools.settings"),
-    "export": ("models", "tools.files", "trained"),
-    "doctor": ("backends.base", "config", "tools.machine", "precision", "telemetry"),  # one step, no run
-    "storage": (),
-    "spikes": (),
-    "trainer_config": ("tools.settings",),
-    "keeping": ("checkpoint", "distributed", "telemetry.ledger"),
-    "protocols": ("checkpoint", "telemetry.record"),
-    "validation": ("precision", "distributed", "protocols"),
-    "resumption": ("config", "tools.files", "identity", "tools.settings"),
-    "assembly": ANY,
-    "verify": ANY,
-    "prepare": ANY,  # with build and run the composition root
-    "run": ANY,
+    "distributed": ("formats", "kernels", "tools"),
+    "precision": ("distributed", "formats", "kernels", "tools"),
+    "": ("distributed", "formats", "precision"),  # the public names
+    "models": ("tools",),
+    "data": ("tools",),
+    "optim": ("distributed", "tools"),
+    "checkpoint": ("distributed",),
+    "memory": ("distributed", "formats", "kernels", "optim", "precision", "tools"),
+    "telemetry": ("distributed", "formats", "kernels", "memory", "precision", "tools"),
+    "training": ("checkpoint", "distributed", "precision", "telemetry", "tools"),
+    "config": ("distributed", "optim", "precision", "telemetry", "tools", "training"),
+    "runs": ("checkpoint", "config", "models", "tools"),
+    "report": ("checkpoint", "formats", "kernels", "runs", "telemetry", "tools"),
+    "loggers": ("report", "telemetry", "tools"),
+    "quantization": ("data", "models", "optim", "precision", "report", "runs", "tools"),
     "build": ANY,
-    "cli": ANY,
     "bench": ANY,
-}  # fmt: skip
+    "sweep": ANY,
+    "cli": ANY,
+}
 
-# Package -> the only modules that may import it. What is not named here is not a dependency; but bench measures
-# against whatever peers there are.
+# Package -> the only folders or modules that may import it. What is not named here is not a dependency; but bench
+# measures against whatever peers there are.
 EXTERNAL: dict[str, tuple[str, ...]] = {
     "torch": ANY,
     "hydra": ("config", "sweep"),
-    "omegaconf": ("config", "resumption", "sweep"),
-    "transformer_engine": ("backends.transformer_engine",),
-    "torchao": ("backends.native", "optim", "quantization"),
-    "wandb": ("wandb_logger",),
+    "omegaconf": ("config", "runs.resumption", "sweep"),
+    "transformer_engine": ("precision.backends.transformer_engine",),
+    "torchao": ("precision.backends.native", "optim", "quantization"),
+    "wandb": ("loggers.wandb",),
     "triton": ("kernels.triton",),
-    "safetensors": ("checkpoint", "storage", "export", "quantization"),
+    "safetensors": ("checkpoint", "runs.export", "quantization"),
     "submitit": ("sweep",),
-    "yaml": ("policy", "memory"),
-    "numpy": ("data", "kernels.exhaustive", "report"),
+    "yaml": ("precision.policy", "memory"),
+    "numpy": ("data", "kernels.exhaustive", "report", "runs.read"),
     "scipy": ("report",),
     "sklearn": ("data.digits",),
-    "rich": ("loggers", "wandb_logger", "build", "run", "cli", "report", "sweep", "memory", "quantization"),
+    "rich": ("loggers", "build", "cli", "report", "sweep", "memory", "quantization"),
     "ml_dtypes": ("kernels.exhaustive",),
     "transformers": ("quantization", "models._huggingface", "models._experts", "models.hf"),
 }
+BACKENDS = (
+    "autocast",
+    "native",
+    "transformer_engine",
+    "emulated.backend",
+)  # chosen by name, and imported when asked for
 
 
 def within(module: str, folder: str) -> bool:
@@ -158,28 +106,26 @@ def imports(source: str, module: str, is_package: bool, modules: set[str]) -> se
     return found
 
 
-def row_of(module: str) -> str | None:
-    """The most exact row of INTERNAL for a module."""
-    rows = [row for row in INTERNAL if row and within(module, row)]
-    return max(rows, key=len, default="" if module == "" else None)
+def folder_of(module: str) -> str:
+    """``precision`` for precision.backends.base, empty for the package itself."""
+    return module.partition(".")[0]
 
 
 def breaches(module: str, imported: set[str]) -> list[str]:
     """What a module imports and may not, with the rule."""
-    found = []
-    row = row_of(module)
-    if row is None:
-        return [f"mptrain.{module} has no row in INTERNAL: say what it may import"]
-    allowed = (*INTERNAL[row], row.partition(".")[0]) if row else INTERNAL[row]
+    folder = folder_of(module)
+    if folder not in INTERNAL:
+        return [f"mptrain.{module} has no row in INTERNAL: say what its folder may import"]
+    allowed, found = INTERNAL[folder], []
     for name in sorted(imported):
         top, _, rest = name.partition(".")
         if top == "mptrain":
-            fine = "*" in INTERNAL[row] or (rest and any(within(rest, other) for other in allowed))
-            if rest and row == "backends.base" and within(rest, "backends"):
-                fine = False
+            fine = "*" in allowed or (rest and folder_of(rest) in (*allowed, folder))
+            if module != rest and any(rest == f"precision.backends.{backend}" for backend in BACKENDS):
+                fine = folder == "bench" or module.removeprefix("precision.backends.") in BACKENDS
             if not fine:
-                found.append(f"mptrain.{module} imports {name}; it may: {', '.join(allowed)}")
-        elif top not in sys.stdlib_module_names and row != "bench":
+                found.append(f"mptrain.{module} imports {name}; it may: {', '.join((*allowed, folder))}")
+        elif top not in sys.stdlib_module_names and folder != "bench":
             users = EXTERNAL.get(top, ())
             if "*" not in users and not any(within(module, user) for user in users):
                 found.append(f"mptrain.{module} imports {name}; only these may: {', '.join(users) or 'none'}")
@@ -208,36 +154,48 @@ def test_the_program_composes_and_does_nothing_else():
     known = set(TREE) - {""}
     found = imports((ROOT / "train.py").read_text(), "", False, known)
     allowed = {"hydra", "hydra.core.hydra_config", "omegaconf"}
-    allowed |= {f"mptrain.{name}" for name in ("build", "config", "policy", "resumption", "sweep")}
-    allowed |= {"mptrain.distributed.joining"}  # how a process of several ends
+    allowed |= {f"mptrain.{name}" for name in ("build", "config", "precision.policy", "runs.resumption", "sweep")}
+    allowed |= {"mptrain.cli.errors", "mptrain.distributed.joining"}  # how a process ends, and one of several
     assert {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names} <= allowed
     assert {"mptrain.build", "mptrain.config"} <= found
 
 
-def test_no_module_below_imports_the_composition_root():
-    for module, imported in TREE.items():
-        if not any(within(module, top) for top in ("build", "cli", "bench", "sweep")):
-            assert not imported & {"mptrain.build", "mptrain.cli", "mptrain.sweep"}, module
+def test_folders_form_no_circle():
+    """Each row names rows above it, but for those that compose; what these import, imports none of them."""
+    order = list(INTERNAL)
+    for folder, allowed in INTERNAL.items():
+        above = order[: order.index(folder)]
+        assert "*" in allowed or set(allowed) <= set(above), folder
+    composing = [folder for folder, allowed in INTERNAL.items() if "*" in allowed]
+    assert composing == ["build", "bench", "sweep", "cli"]
+    users = {
+        folder: {folder_of(name.removeprefix("mptrain.")) for module in TREE if folder_of(module) == folder
+                 for name in TREE[module] if name.startswith("mptrain.")} - {folder}
+        for folder in INTERNAL
+    }  # fmt: skip
+    left = dict(users)
+    while left:
+        free = [folder for folder, needed in left.items() if not needed & left.keys()]
+        assert free, f"a circle of folders among {sorted(left)}"
+        for folder in free:
+            del left[folder]
 
 
-def test_the_table_has_no_row_or_rule_that_a_typo_made_idle():
-    """Rows are modules that exist, or folders of the design still to come; what they allow has a row itself."""
-    to_come = {"memory", "quantization", "report", "bench", "machine", "baseline"}
-    for row, allowed in INTERNAL.items():
-        assert row in TREE or row in to_come or any(within(module, row) for module in TREE), row
-        for other in allowed:
-            assert other == "*" or row_of(other) is not None, other
-    for users in EXTERNAL.values():
-        for user in users:
-            assert user == "*" or row_of(user) is not None, user
+def test_a_newcomer_finds_at_most_24_names_and_no_long_file():
+    names = {path.name for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")}
+    assert len(names) <= 24, sorted(names)
+    lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert [str(path) for path, length in lengths.items() if length > 350] == []
 
 
-def test_no_permission_is_idle():
+def test_no_row_or_permission_is_idle():
     """What nobody imports any more is taken from the tables: it would let the next import in unseen."""
-    idle = []
-    for row, allowed in INTERNAL.items():
-        used = {name.removeprefix("mptrain.") for module in TREE if row_of(module) == row for name in TREE[module]}
-        idle += [(row, other) for other in allowed if other != "*" and not any(within(name, other) for name in used)]
+    idle: list[tuple[str, str]] = []
+    for folder, allowed in INTERNAL.items():
+        modules = [module for module in TREE if folder_of(module) == folder]
+        assert modules, f"there is no {folder}"
+        used = {folder_of(name.removeprefix("mptrain.")) for module in modules for name in TREE[module] if "." in name}
+        idle += [(folder, other) for other in allowed if other != "*" and other not in used]
     for package, users in EXTERNAL.items():
         by = [module for module in TREE if any(name.partition(".")[0] == package for name in TREE[module])]
         idle += [(package, user) for user in users if user != "*" and not any(within(module, user) for module in by)]
@@ -257,40 +215,34 @@ def test_no_cycle_of_modules():
 
 PLANTED = {
     # (file, source) -> a piece of what the check must say; None: nothing
-    ("trainer.py", "import hydra"): "trainer imports hydra; only these may",
-    ("trainer.py", "def f():\n    import wandb"): "trainer imports wandb",
-    ("trainer.py", "from mptrain.config import RunConfig"): "trainer imports mptrain.config",
-    ("trainer.py", "from mptrain import config"): "trainer imports mptrain.config",
-    ("trainer.py", "from . import config"): "trainer imports mptrain.config",
-    ("trainer.py", "from .backends.native import Backend"): "trainer imports mptrain.precision.backends.native",
-    ("trainer.py", "import mptrain"): "trainer imports mptrain; it may",
-    ("trainer.py", "from mptrain import Precision"): "trainer imports mptrain; it may",
-    ("trainer.py", "import importlib\nimportlib.import_module('mptrain.models.gpt')"): "imports mptrain.models.gpt",
-    ("trainer.py", "import sympy"): "trainer imports sympy; only these may: none",
-    ("trainer.py", "import math, torch.nn as nn\nfrom mptrain.telemetry.ledger import Ledger"): None,
-    (
-        "backends/base.py",
-        "from mptrain.precision.backends.native import Backend",
-    ): "base imports mptrain.precision.backends.native",
-    ("backends/base.py", "from .autocast import Backend"): "base imports mptrain.precision.backends.autocast",
-    ("backends/base.py", "from mptrain.precision.policy import BackendName"): None,
-    ("backends/emulated.py", "import transformer_engine.pytorch as te"): "only these may: backends.transformer_engine",
-    ("backends/emulated.py", "from .autocast import set_tf32"): None,
-    (
-        "models/gpt.py",
-        "from mptrain.precision.policy import PrecisionPolicy",
-    ): "models.gpt imports mptrain.precision.policy",
+    ("training/trainer.py", "import hydra"): "training.trainer imports hydra; only these may",
+    ("training/trainer.py", "def f():\n    import wandb"): "training.trainer imports wandb",
+    ("training/trainer.py", "from mptrain.config import RunConfig"): "training.trainer imports mptrain.config",
+    ("training/trainer.py", "from mptrain import config"): "training.trainer imports mptrain.config",
+    ("training/trainer.py", "from .. import config"): "training.trainer imports mptrain.config",
+    ("training/trainer.py", "from ..precision.backends.native import Backend"): "precision.backends.native; it may",
+    ("training/trainer.py", "import mptrain"): "training.trainer imports mptrain; it may",
+    ("training/trainer.py", "from mptrain import Precision"): "training.trainer imports mptrain; it may",
+    ("training/trainer.py", "import importlib\nimportlib.import_module('mptrain.models.gpt')"): "mptrain.models.gpt",
+    ("training/trainer.py", "import sympy"): "training.trainer imports sympy; only these may: none",
+    ("training/trainer.py", "import math, torch.nn as nn\nfrom mptrain.telemetry.ledger import Ledger"): None,
+    ("precision/backends/base.py", "from mptrain.precision.backends.native import Backend"): "base imports",
+    ("precision/backends/base.py", "from .autocast import Backend"): "imports mptrain.precision.backends.autocast",
+    ("precision/backends/base.py", "from mptrain.precision.policy import BackendName"): None,
+    ("precision/backends/emulated/linear.py", "import transformer_engine.pytorch as te"): "only these may",
+    ("models/gpt.py", "from mptrain.precision.policy import PrecisionPolicy"): "models.gpt imports",
     ("models/gpt.py", "from .. import formats"): "models.gpt imports mptrain.formats",
     ("models/gpt.py", "import numpy"): "models.gpt imports numpy",
     ("models/__init__.py", "from . import gpt"): None,
     ("formats.py", "from mptrain.tools.settings import require"): "formats imports mptrain.tools.settings",
-    ("precision.py", "from mptrain.kernels import quantize"): "precision imports mptrain.kernels; it may",
-    ("precision.py", "from mptrain.precision.counters import Counters"): None,
+    ("kernels/tiles.py", "from mptrain.precision.counters import Counters"): "kernels.tiles imports mptrain.precision",
+    ("precision/runtime.py", "from mptrain.precision.counters import Counters"): None,
+    ("telemetry/meters.py", "from mptrain.report.wording import percent"): "telemetry.meters imports mptrain.report",
     ("bench/cpu.py", "import lightning"): None,
-    ("optim.py", "import torchao"): None,
-    ("convert.py", "import torchao"): "convert imports torchao; only these may: backends.native, optim, quantization",
+    ("optim/__init__.py", "import torchao"): None,
+    ("precision/convert.py", "import torchao"): "convert imports torchao; only these may: precision.backends.native",
     ("invented.py", "import math"): "mptrain.invented has no row in INTERNAL",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("planted", "wanted"), PLANTED.items(), ids=[f"{f}-{s[-30:]}" for f, s in PLANTED])
@@ -298,7 +250,7 @@ def test_a_planted_import_is_found(planted, wanted, tmp_path):
     """The check can fail: a file of the package with one more import, in a tree of the same names."""
     file, source = planted
     path = tmp_path / file
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
     known = (set(TREE) | {name_of(path, tmp_path)}) - {""}
     module = name_of(path, tmp_path)

@@ -1,8 +1,8 @@
 """``mptrain bench verdict``: how often the verdict of ``mptrain compare`` is wrong, and how often it decides.
 
 Simulated seeds, drawn from every distribution of the stated family and from some outside it, go through the rules of
-``mptrain.report.compare.intervals``. A rate is the share of verdicts that are wrong where the truth is on the border: called
-worse at a difference of 0, called equivalent at the margin; the worse of the two, for skew makes them unequal.
+``mptrain.report.compare.intervals``. A rate is the share of verdicts that are wrong where the truth is on the border:
+called worse at a difference of 0, called equivalent at the margin; the worse of the two, for skew makes them unequal.
 ``--constants`` makes the tables of that module from the same draws. One process, no training.
 """
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder for each saved step, holding a dict of named Stateful parts (:mod:`mptrain.checkpoint.storage`).
+"""Checkpoints: a folder for each saved step, with a dict of named Stateful parts (:mod:`mptrain.checkpoint.storage`).
 
 Tensors go through ``torch.distributed.checkpoint``, so each rank writes what it holds and a run may go on with another
 number of ranks or another layout; everything else is JSON. Saving in the background copies the state first (that is all

@@ -20,7 +20,7 @@ DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 def run(argv: list[str]) -> int:
     """Measure one subject. ValueError if there is none of that name."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv[:1] in (["-h"], ["--help"]):
         parser = argparse.ArgumentParser(
             prog="mptrain bench",
             usage="mptrain bench SUBJECT [...]",
@@ -29,7 +29,9 @@ def run(argv: list[str]) -> int:
             epilog="\n".join(f"  {name:11}{text}" for name, text in SUBJECTS.items()),
         )
         parser.print_help()
-        return 0 if argv else 2
+        return 0
+    if not argv:
+        raise ValueError(f"mptrain bench needs a subject: {', '.join(f'bench {name}' for name in SUBJECTS)}")
     if argv[0] not in SUBJECTS:
         raise ValueError(f"mptrain bench has no subject {argv[0]!r}{did_you_mean(argv[0], [*SUBJECTS])}")
     status: int = importlib.import_module(f"mptrain.bench.{argv[0]}").run(argv[1:])

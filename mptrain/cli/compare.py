@@ -1,4 +1,4 @@
-"""``mptrain compare``: Is each precision equivalent to FP32, faster, smaller, healthy? Runs or sweeps, with a verdict"""
+"""``mptrain compare``: Is each precision equivalent to FP32, faster, smaller, healthy? A verdict on runs and sweeps"""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mptrain.models._decoder import Decoder, require_vocabulary
+from mptrain.models._decoder import sizes as sizes
 from mptrain.models._transformer import require_positive
 
 INPUT = "tokens"

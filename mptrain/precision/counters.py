@@ -63,10 +63,10 @@ class Counters:
     operands that a saturating cast would hide: a fault there skips the step; the others, seen on sampled steps only,
     explain a skip and never cause one, or watching a run would change it. ``quiet`` is set in evaluation: then backends
     neither count, nor stage, nor report. ``bypassed``: converted layers run as plain FP32 layers, as they do outside
-    every region of their model (:mod:`mptrain.precision.regions`). ``order``: the place of each layer in the model. ``closed``: a
-    backward ended, and the next forward is of another micro-batch. ``held_elsewhere``: of (layer, role), does another
-    rank hold the same and count it? Such rows are ``muted`` here. ``share``: MAX over the
-    ranks that hold parts of one operand, so that tensor-parallel ones have the scale of the whole.
+    every region of their model (:mod:`mptrain.precision.regions`). ``order``: the place of each layer in the model.
+    ``closed``: a backward ended, and the next forward is of another micro-batch. ``held_elsewhere``: of (layer, role),
+    does another rank hold the same and count it? Such rows are ``muted`` here. ``share``: MAX over the ranks that hold
+    parts of one operand, so that tensor-parallel ones have the scale of the whole.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """What a precision *is*, as data: frozen, validated values that print themselves. No torch state lives here.
 
-A policy says which formats the numbers pass through; a backend (``mptrain.precision.backends``) owns the kernels that do it,
-and :class:`mptrain.Precision` binds both to a live model. FP16, BF16 and FP8 differ only in this data.
-The null objects are ``LossScale(kind=none)`` and ``Quantization(scaling=none)``; nothing here is Optional.
+A policy says which formats the numbers pass through; a backend (``mptrain.precision.backends``) owns the kernels that
+do it, and :class:`mptrain.Precision` binds both to a live model. FP16, BF16 and FP8 differ only in this data. The null
+objects are ``LossScale(kind=none)`` and ``Quantization(scaling=none)``; nothing here is Optional.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """FP32 beside every run: an earlier FP32 run of the same fingerprint, else a probe of a few FP32 steps.
 
-Runs of one fingerprint (:mod:`mptrain.runs.identity`) differ by precision alone, so their losses are compared at the same
-step. The probe runs in a process of its own, before this run allocates anything on the device, so neither takes the
-other's memory or time; a file lock keeps two of them from measuring each other. Its result stays in the runs folder for
-the next run of that fingerprint.
+Runs of one fingerprint (:mod:`mptrain.runs.identity`) differ by precision alone, so their losses are compared at the
+same step. The probe runs in a process of its own, before this run allocates anything on the device, so neither takes
+the other's memory or time; a file lock keeps two of them from measuring each other. Its result stays in the runs folder
+for the next run of that fingerprint.
 """
 
 from __future__ import annotations

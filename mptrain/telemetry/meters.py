@@ -1,7 +1,7 @@
 """Throughput and memory, measured the same way for every precision.
 
-Memory is the allocator's peak on a GPU. A CPU has no such allocator, and RSS holds the interpreter, libraries and
-freed pages, so there it is the peak of live tensor bytes over one whole training step: :mod:`mptrain.memory.training.live`.
+Memory is the allocator's peak on a GPU. A CPU has no such allocator, and RSS holds the interpreter, libraries and freed
+pages, so there it is the peak of live tensor bytes over one whole training step: :mod:`mptrain.memory.training.live`.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Throughput:
 class PeakMemory:
     """The peak of a run in GiB: the allocator's on a GPU, of live tensors over one early step on a CPU; NaN before.
 
-    ``roles_gib``: what was alive at the peak, by the roles of :mod:`mptrain.memory.training.live`. ``others``: role -> tensors
-    that live from step to step beside the model's and the optimizer's. On a GPU all that is not weights, gradients and
-    moments is one, the rest of the allocator's peak.
+    ``roles_gib``: what was alive at the peak, by the roles of :mod:`mptrain.memory.training.live`. ``others``: role ->
+    tensors that live from step to step beside the model's and the optimizer's. On a GPU all that is not weights,
+    gradients and moments is one, the rest of the allocator's peak.
     """
 
     def __init__(self, device: torch.device) -> None:

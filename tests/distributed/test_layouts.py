@@ -7,7 +7,7 @@ import ranks
 import torch
 from torch.distributed.tensor import distribute_tensor
 
-from mptrain.build import assemble
+from mptrain.build.assemble import assemble
 from mptrain.build.preflight import prepare
 from mptrain.config import composed
 from mptrain.loggers.base import NullSink
@@ -50,7 +50,7 @@ class Kept(NullSink):
 
 def assembled(*overrides):
     sink = Kept()
-    return assemble.assemble(prepare(composed([*SMALL, *overrides])), sink), sink
+    return assemble(prepare(composed([*SMALL, *overrides])), sink), sink
 
 
 def whole(model):

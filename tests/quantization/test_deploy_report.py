@@ -62,7 +62,7 @@ def test_what_is_no_matrix_is_none(text, tmp_path):
 def test_every_number_of_the_section_is_that_of_the_data():
     matrix = deployments.realistic()
     found = Page(section(matrix))
-    square, shown = found.cells("deploy"), found.cells("deploy-cells")
+    square, detail = found.cells("deploy"), found.cells("deploy-cells")
     assert len(square) == len(matrix.trained) * len(matrix.deployed) == 20
     for cell in matrix.cells:
         shown = square[f"{cell.trained}/{cell.deployed}"]
@@ -70,14 +70,14 @@ def test_every_number_of_the_section_is_that_of_the_data():
         name = cells.name(cell)
         for key in ("kl_nats", "same_frac", "mib", "size_frac", "speed_ratio", "worst_layer", "layers"):
             value = cell.worst_db if key == "worst_layer" else getattr(cell, key)
-            assert exact(shown[f"{name}/{key}"]) == value, (name, key)
+            assert exact(detail[f"{name}/{key}"]) == value, (name, key)
         for key in ("metric", "own_delta", "base_delta"):
-            interval, entry = getattr(cell, key), shown[f"{name}/{key}"]
+            interval, entry = getattr(cell, key), detail[f"{name}/{key}"]
             assert exact(entry) == (interval and interval.mean)
             if interval:
                 assert [float(entry["data-low"]), float(entry["data-high"])] == [interval.low, interval.high]
                 assert entry["data-method"] == interval.method
-    assert shown["fp8 > int4/why"]["text"] == deployments.WHY
+    assert detail["fp8 > int4/why"]["text"] == deployments.WHY
     assert square["fp32/int4"]["text"].replace("\xa0", " ") == "8.377 (+3.12 %)"
     assert square["fp8/int4"]["text"] == "-"
     text = found.all("section")[0]["text"]

@@ -76,8 +76,8 @@ class TrainingPlan:
 
 
 def plan(job: Job, *, check: bool = True) -> TrainingPlan:
-    """Trace a step of ``job``; ``check``: see :func:`mptrain.memory.training.trace.peaks`. ValueError for what is absurdly large
-    or cannot be traced: a model that looks at values, as routers do that count the tokens of each expert."""
+    """Trace a step of ``job``; ``check``: see :func:`~mptrain.memory.training.trace.peaks`. ValueError for what is too
+    large or cannot be traced: a model that looks at values, as routers do that count the tokens of each expert."""
     samples, length = job.batch_size, getattr(job.config, "block_size", 1)
     require(samples * length <= MOST_TOKENS, "trainer.batch_size", f"{samples} x {length}", "at most 2^36 tokens")
     try:

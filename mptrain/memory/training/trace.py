@@ -1,9 +1,9 @@
 """One training step on fake tensors: the operators of the real model, optimizer and wrappers, and no memory.
 
 The step is the second one of a run, so that the optimizer has its state. A deep model is traced at three small depths
-and carried on: in each window of the step (see :mod:`mptrain.memory.training.live`) every byte grows evenly with the number of
-blocks (of an odd number, backward's halves meet in the middle of a block, where no peak is). The third depth must be
-met to the byte, else the whole model is traced (80 blocks: some 10 s).
+and carried on: in each window of the step (see :mod:`mptrain.memory.training.live`) every byte grows evenly with the
+number of blocks (of an odd number, backward's halves meet in the middle of a block, where no peak is). The third depth
+must be met to the byte, else the whole model is traced (80 blocks: some 10 s).
 """
 
 from __future__ import annotations

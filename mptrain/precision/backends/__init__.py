@@ -1,1 +1,1 @@
-"""Owners of kernels: one file each, chosen by :func:`mptrain.precision.backends.base.resolve` and imported only when asked."""
+"""Backends, the owners of kernels: a file each, chosen by :func:`mptrain.precision.backends.base.resolve`."""

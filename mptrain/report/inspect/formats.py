@@ -79,7 +79,7 @@ def becomes(value: float, fmt: Format) -> tuple[str, str, str]:
 
 
 def rounded_to(value: float, spec: FormatSpec) -> float:
-    """A finite number as :func:`mptrain.formats.round_to` rounds it, without torch: importing that takes two seconds."""
+    """Round a finite number as :func:`mptrain.formats.round_to` does, without torch, whose import takes two seconds."""
     if spec.integer:
         rounded = float(round(value))
     else:

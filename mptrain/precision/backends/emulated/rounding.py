@@ -3,10 +3,10 @@
     with Rounded(Format.fp16, "cpu"): ...                    # a forward
     with Rounded(Format.fp16, "cpu", casting=False): ...     # its backward, where autocast is off
 
-FP16 is torch's own autocast with CUDA's lists (:mod:`mptrain.precision.backends.emulated.autocast_lists`), so tensors are real float16,
-and beneath it a dispatch mode that multiplies them in FP32. TF32 is a dispatch mode alone. A dispatch mode sees what
-composites, autograd's formulas and a checkpoint's recomputation come to, at 2 to 4 us an operator. A thread has one at
-most, however contexts are nested, with the format of the innermost.
+FP16 is torch's own autocast with CUDA's lists (:mod:`mptrain.precision.backends.emulated.autocast_lists`), so tensors
+are real float16, and beneath it a dispatch mode that multiplies them in FP32. TF32 is a dispatch mode alone. A dispatch
+mode sees what composites, autograd's formulas and a checkpoint's recomputation come to, at 2 to 4 us an operator. A
+thread has one at most, however contexts are nested, with the format of the innermost.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mptrain.formats import Format
 from mptrain.precision.backends.emulated import halves, products, tf32
 
-KEY = "mptrain.precision.backends.emulated"  # in torch's own thread state: autograd's threads get that of the one that called backward
+KEY = "mptrain.emulation"  # in torch's own thread state: autograd's threads get that of the one that called backward
 
 
 class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
