@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import browser  # noqa: F401 - a fixture
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import math
 import comparisons
 import deployments
 import pytest
+from pages import DRAWN, Page, exact, tables_of
 from rich.cells import cell_len
 from rich.console import Console
-from test_compare_page import DRAWN, Page, browser, exact, tables_of  # noqa: F401
 
 from mptrain.report.compare.comparison import Interval
 from mptrain.report.compare.files import write_all
@@ -163,7 +163,7 @@ def test_an_evaluation_is_printed_with_intervals_latencies_and_the_worst_layers(
     assert "blocks.10.mlp.up" not in printed
 
 
-def test_a_browser_shows_the_section(browser, tmp_path):  # noqa: F811
+def test_a_browser_shows_the_section(browser, tmp_path):
     write_all(comparisons.realistic(), written(tmp_path, deployments.realistic()))
     for width in (1000, 400):
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == 400}

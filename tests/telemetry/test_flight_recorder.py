@@ -9,7 +9,7 @@ from weakref import WeakSet
 import pytest
 import torch
 from commands import events_of, rows_of, summary_of, train
-from test_trainer import SIZES, Data, Kept, weights
+from small_training import SIZES, Data, Kept, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mptrain

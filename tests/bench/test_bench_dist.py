@@ -18,7 +18,7 @@ from mptrain.distributed.compression import KINDS
 from mptrain.training.trainer import Trainer
 
 pytestmark = pytest.mark.multi
-MEASURE = Path(__file__).parent.parent / "recipes" / "measure.py"
+MEASURE = Path(__file__).parents[2] / "recipes" / "measure.py"
 
 
 def test_dry_run_has_every_row(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CORPUS = Path(sysconfig.get_path("stdlib")) / "asyncio"
 TINY = (
     f"data.root={CORPUS}",
