@@ -35,11 +35,11 @@ from mptrain.loggers.base import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule
 from mptrain.precision.policy import BackendName, LossScaleKind
-from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
 from mptrain.tools.files import write_whole
 from mptrain.tools.machine import cpu_name
 from mptrain.training.config import TrainerConfig
+from mptrain.training.extras import Extras
 from mptrain.training.trainer import Trainer
 
 CLIP, EVERY = 1.0, 10
@@ -218,12 +218,10 @@ def trainer_steps(kind: LossScaleKind, sizes: Sizes) -> Step:
     model = NullModel()
     precision = Precision(PrecisionPolicy(loss_scale=LossScale(kind=kind))).prepare(model)
     parts: dict[str, Any] = {"model": model, "precision": precision, "data": NullData(), "sink": NullSink()}
-    parts |= {"optimizer": AdamW(model.parameters(), lr=LR, fused=True), "throughput": Throughput(1), "every": EVERY}
-    telemetry = TelemetryConfig(EVERY)
-    parts |= {
-        "schedule": Schedule.of(OptimConfig(lr=LR), 1 << 30),
-        "monitor": Monitor(model, precision, telemetry, 1 << 30),
-    }
+    parts |= {"optimizer": AdamW(model.parameters(), lr=LR, fused=True)}
+    parts |= {"schedule": Schedule.of(OptimConfig(lr=LR), 1 << 30)}
+    monitor = Monitor(model, precision, TelemetryConfig(EVERY), 1 << 30)
+    parts |= {"extras": Extras(every=EVERY, monitor=monitor)}
     trainer = Trainer(TrainerConfig(max_steps=1 << 30, clip=CLIP, eval_every=0), **parts)
     return lambda: trainer.fit(until=trainer.step_number + sizes.steps)
 

@@ -55,8 +55,9 @@ def measure_steps(sizes: Sizes, device: str) -> Iterator[Row]:
             prepared = prepare(settings(wrapper, sizes, device, sizes.model, quiet))
             usual = replace(prepared, config=replace(prepared.config, telemetry=TelemetryConfig()))
             watched = trainer_of(usual)
-            watch = watched.watch = Watchdog(prepared.ranks, prepared.config.dist.timeout_s)
+            watch = Watchdog(prepared.ranks, prepared.config.dist.timeout_s)
             stack.callback(watch.close)
+            watched.fit(until=0, watch=watch)  # is told from here on
             hands = [ByHand(wrapper, prepared) for _ in range(2)]
             variants: dict[str, Step] = {"hand": hands[0].step, "ours": trainer_of(prepared).step}
             variants |= {"defaults": watched.step, "hand" + TWIN: hands[1].step}

@@ -36,7 +36,6 @@ from mptrain.runs.folder import describe, discard, folder_of, remember, remember
 from mptrain.runs.identity import job_mark
 from mptrain.runs.resumption import Earlier, Resumed
 from mptrain.runs.resumption import remember as remember_attempt
-from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.drill import DebugConfig
 from mptrain.tools import machine
 from mptrain.tools.launcher import rank, world_size
@@ -126,8 +125,7 @@ def _build(
         folder / "checkpoints", config.checkpoint.keep, ranks, background=config.checkpoint.background
     )
     sinks = Sinks([])
-    trainer = assemble(prepared, sinks, checkpoints)
-    trainer.audit = StepAudit(trainer.model, trainer.precision, min_coverage=config.audit.min_coverage)
+    trainer = assemble(prepared, sinks, checkpoints, audited=True)
     if config.precision.quantized:
         console.print(f"{trainer.precision.report}; {trainer.precision.backend.carrier}", highlight=False)
     if earlier is not None:

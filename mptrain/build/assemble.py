@@ -19,19 +19,26 @@ from mptrain.memory.training.live import buckets_of
 from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.precision import Precision
 from mptrain.runs import identity
+from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor
 from mptrain.telemetry.peaks import peak_tflops
 from mptrain.tools.modules import parameter_names
+from mptrain.training.extras import Extras
 from mptrain.training.trainer import Trainer
 from mptrain.training.validation import to_device
 
 REDUCED = {Format.fp32: "none", Format.bf16: "bf16", Format.fp16: "fp16"}  # precision.reduce under ddp
 
 
-def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoints | None = None) -> Trainer:
-    """The model on the device, in its precision, with optimizer and meters, inside a trainer."""
+def assemble(
+    prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoints | None = None, *, audited: bool = False
+) -> Trainer:
+    """Put the model on the device, in its precision, with optimizer and meters, and make a trainer of them.
+
+    ``audited``: the products of the first step are looked at.
+    """
     config, data, device, ranks = prepared.config, prepared.data, prepared.device, prepared.ranks
     with torch.device("meta"):
         model = prepared.model_module.build(prepared.model_config)
@@ -47,16 +54,10 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
     share = prepared.layout.share(config.trainer.batch_size, config.trainer.accumulate, ranks.rank)
     optimizer = build_optimizer(config.optim, model)
     average = Average(model, config.optim.ema_decay) if config.optim.ema_decay else None
-    trainer = Trainer(
-        config.trainer,
-        model=model,
-        precision=precision,
-        optimizer=optimizer,
-        schedule=Schedule.of(config.optim, config.trainer.max_steps),
-        data=data,
-        sink=sink,
+    extras = Extras(
         monitor=Monitor(model, precision, config.telemetry, config.trainer.max_steps) if recorded else None,
         throughput=Throughput(prepared.units_per_step),
+        audit=StepAudit(model, precision, min_coverage=config.audit.min_coverage) if audited else None,
         average=average,
         drill=drill,
         seed=config.seed,
@@ -76,6 +77,16 @@ def assemble(prepared: Prepared, sink: Sinks | NullSink, checkpoints: Checkpoint
         },
         flops_per_token=model.flops_per_token(),
         peak_flops_per_s=None if peak is None else peak * 1e12 * ranks.size,
+    )
+    trainer = Trainer(
+        config.trainer,
+        model=model,
+        precision=precision,
+        optimizer=optimizer,
+        schedule=Schedule.of(config.optim, config.trainer.max_steps),
+        data=data,
+        sink=sink,
+        extras=extras,
     )
     buckets = buckets_of(model, config.dist, torch.device("meta"))
     trainer.memory.others = {"communication": buckets, "average": average.shadow if average else []}

@@ -50,8 +50,8 @@ class Run:
         RankLost, naming it, if another rank died.
         """
         try:
-            with self._watched():
-                self.trainer.fit()
+            with self._watched() as watch:
+                self.trainer.fit(watch=watch)
                 peaks_gib = self.prepared.ranks.gather(self.trainer.memory.peak_gib)
             if not self.prepared.ranks.first:
                 return {}
@@ -62,9 +62,9 @@ class Run:
             summary = self.summary() | {"plan": None if grade is None else grade.plain()}
             self.sinks.summary(summary)
         except BaseException:
-            if self.prepared.ranks.size == 1 and self.trainer.checkpoints is not None:
+            if self.prepared.ranks.size == 1 and self.trainer.extras.checkpoints is not None:
                 with contextlib.suppress(OSError):  # another error is being told
-                    self.trainer.checkpoints.wait()
+                    self.trainer.extras.checkpoints.wait()
             raise
         finally:
             self.sinks.close()
@@ -75,14 +75,14 @@ class Run:
         return summary
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _watched(self) -> Iterator[Watchdog | None]:
         """Tell the other ranks how far this one is, and name the one that ended the run if one did."""
         if self.prepared.ranks.size == 1:
-            yield
+            yield None
             return
-        watch = self.trainer.watch = Watchdog(self.prepared.ranks, self.prepared.config.dist.timeout_s)
+        watch = Watchdog(self.prepared.ranks, self.prepared.config.dist.timeout_s)
         try:
-            yield
+            yield watch
         except RuntimeError as error:  # of a collective, or this rank's own
             gone = watch.blame()
             if not gone:
@@ -123,7 +123,9 @@ class Run:
             "worst_layers": [] if monitor is None else monitor.worst(),
             "layers": [] if monitor is None else monitor.worst(most=None),
             "baseline": baseline.compare(self._figures(), self.fp32, emulated=backend.emulated),
-            **summary_of(None if trainer.audit is None else trainer.audit.result, compiled=config.trainer.compile),
+            **summary_of(
+                None if trainer.extras.audit is None else trainer.extras.audit.result, compiled=config.trainer.compile
+            ),
             "fingerprint": self.prepared.fingerprint,
             "machine": machine.describe(self.prepared.device),
             "torch": torch.__version__,
@@ -136,11 +138,11 @@ class Run:
 
     def _mfu_frac(self) -> float:
         """Model FLOPs a second over the rate of the formats that the audited step ran in; NaN if not known."""
-        audit = self.trainer.audit
+        audit = self.trainer.extras.audit
         if audit is None or audit.result is None or self.trainer.precision.backend.emulated:
             return math.nan
         rate = weighted_rate(self.prepared.gemm_tflops, audit.result.coverage)
-        achieved = self.trainer.throughput.tokens_per_s() * self.trainer.flops_per_token
+        achieved = self.trainer.throughput.tokens_per_s() * self.trainer.extras.flops_per_token
         return achieved / (rate * 1e12) if rate else math.nan
 
     def _validation(self) -> dict[str, float]:
@@ -168,13 +170,13 @@ def about(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
         "fp32_gemm": prepared.fp32_gemm,
         "corpus": prepared.data.fingerprint,
         "corpus_name": prepared.data.name,
-        "initial_weights": trainer.about["initial_weights"],
+        "initial_weights": trainer.extras.about["initial_weights"],
         "parameters": sum(p.numel() for p in prepared.shell.parameters()),
         "unit": prepared.data.unit,
         "ranks": prepared.ranks.size,
         "layout": str(prepared.layout),
         "tokens_per_step": prepared.units_per_step,
-        "flops_per_token": trainer.flops_per_token,
+        "flops_per_token": trainer.extras.flops_per_token,
         "gemm_tflops": prepared.gemm_tflops,
         "backend": backend.name,
         "emulated": backend.emulated,

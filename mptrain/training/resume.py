@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,31 @@ MOST_ROLLBACKS = 3  # between two checkpoints; skipping batches does not help wh
 
 
 class Diverged(ValueError):
-    """Training cannot go on; what was saved is as it was."""
+    """Training cannot continue; what was saved is as it was."""
+
+    @classmethod
+    def skipping(cls, steps: int, reason: str) -> Diverged:
+        """Say that so many steps in a row were skipped."""
+        return cls(
+            f"{steps} steps skipped in a row ({reason}), which is trainer.max_skips_in_a_row: lower optim.lr, or use "
+            "precision=bf16; checkpoints are as they were"
+        )
 
 
 class Keeper:
-    """The named parts of a run. ``own``: those that differ by rank; ``sharded``: how tensors are laid out here."""
+    """The named parts of a run, but for those that are None. ``own``: those that differ by rank; ``sharded``: how
+    tensors are laid out here."""
 
     def __init__(
-        self, parts: dict[str, Stateful], own: dict[str, Stateful], ranks: Ranks, device: torch.device, sharded: Like
+        self,
+        parts: Mapping[str, Stateful | None],
+        own: Mapping[str, Stateful | None],
+        ranks: Ranks,
+        device: torch.device,
+        sharded: Like,
     ) -> None:
-        self.parts, self._own, self._ranks, self._device, self._sharded = parts, own, ranks, device, sharded
+        self.parts, self._own = ({k: v for k, v in some.items() if v is not None} for some in (parts, own))
+        self._ranks, self._device, self._sharded = ranks, device, sharded
 
     def save(self, checkpoints: Checkpoints, step: int, about: dict[str, Any]) -> None:
         """Write the parts as they are after ``step``."""

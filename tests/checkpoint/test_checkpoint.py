@@ -16,9 +16,9 @@ from mptrain import Precision, PrecisionPolicy, models
 from mptrain.checkpoint.checkpoints import Checkpoints, load, read_about, require_fit
 from mptrain.optim import OptimConfig, Schedule, build_optimizer
 from mptrain.precision.policy import conf_dir
-from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
 from mptrain.training.config import TrainerConfig
+from mptrain.training.extras import Extras
 from mptrain.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,15 +70,15 @@ def trainer(name: str, folder: Path, n_embd: int = 32) -> Trainer:
     return Trainer(
         TrainerConfig(max_steps=20, batch_size=8, accumulate=2, eval_every=2, eval_batches=1),
         model=model, precision=precision, optimizer=build_optimizer(optim, model), schedule=Schedule.of(optim, 20),
-        data=Samples(), sink=Quiet(), monitor=Monitor(model, precision, TelemetryConfig(record_every=2), 20),
-        throughput=Throughput(1), every=1,
-        checkpoints=Checkpoints(folder, keep=5), about={"precision": name},
+        data=Samples(), sink=Quiet(),
+        extras=Extras(monitor=Monitor(model, precision, TelemetryConfig(record_every=2), 20), every=1,
+                      checkpoints=Checkpoints(folder, keep=5), about={"precision": name}),
     )  # fmt: skip
 
 
 def resumed(name: str, folder: Path, step: int) -> Trainer:
     made = trainer(name, folder)
-    made.resume(made.checkpoints.path(step))
+    made.resume(made.extras.checkpoints.path(step))
     return made
 
 
@@ -161,7 +161,7 @@ def test_the_model_part_is_plain(name, tmp_path):
     run = trainer(name, tmp_path)
     run.fit(until=1)
     plain = models.load("gpt").build(run.model.config).state_dict()
-    state = load(run.checkpoints.path(1), CPU)["model"]
+    state = load(run.extras.checkpoints.path(1), CPU)["model"]
     assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in plain.items()}
     assert {value.dtype for value in state.values()} == {torch.float32}
 
@@ -170,13 +170,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run = trainer("bf16", tmp_path)
     run.fit(until=1)
     with pytest.raises(ValueError, match=r"the checkpoint's model does not fit this run .* use the model and optim"):
-        trainer("bf16", tmp_path, n_embd=16).resume(run.checkpoints.path(1))
+        trainer("bf16", tmp_path, n_embd=16).resume(run.extras.checkpoints.path(1))
     deeper = models.load("gpt").build(replace(run.model.config, n_layer=3))
     with pytest.raises(
         ValueError, match=r"another model: blocks\.2\..* is not there and is \[.*; set model= as it was"
     ):
-        require_fit(run.checkpoints.path(1), deeper)
-    require_fit(run.checkpoints.path(1), run.model)
+        require_fit(run.extras.checkpoints.path(1), deeper)
+    require_fit(run.extras.checkpoints.path(1), run.model)
 
 
 # ---- what is in it --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mptrain.precision.backends.emulated.gemm import _scaled_mm
 from mptrain.precision.convert import HOOKS, ConversionReport
 from mptrain.precision.policy import BackendName, PrecisionPolicy, Scaling
 from mptrain.report.audit import audit_rows
-from mptrain.telemetry import meters
+from mptrain.telemetry import peaks
 from mptrain.telemetry.audit import StepAudit, backward_gemm
 from mptrain.telemetry.coverage import Audit, Row
 from mptrain.telemetry.products import flops_of, look, on_grid
@@ -453,10 +453,10 @@ def test_convolutions_and_other_products():
 
 def test_the_rate_is_weighted_by_what_ran():
     rates = {"fp8": 2000.0, "bf16": 1000.0}
-    assert meters.weighted_rate(rates, {"fp8": 0.8, "bf16": 0.2}) == pytest.approx(1 / (0.0004 + 0.0002))
-    assert meters.weighted_rate(rates, {"fp8 claimed": 1.0}) == 2000.0
-    assert meters.weighted_rate(rates, {"fp8": 0.8, "fp32": 0.2}) is None
-    assert meters.weighted_rate(rates, {}) is None
+    assert peaks.weighted_rate(rates, {"fp8": 0.8, "bf16": 0.2}) == pytest.approx(1 / (0.0004 + 0.0002))
+    assert peaks.weighted_rate(rates, {"fp8 claimed": 1.0}) == 2000.0
+    assert peaks.weighted_rate(rates, {"fp8": 0.8, "fp32": 0.2}) is None
+    assert peaks.weighted_rate(rates, {}) is None
 
 
 def test_an_audit_that_saw_nothing_says_so():

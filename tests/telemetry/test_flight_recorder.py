@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakSet
 
@@ -22,6 +23,7 @@ from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
 from mptrain.training.config import TrainerConfig
+from mptrain.training.extras import Extras
 from mptrain.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("command_line")
@@ -42,10 +44,12 @@ def trainer(name="bf16", *, sink=None, every=0, steps=20, accumulate=1, drill=No
         schedule=Schedule.of(config, steps),
         data=Data(),
         sink=sink or Kept(),
-        monitor=Monitor(model, precision, telemetry, steps) if every else None,
-        throughput=Throughput(64),
-        every=2,
-        drill=drill,
+        extras=Extras(
+            monitor=Monitor(model, precision, telemetry, steps) if every else None,
+            throughput=Throughput(64),
+            every=2,
+            drill=drill,
+        ),
     )
 
 
@@ -304,8 +308,9 @@ def test_fp8_counts_between_the_records(monkeypatch, tmp_path):
 def test_the_running_average_moves_with_applied_steps_only(monkeypatch, tmp_path):
     """Five steps, one of them skipped: four moves, each towards the weights that the step left."""
     run = trainer("bf16", every=0, drill=Drill.parse("3:head:grad_weight:nan"))
-    run.average = Average(run.model, 0.5)
-    expected, seen = run.average.shadow[0].clone(), []
+    average = Average(run.model, 0.5)
+    run.extras = replace(run.extras, average=average)
+    expected, seen = average.shadow[0].clone(), []
     for _ in range(5):
         run.step()
         seen.append(run.model.embed.weight.detach().clone())
@@ -313,7 +318,7 @@ def test_the_running_average_moves_with_applied_steps_only(monkeypatch, tmp_path
     assert torch.equal(seen[1], seen[2]), "step 3 is skipped"
     for after in (seen[0], seen[1], seen[3], seen[4]):
         expected.lerp_(after, 0.5)
-    assert torch.equal(run.average.shadow[0], expected)
+    assert torch.equal(average.shadow[0], expected)
     assert run.ledger.applied == 4
     folder = tmp_path / "run"
     train(monkeypatch, tmp_path, "optim.ema_decay=0.5", "baseline=none", f"run_dir={folder}")

@@ -1,6 +1,7 @@
 """The loop: accumulation, schedules that wait for applied steps, evaluation that disturbs nothing, compiled models."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.meters import Throughput
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
 from mptrain.training.config import TrainerConfig
+from mptrain.training.extras import Extras
 from mptrain.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,10 +34,12 @@ def trainer(name="fp32", *, compiled=None, sink=None, record=2, **settings):
         schedule=Schedule.of(OptimConfig(warmup_frac=0.5), config.max_steps),
         data=Data(),
         sink=sink or NullSink(),
-        monitor=Monitor(model, precision, TelemetryConfig(record_every=record), config.max_steps),
-        throughput=Throughput(64),
-        every=2,
-        run_model=None if compiled is None else torch.compile(model, backend=compiled),
+        extras=Extras(
+            monitor=Monitor(model, precision, TelemetryConfig(record_every=record), config.max_steps),
+            throughput=Throughput(64),
+            every=2,
+            run_model=None if compiled is None else torch.compile(model, backend=compiled),
+        ),
     )
 
 
@@ -106,9 +110,10 @@ class Refusing(torch.nn.Module):
 
 def test_the_first_step_is_audited_uncompiled_and_no_other():
     plain, run = (trainer("fp8", accumulate=2, batch_size=4, record=100) for _ in range(2))
-    run.audit, run.run_model = StepAudit(run.model, run.precision), Refusing()
+    run.extras = replace(run.extras, audit=StepAudit(run.model, run.precision))
+    run.run_model = Refusing()
     run.fit(until=1)
-    found = run.audit.result
+    found = run.extras.audit.result
     assert found.problems() == []
     assert {row.count for row in found.rows} == {2}
     with pytest.raises(KeyError, match="compiled"):
@@ -116,7 +121,7 @@ def test_the_first_step_is_audited_uncompiled_and_no_other():
     run.run_model = run.model
     run.fit()
     plain.fit()
-    assert run.audit.result is found
+    assert run.extras.audit.result is found
     assert run.losses == plain.losses
     assert torch.equal(weights(run), weights(plain))
 
@@ -124,7 +129,7 @@ def test_the_first_step_is_audited_uncompiled_and_no_other():
 def test_a_run_whose_products_ran_otherwise_stops_in_its_first_step():
     run = trainer("fp8")
     before = weights(run).clone()
-    run.audit = StepAudit(run.model, run.precision, min_coverage=0.99)
+    run.extras = replace(run.extras, audit=StepAudit(run.model, run.precision, min_coverage=0.99))
     with pytest.raises(ValueError, match=r"audit.min_coverage=0.99 is not reached: .* as precision=fp8 asks"):
         run.fit()
     assert run.step_number == 0
