@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from mptrain import build
+from mptrain.build import fp32
 from mptrain.cli.errors import clear_errors
 from mptrain.config import RunConfig
 from mptrain.distributed.joining import left_cleanly
@@ -18,7 +19,7 @@ def probe(argv: list[str]) -> None:
     """The FP32 probe of a run, started by it: settings (JSON file) in, figures (JSON file) out."""
     asked, answer = argv
     config = from_plain(RunConfig, json.loads(Path(asked).read_text()), "config")
-    Path(answer).write_text(baseline.figures_json(build.probe(config)))
+    Path(answer).write_text(baseline.figures_json(fp32.probe(config)))
 
 
 def run(argv: list[str]) -> None:
