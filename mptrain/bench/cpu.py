@@ -119,14 +119,12 @@ class Times:
 GPT_VARIANTS = {  # policy, backend, kernels
     **{name + twin: (name, "auto", "") for name in ("bf16", "fp32") for twin in ("", TWIN)},
     "fp8, C kernels": ("fp8", "emulated", "c"),
-    "fp8, compiled kernels": ("fp8", "emulated", "compiled"),
     "fp8 of torchao": ("fp8", "native", ""),
     "fp16": ("fp16", "emulated", ""),
     "tf32": ("tf32", "emulated", ""),
 }
 GPT_ROWS = (  # variant, reference, target, at most
     ("fp8, C kernels", "bf16", 1.10, True),
-    ("fp8, compiled kernels", "bf16", 1.25, True),
     ("fp8 of torchao", "fp8, C kernels", 3.5, False),
     ("fp16", "fp32", 1.3, True),
     ("tf32", "fp32", None, True),

@@ -14,7 +14,7 @@ from torch import Tensor
 from mptrain.formats import Format
 from mptrain.kernels.statistics import Statistics
 
-IMPLEMENTATIONS = ("c", "compiled", "eager", "triton")
+IMPLEMENTATIONS = ("c", "eager", "triton")
 
 
 class Kernels(Protocol):
@@ -38,7 +38,7 @@ _fallbacks: dict[str, str] = {}  # device type -> why its eager kernels are in u
 
 
 def implementation(device: torch.device) -> str:
-    """Name of the implementation in use for tensors on ``device``: c, compiled, eager or triton."""
+    """Name of the implementation in use for tensors on ``device``: c, eager or triton."""
     return _choose(torch.device(device))[0]
 
 

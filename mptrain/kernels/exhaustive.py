@@ -17,7 +17,7 @@ import torch
 
 from mptrain import kernels
 from mptrain.formats import Format
-from mptrain.kernels.compiled import BITS
+from mptrain.kernels.bits import BITS
 
 ORACLE = {Format.fp8_e4m3: ml_dtypes.float8_e4m3fn, Format.fp8_e5m2: ml_dtypes.float8_e5m2, Format.fp16: np.float16}
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mptrain.formats import Format
 from mptrain.kernels import eager
-from mptrain.kernels.compiled import BITS
+from mptrain.kernels.bits import BITS
 from mptrain.kernels.statistics import Statistics
 
 BLOCK = 4096

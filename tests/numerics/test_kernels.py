@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mptrain import kernels
 from mptrain.formats import Format, overflows, underflows
-from mptrain.kernels import c, compiled, exhaustive
+from mptrain.kernels import c, exhaustive
+from mptrain.kernels.bits import NAN_BITS
 
 E4M3, E5M2, FP16, TF32 = Format.fp8_e4m3, Format.fp8_e5m2, Format.fp16, Format.tf32
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ def test_tf32_equals_rounding_by_halves_in_float64(name):
         got = kernels.fake_quantize(x, one(), TF32)
     nan = x.isnan()
     assert torch.equal(bits(got)[~nan], torch.from_numpy(expected.view(np.int32))[~nan])
-    assert (bits(got)[nan] == compiled.NAN_BITS).all()
+    assert (bits(got)[nan] == NAN_BITS).all()
 
 
 @needs_c
@@ -118,20 +119,6 @@ def test_c_equals_eager_for_every_input_type_and_scale(fmt):
     for x in (all_16_bit(torch.bfloat16), all_16_bit(torch.float16), random_bits(20_011)):
         for scale in SCALES:
             assert_same(run("c", x, one(scale), fmt), run("eager", x, one(scale), fmt))
-
-
-@pytest.mark.skipif(bool(compiled.missing(CPU)), reason=f"compiled kernels: {compiled.missing(CPU)}")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch's own modules as Inductor imports them
-def test_compiled_equals_eager():
-    results = []
-    for x in (all_16_bit(torch.bfloat16), torch.linspace(-500, 500, 1001).bfloat16()):
-        for name in ("compiled", "eager"):
-            with kernels.use(name):
-                counts, amax = torch.zeros(5, dtype=torch.int64), one()
-                q, carried = kernels.quantize(x, one(3.7), E4M3, carrier=torch.bfloat16, counts=counts, amax=amax)
-            results.append({"q": bits(q), "carried": bits(carried), "counts": counts, "amax": bits(amax)})
-    assert_same(*results[:2])
-    assert_same(*results[2:])
 
 
 PLANTED = {

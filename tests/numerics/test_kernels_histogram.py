@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mptrain import kernels
 from mptrain.formats import Format
-from mptrain.kernels import bins, c, compiled
+from mptrain.kernels import bins, c
 
 CPU = torch.device("cpu")
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -312,12 +312,6 @@ def test_fused_is_separate(name, dtype):
                 turned = tables(*SHAPES)
                 kernels.operands(x, one(3.7), fmt, carrier=torch.bfloat16, **turned)
                 assert_same(turned, alone)
-
-
-@pytest.mark.skipif(bool(compiled.missing(CPU)), reason=f"compiled kernels: {compiled.missing(CPU)}")
-def test_compiled_observes_as_eager():
-    x = normal(33, 70).bfloat16()
-    assert_same(observed("compiled", x, Format.bf16, 3.7), observed("eager", x, Format.bf16, 3.7))
 
 
 @needs_c
