@@ -53,7 +53,7 @@ class AuditConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     """``every``: steps between checkpoints, 0 for only at the end; ``keep``: how many stay on disk; ``background``:
-    training goes on while a copy of its state is written."""
+    training continues while a copy of its state is written."""
 
     every: int = 0
     keep: int = 2
@@ -123,7 +123,7 @@ def _thaw(node: DictConfig) -> None:
 
 
 def parse(composed: DictConfig) -> RunConfig:
-    """What Hydra composed, as validated dataclasses. ValueError (or OmegaConf's own) for what cannot work."""
+    """Turn what Hydra composed into validated dataclasses. ValueError (or OmegaConf's own) for what cannot work."""
     _refuse_added(OmegaConf.to_container(composed), to_plain(RunConfig()))
     config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
     check_open(config)
@@ -137,7 +137,7 @@ def check_open(config: RunConfig) -> None:
 
 
 def plain(composed: DictConfig) -> dict[str, Any]:
-    """What Hydra composed as nested plain values. ValueError for keys that the schema does not have."""
+    """Turn what Hydra composed into nested plain values. ValueError for keys that the schema does not have."""
     values: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     _refuse_added(values, to_plain(RunConfig()))
     return values  # type: ignore[no-any-return]

@@ -184,7 +184,7 @@ def report(folder: Path, console: Console) -> int:
     for run in failed:
         console.print(f"{run.name} failed: {run.why} ({folder / run.name / ERROR})", highlight=False, soft_wrap=True)
     if any(run.status is not Status.finished for run in found):
-        console.print("not every run is finished: the same command goes on with what is missing", highlight=False)
+        console.print("not every run is finished: the same command continues with what is missing", highlight=False)
     others = ", ".join(path.name for path in written[1:])
     console.print(f"report: {written[0]} (and {others})", highlight=False, soft_wrap=True)
     return len(failed)
@@ -239,7 +239,7 @@ def as_ranks() -> None:
 
 
 def _follow(composed: DictConfig) -> float:
-    """What the ranks of a job but the first do: they train, and write nothing of the sweep's."""
+    """Train as the ranks of a job but the first do, who write nothing of the sweep's."""
     settings = config.parse(composed)
     with contextlib.suppress(Told):
         if _joined(settings).share(False):  # the first one knows

@@ -50,7 +50,10 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, and how often. ``steps``: of the null model, in one measurement: one of them is recorded."""
+    """The sizes that are measured, and how often.
+
+    ``steps``: of the null model, in one measurement: one of them is recorded.
+    """
 
     gpt: gpt.Config = field(default_factory=lambda: gpt.Config(256, 256, n_layer=6, n_head=6, n_embd=384))
     batch: int = 8
@@ -255,7 +258,7 @@ def measure_trainer(sizes: Sizes) -> list[Row]:
 
 
 def machine() -> dict[str, str]:
-    """What the figures belong to."""
+    """Describe the machine that the figures belong to."""
     return {
         "cpu": cpu_name(),
         "cores": str(os.cpu_count()),

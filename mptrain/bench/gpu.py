@@ -79,7 +79,7 @@ class Variant:
 
 
 def variants(dry_run: bool) -> list[Variant]:
-    """What matters most first: the time budget may end the list."""
+    """List variants, those that matter most first: the time budget may end the list."""
     quantized = [("fp8", "te"), ("fp8", "native"), ("fp8-delayed", "te")]
     if dry_run:
         quantized += [("fp8", "emulated"), ("fp8-delayed", "emulated")]
@@ -230,7 +230,7 @@ def why_not(variant: Variant, device: torch.device) -> str:
 
 
 class Report:
-    """Rows of all models; the file is written anew after each, so that a killed run keeps what it had."""
+    """Rows of all models; the file is rewritten after each, so that a killed run keeps what it had."""
 
     def __init__(self, settings: Settings, argv: list[str]) -> None:
         self._path = settings.path
@@ -263,7 +263,7 @@ class Report:
 
 
 def machine(settings: Settings) -> dict[str, str]:
-    """What the numbers belong to: card, versions, commit, date."""
+    """Describe what the numbers belong to: card, versions, commit, date."""
     gpu = "none (dry run)" if settings.dry_run else torch.cuda.get_device_name()
     found = {"gpu": gpu, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     found |= {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
@@ -278,7 +278,7 @@ def machine(settings: Settings) -> dict[str, str]:
 
 
 def measure(name: str, settings: Settings, report: Report) -> None:
-    """All variants of one model in rounds. Those that fit in memory together stay; the others are made anew."""
+    """All variants of one model in rounds. Those that fit in memory together stay; the others are made again."""
     size, deadline = settings.shrunk(SIZES[name]), time.monotonic() + settings.minutes * 60
     listed = variants(settings.dry_run)
     rows = {variant: report.add(name, variant, why_not(variant, settings.device)) for variant in listed}

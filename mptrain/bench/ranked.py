@@ -1,4 +1,6 @@
-"""What the benchmarks on several ranks share: sizes, rows, clocks that all ranks stop together, and runs to measure."""
+"""Common parts of the benchmarks on several ranks: sizes, rows, clocks that all ranks stop together, and runs to
+measure.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ WRAPPERS = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, and how often. ``steps``: in one measurement, ``micro_batches`` of each rank in a step.
-    ``saved``: the model of the checkpoints."""
+    """The sizes that are measured, and how often.
+
+    ``steps``: in one measurement, ``micro_batches`` of each rank in a step. ``saved``: the model of the checkpoints.
+    """
 
     model: gpt.Config = field(default_factory=lambda: gpt.Config(256, 256, n_layer=4, n_head=4, n_embd=256))
     batch: int = 4

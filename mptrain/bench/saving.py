@@ -1,4 +1,4 @@
-"""What training waits for when it saves: the part of ``mptrain bench dist`` about checkpoints."""
+"""The stall of training when it saves: the part of ``mptrain bench dist`` about checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_STEPS = 100  # while a checkpoint is written; one that fails never ends
 
 
 def measure_checkpoints(sizes: Sizes, device: str, folder: Path) -> Iterator[Row]:
-    """What training waits for when it saves."""
+    """Measure the stall of training when it saves."""
     small = replace(sizes, batch=1, micro_batches=1)
     for wrapper in reversed(WRAPPERS):
         prepared = prepare(settings(wrapper, small, device, sizes.saved, TelemetryConfig(record_every=0)))

@@ -136,7 +136,7 @@ def shares(training: Recorded, repeats: int) -> tuple[float, float]:
 
 
 def look_at(x: Tensor) -> list[Tensor]:
-    """What hooks of this kind usually gather: six figures of a tensor."""
+    """Gather what hooks of this kind usually do: six figures of a tensor."""
     x = x.detach().float()
     return [x.abs().amax(), x.mean(), x.std(), (x == 0).float().mean(), x.isinf().sum(), x.isnan().sum()]
 

@@ -1,4 +1,4 @@
-"""What a run is about to do, in a few lines, before anything is on the device."""
+"""The lines that say what a run is about to do, before anything is on the device."""
 
 from __future__ import annotations
 

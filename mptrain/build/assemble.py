@@ -141,8 +141,11 @@ def _cut_up(model: nn.Module, prepared: Prepared, precision: Precision) -> Place
 
 
 def _prime(wrapped: nn.Module, prepared: Prepared, precision: Precision) -> None:
-    """One sample there and back before the first step. DDP learns its static graph from it and orders its buckets: else
-    the first step of a resumed run would be summed in another order than the same step of one that went on."""
+    """One sample there and back before the first step.
+
+    DDP learns its static graph from it and orders its buckets: else the first step of a resumed run would be summed in
+    another order than the same step of one that was not interrupted.
+    """
     quiet, precision.counters.quiet = precision.counters.quiet, True
     with precision.backend.forward(policy_on=True):
         loss = wrapped(**to_device(prepared.data.train_at([0]), prepared.device))

@@ -1,4 +1,4 @@
-"""What is checked and read before anything is on the device: settings, backend, data, whether they fit each other."""
+"""Checks before anything is on the device: settings, backend, data, whether they fit each other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mptrain.tools.launcher import world_size
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before anything is on the device. ``shell``: the model on meta, for its sizes."""
+    """Everything that is known before anything is on the device. ``shell``: the model on meta, for its sizes."""
 
     config: RunConfig
     device: torch.device

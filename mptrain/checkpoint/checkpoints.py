@@ -127,7 +127,9 @@ class Checkpoints:
             self._thread = None
 
     def _dealt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this rank writes: what it holds of sharded tensors, and a part of the others, which all ranks hold."""
+        """Return what this rank writes: what it holds of sharded tensors, and a part of the others, which all ranks
+        hold.
+        """
         bytes_of = [0] * self._ranks.size
         found = {}
         for name, tensor in tensors.items():
@@ -172,7 +174,7 @@ class Checkpoints:
                     storage.discard(old)
 
     def set_aside(self, step: int) -> None:
-        """Rename what is newer than ``step``, of a run that goes on from there: another future of it, or damaged."""
+        """Rename what is newer than ``step``, of a run that is resumed from there: another future of it, or damaged."""
         self._join()
         self._ranks.barrier()  # none still reads
         self._ranks.by_first(lambda: self._rename(step))
@@ -198,7 +200,7 @@ def _step(path: Path) -> int:
 
 
 def _tell(failed: CheckpointException, ranks: Ranks) -> NoReturn:
-    """Raise what went wrong, in one line: torch's exception holds every rank's traceback and is no Exception."""
+    """Raise what went wrong, in one line: torch's exception holds every rank's traceback and is not an Exception."""
     rank, (error, _) = min(failed.failures.items())
     if isinstance(error, OSError) and ranks.size > 1:
         raise OSError(f"{error} (rank {rank})") from None
@@ -241,8 +243,8 @@ def float_tensors(path: Path) -> Iterator[tuple[str, str, Tensor | None]]:
     """(name, dtype as the file says it, tensor) of each tensor of a checkpoint or of any safetensors file, one by one.
 
     None in place of a tensor that is not of a floating dtype torch computes from. The file is mapped, so a tensor's
-    pages come as they are read and go as memory is needed. ValueError if the file is missing or is no whole safetensors
-    file, or if one of the checkpoint's is damaged.
+    pages come as they are read and go as memory is needed. ValueError if the file is missing or is not a whole
+    safetensors file, or if one of the checkpoint's is damaged.
     """
     if is_ours(path):
         for name, dtype, tensor in storage.whole_tensors(path):

@@ -1,7 +1,7 @@
 """A checkpoint on disk, by way of ``torch.distributed.checkpoint``: a folder of safetensors and one JSON.
 
 Each rank writes the parts it was planned to (``rank-00000.safetensors``), the first one then ``checkpoint.json``: where
-each part of each tensor is, the size and CRC32 of every file and of itself, and what is no tensor. Nothing in it is
+each part of each tensor is, the size and CRC32 of every file and of itself, and what is not a tensor. Nothing in it is
 executed: DCP's own storage keeps its plan in a pickle. The folder gets its name when all is on disk, so what has a name
 is whole unless something broke it later, which the CRCs tell.
 """
@@ -53,7 +53,7 @@ class Planner(DefaultSavePlanner):
 
 
 class _Plain:
-    """What DCP asks of storage and ours has no use for: an address, changes to a rank's plan."""
+    """Methods that DCP asks for and ours has no use for: an address, changes to a rank's plan."""
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -211,7 +211,7 @@ def is_ours(path: Path) -> bool:
 
 
 def read_head(folder: Path) -> dict[str, Any]:
-    """What ``checkpoint.json`` holds. ValueError if it is missing, changed, or not one of ours."""
+    """Read ``checkpoint.json``. ValueError if it is missing, changed, or not one of ours."""
     if not is_ours(folder):
         raise ValueError(_why_not(folder))
     try:
@@ -249,7 +249,7 @@ def is_older(path: Path) -> bool:
 def older(path: Path) -> str:
     return (
         f"checkpoint {path} was written by an older mptrain (version 1), whose attention weights have another order: "
-        "go on with that mptrain, or start anew in another run_dir"
+        "continue with that mptrain, or start in another run_dir"
     )
 
 
@@ -324,7 +324,7 @@ def flush(path: Path) -> None:
 def _key(item: WriteItem) -> str:
     """The name of a part in its file: the tensor's, with the offset if it is not all of it."""
     data = item.tensor_data
-    assert data is not None, f"{item.index.fqn} is no tensor"
+    assert data is not None, f"{item.index.fqn} is not a tensor"
     if tuple(data.chunk.sizes) == tuple(data.size) and "@" not in item.index.fqn:
         return item.index.fqn
     return f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"

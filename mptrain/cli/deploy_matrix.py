@@ -22,7 +22,7 @@ DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
-    """Measure and print; of one folder also write ``deploy.json`` into it, and its report anew."""
+    """Measure and print; of one folder also write ``deploy.json`` into it, and write its report again."""
     asked = _parser().parse_args(argv)
     console = Console()
     made = matrix.deploy(

@@ -1,4 +1,4 @@
-"""What a user reads when something cannot work: one message that names the setting, and exit status 2.
+"""Errors as a user reads them: one message that names the setting, and exit status 2.
 
 Nothing heavy is imported here: ``mptrain --help`` answers in a quarter of a second, torch alone takes two.
 """

@@ -16,7 +16,7 @@ DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
-    """What each format makes of the tensors of a run's sampled step, or of the weights in a .safetensors file."""
+    """Print what each format makes of the tensors. ValueError for what cannot be read."""
     parser = argparse.ArgumentParser(prog="mptrain inspect", description=DESCRIPTION)
     what = "a run's folder, a checkpoint in one, or FILE.safetensors"
     parser.add_argument("path", type=Path, metavar="RUN", help=what)

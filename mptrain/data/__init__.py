@@ -68,7 +68,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """What and how much, in a few words for the terminal."""
+        """Describe kind and size in a few words for the terminal."""
 
     @abstractmethod
     def train_at(self, positions: list[int]) -> Batch:

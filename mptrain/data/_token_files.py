@@ -19,7 +19,7 @@ KINDS = {20240520: (1, NARROW), 20240801: (7, WIDE)}
 """llm.c's magic numbers: version, token type. Read as tokens they begin with 55432 and 55713, past GPT-2's 50256."""
 DTYPES = {"auto": "", "uint16": NARROW, "uint32": WIDE}
 NUMPY = b"\x93NUMPY"
-MAGIC = (  # first bytes of what is no token file
+MAGIC = (  # first bytes of what is not a token file
     (b"\x1f\x8b\x08", "gzip data"), (b"PK\x03\x04", "a zip archive (.zip, .npz, .pt)"), (b"BZh", "bzip2 data"),
     (b"\xfd7zXZ\x00", "xz data"), (b"\x28\xb5\x2f\xfd", "zstd data"), (b"\x04\x22\x4d\x18", "lz4 data"),
     (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"FEA1", "a Feather file"),
@@ -35,7 +35,7 @@ HIGH_HALF = 16  # the upper 2 bytes of a 4-byte token are below this: vocabulari
 def open_shard(path: str, dtype: str = "auto") -> npt.NDArray[Any]:
     """Map one shard into memory, int [tokens]. ``dtype``: auto, uint16 or uint32, of a file without a header.
 
-    ValueError when it was cut short, is no shard, or does not look like one.
+    ValueError when it was cut short, is not a shard, or does not look like one.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -66,7 +66,7 @@ def _llm_c(path: str, size: int, header: npt.NDArray[Any], order: str) -> npt.ND
     version, width = KINDS[int(header[0])]
     width = width.replace("<", order)
     if header[1] != version:
-        raise ValueError(f"{path}: header version {header[1]} is not {version}, the one known; write the shard anew")
+        raise ValueError(f"{path}: header version {header[1]} is not {version}, the one known; write the shard again")
     count, expected = int(header[2]), HEADER_BYTES + int(header[2]) * np.dtype(width).itemsize
     if size != expected:
         raise ValueError(

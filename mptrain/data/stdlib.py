@@ -47,7 +47,7 @@ class Config:
 
 
 def build(config: Config) -> TokenDataset:
-    """The corpus, from the cache when it holds these very files, else read anew. ValueError when there is no source."""
+    """Return the corpus, from the cache if it holds these very files, else read. ValueError when there is no source."""
     root = Path(config.root or sysconfig.get_path("stdlib"))
     files = sources(root)
     if not files:

@@ -57,7 +57,7 @@ class Ranks:
         return value
 
     def by_first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on all of them; an error there is an error of all, told once (:class:`Told`)."""
+        """Return what rank 0 makes, on all of them; an error there is an error of all, told once (:class:`Told`)."""
         return make()
 
     def barrier(self) -> None:
@@ -139,7 +139,9 @@ def among(group: dist.ProcessGroup) -> Agree:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: its shard of a DTensor, a plain one itself (DTensor takes 1 s to import)."""
+    """Return what this rank holds of a tensor: its shard of a DTensor, a plain one itself (DTensor takes 1 s to
+    import).
+    """
     held: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return held
 

@@ -125,7 +125,7 @@ class Compression:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank must know to go on the same; other ranks hold other residuals."""
+        """Return what this rank needs to continue the same; other ranks hold other residuals."""
         state: dict[str, Any] = {"residuals": self._residuals.state_dict()}
         if self._low_rank:
             state["powersgd"] = self._low_rank.state_dict()

@@ -106,7 +106,7 @@ def unpack(packed: Tensor, length: int) -> Tensor:
 
 
 def _gathered(own: Tensor, size: int) -> Tensor:
-    """What all ranks hold, by rank: [1, bytes] -> [size, bytes]."""
+    """Gather what all ranks hold, by rank: [1, bytes] -> [size, bytes]."""
     out = own.new_empty(size, own.shape[1])
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
     gather(out, own, async_op=True).wait()

@@ -98,7 +98,7 @@ class Layout:
         return self.replicas * self.shards
 
     def share(self, batch_size: int, accumulate: int, rank: int) -> Share:
-        """What rank number ``rank`` does of a step of batch_size * accumulate samples.
+        """Return the share of rank number ``rank`` in a step of batch_size * accumulate samples.
 
         ValueError if that number cannot be shared out evenly.
         """

@@ -1,7 +1,7 @@
-"""What happens to gradients between the ranks: looked at first, for the sum hides whose Inf it was, then summed.
+"""Gradients on their way between the ranks: looked at first, for the sum hides whose Inf it was, then summed.
 
 The look costs one pass over each bucket before it is sent (0.3 ms a GiB at 3.35 TB/s), and no read by the host.
-Annotations are no strings in this file, for DDP checks those of a hook.
+Annotations are not strings in this file, for DDP checks those of a hook.
 """
 
 from collections.abc import Callable, Mapping

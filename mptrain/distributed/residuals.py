@@ -1,4 +1,4 @@
-"""What compression still owes the other ranks: its errors so far, added to the gradients of the next step."""
+"""The debt of compression to the other ranks: its errors so far, added to the gradients of the next step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What AdamW asks of the weights, and which of it rounding loses: one pass over a weight and its two moments.
+"""The updates that AdamW asks for, and those that rounding loses: one pass over a weight and its two moments.
 
     update = -(decay * w) - step_size * m / (sqrt(v) * correction + eps)       each operation rounded to FP32
 

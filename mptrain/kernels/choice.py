@@ -18,7 +18,10 @@ IMPLEMENTATIONS = ("c", "eager", "triton")
 
 
 class Kernels(Protocol):
-    """What a module of this folder offers. Outputs are preallocated, contiguous, and of the input's shape."""
+    """The functions that a module of this folder offers.
+
+    Outputs are preallocated, contiguous, and of the input's shape.
+    """
 
     def missing(self, device: torch.device) -> str: ...
     def amax(self, x: Tensor, out: Tensor) -> None: ...

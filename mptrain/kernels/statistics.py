@@ -1,4 +1,4 @@
-"""What one pass over a tensor can count, and the check of where it is written to."""
+"""Statistics that one pass over a tensor can count, and checks of the tensors they are written to."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ MANTISSA = 2**23 - 1
 
 
 class Cast(NamedTuple):
-    """What :func:`cast` makes of a matrix [M, N]; only the codes and their ratios need be kept."""
+    """The result of :func:`cast` for a matrix [M, N]; only the codes and their ratios need be kept."""
 
     codes: Tensor
     carried: Tensor | None

@@ -19,10 +19,10 @@ from mptrain.tools.files import json_text, write_whole
 
 
 class JsonLines(NullSink):
-    """``metrics.jsonl``, ``events.jsonl`` and ``histograms.bin``, appended to, so that a resumed run goes on in them;
+    """``metrics.jsonl``, ``events.jsonl`` and ``histograms.bin``, appended to, so that a resumed run continues them;
     ``summary.json``.
 
-    ``since``: the step the run goes on from. What was told of later ones, which will be done again, is moved to
+    ``since``: the step that the run is resumed from. What was told of later ones, which will be done again, is moved to
     ``undone.jsonl``: each step is in the metrics once.
     """
 

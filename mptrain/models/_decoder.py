@@ -1,4 +1,4 @@
-"""What the decoder-only language models share: the vocabulary at both ends, the loss, the FLOPs."""
+"""Common parts of the decoder-only language models: the vocabulary at both ends, the loss, the FLOPs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def require_vocabulary(kind: str, vocab_size: int) -> None:
 
 
 def sizes(settings: dict[str, Any], state: dict[str, Tensor]) -> dict[str, int]:
-    """What the data decided of a model with these weights: the vocabulary."""
+    """Read off the weights what the data decided: the vocabulary."""
     del settings
     return {"vocab_size": len(state["embed.weight"])}
 

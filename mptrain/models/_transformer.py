@@ -1,4 +1,4 @@
-"""What the transformers share: where each layer goes by name, the walk over the blocks, the first weights."""
+"""Common parts of the transformers: where each layer goes by name, the walk over the blocks, the first weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def require_heads(kind: str, n_embd: int, n_head: int) -> None:
     """ValueError when the width cannot be cut into heads."""
     if n_embd % n_head:
         works = n_head * max(1, round(n_embd / n_head))
-        raise ValueError(f"{kind}: n_embd={n_embd} is no multiple of n_head={n_head}; try model.n_embd={works}")
+        raise ValueError(f"{kind}: n_embd={n_embd} is not a multiple of n_head={n_head}; try model.n_embd={works}")
 
 
 class Transformer(nn.Module):

@@ -91,7 +91,7 @@ def _require_causal(described: Any, where: str) -> None:
         known, masked = type(described) in MODEL_FOR_CAUSAL_LM_MAPPING, type(described) in MODEL_FOR_MASKED_LM_MAPPING
     sees_all = described.is_encoder_decoder or (masked and not getattr(described, "is_decoder", False))  # as BERT does
     if sees_all or not known:
-        raise ValueError(f"{where}: a {described.model_type} is no causal language model")
+        raise ValueError(f"{where}: a {described.model_type} is not a causal language model")
 
 
 def _of_depth(settings: dict[str, Any], depth: int, n_layer: int) -> dict[str, Any]:
@@ -300,7 +300,7 @@ def grows_evenly(config: Config, start: int, step: int) -> bool:
 
 
 def sizes(settings: dict[str, Any], state: dict[str, Tensor]) -> dict[str, int]:
-    """What the data decided of a model with these weights: the vocabulary, where the settings leave it to the data."""
+    """Read off the weights what the data decided: the vocabulary, where the settings leave it to the data."""
     if settings.get("vocab_size", -1) != 0:
         return {}
     with torch.device("meta"):

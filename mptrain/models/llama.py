@@ -56,19 +56,20 @@ class Config:
         if self.n_embd % pairs:  # rotary positions turn pairs of channels
             works = pairs * max(1, round(self.n_embd / pairs))
             raise ValueError(
-                f"llama: n_embd={self.n_embd} is no multiple of 2 * n_head={pairs}; try model.n_embd={works}"
+                f"llama: n_embd={self.n_embd} is not a multiple of 2 * n_head={pairs}; try model.n_embd={works}"
             )
         if self.n_head % self.n_kv_head:
             works = max(d for d in range(1, self.n_head + 1) if self.n_head % d == 0 and d <= self.n_kv_head)
             raise ValueError(
-                f"llama: n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}; try model.n_kv_head={works}"
+                f"llama: n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}; "
+                f"try model.n_kv_head={works}"
             )
 
 
 def rotation(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary positions (Su et al. 2021), each [length, head_dim].
 
-    Made anew in each forward and kept nowhere: a few microseconds, and no buffer that a meta build leaves empty, a
+    Made in each forward and kept nowhere: a few microseconds, and no buffer that a meta build leaves empty, a
     checkpoint carries or a cast of the whole model rounds.
     """
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)

@@ -40,7 +40,7 @@ class Config:
         if self.image_size % self.patch_size:
             works = max(d for d in range(1, self.patch_size + 1) if self.image_size % d == 0)
             raise ValueError(
-                f"vit: image_size={self.image_size} is no multiple of patch_size={self.patch_size}; "
+                f"vit: image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; "
                 f"try model.patch_size={works}"
             )
         if not 0.0 <= self.dropout < 1.0:
@@ -105,7 +105,7 @@ class ViT(Transformer):
         return cut.reshape(-1, config.patches, config.patch_values)
 
     def measure(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What a validation batch is judged by, each a 0-dim mean: the loss (nats) and the share of images whose
+        """Measure a validation batch, each figure a 0-dim mean: the loss (nats) and the share of images whose
         largest logit is that of their class."""
         logits = self(images)
         return {"loss": F.cross_entropy(logits, labels), "top1_frac": (logits.argmax(-1) == labels).float().mean()}
@@ -126,7 +126,7 @@ class ViT(Transformer):
 
 
 def sizes(settings: dict[str, Any], state: dict[str, Tensor]) -> dict[str, int]:
-    """What the data decided of a model with these weights: its images and their classes."""
+    """Read off the weights what the data decided: the images and their classes."""
     patch_size = settings.get("patch_size", Config.patch_size)
     side = math.isqrt(len(state["position.weight"]))
     return {

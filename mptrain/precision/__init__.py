@@ -1,4 +1,4 @@
-"""What a precision is: the policy, its backends, and :class:`Precision`, which binds a policy to a live model."""
+"""A precision: the policy, its backends, and :class:`Precision`, which binds a policy to a live model."""
 
 from mptrain.precision.runtime import Precision
 

@@ -30,7 +30,7 @@ STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-OTHERS: tuple[tuple[Any, str], ...] = (  # what holds matrices and is no linear layer, and why it is left alone
+OTHERS: tuple[tuple[Any, str], ...] = (  # what holds matrices and is not a linear layer, and why it is left alone
     ((nn.Embedding, nn.EmbeddingBag), "an embedding looks rows up and multiplies nothing"),
     (nn.modules.conv._ConvNd, "a convolution: there is no FP8 product for it here"),
     ((nn.RNNBase, nn.RNNCellBase), "recurrent: torch multiplies inside one operator"),
@@ -44,7 +44,7 @@ NO_PRODUCT = (ParametrizationList, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.mo
 class ConversionReport:
     """Which layers were converted, and why each other module that holds a matrix was kept (name -> reason).
 
-    ``others``: those of the kept that are no linear layers, and were never meant to be converted.
+    ``others``: those of the kept that are not linear layers, and were never meant to be converted.
     """
 
     converted: tuple[str, ...] = ()
@@ -128,7 +128,7 @@ def _unfit(module: nn.Module) -> str:
 
 
 def _unmovable(module: nn.Module) -> str:
-    """What another module in the layer's place would lack; empty: nothing."""
+    """Name what another module in the layer's place would lack; empty: nothing."""
     if is_conv1d(module):
         return "transformers' Conv1D stores its weight transposed: only precision.backend=emulated takes it"
     if type(module) is not nn.Linear:
@@ -144,7 +144,7 @@ _PLAIN = frozenset(nn.Linear(1, 1, device="meta").__dict__)
 
 
 def other_matrices(model: nn.Module, seen: Callable[[str], bool]) -> dict[str, str]:
-    """The modules with parameters of two and more dimensions that are no linear layers, and why they are left alone.
+    """The modules with parameters of two and more dimensions that are not linear layers, and why they are left alone.
 
     ``seen(name)``: is it in the report already?
     """

@@ -101,7 +101,7 @@ class Counters:
         return {role: first + index for index, role in enumerate(roles)}
 
     def allocate(self, device: torch.device) -> None:
-        """The small tables, anew, for the rows added so far."""
+        """Make the small tables for the rows added so far."""
         n = len(self.slots)
         self.muted = {index for index, slot in enumerate(self.slots) if self.held_elsewhere(*slot)}
         self.device = device
@@ -123,7 +123,7 @@ class Counters:
         return sums
 
     def row(self, slot: int) -> dict[str, Tensor]:
-        """What a cast of this row's tensor shall count on its way, as keyword arguments; empty on unsampled steps.
+        """Return what a cast of this row's tensor shall count, as keyword arguments; empty on unsampled steps.
 
         A backend casts a weight in every micro-batch of a step; it is counted in the first.
         """
@@ -136,7 +136,7 @@ class Counters:
         return {name: self.sums[name][slot] for name in ("counts", "histogram") if name in self.sums}
 
     def part_of(self, x: Tensor) -> Tensor:
-        """The part of ``x`` [..., K] for the statistics that are no counts: errors and blocks.
+        """The part of ``x`` [..., K] for the statistics that are not counts: errors and blocks.
 
         They cost as much again as a histogram, and a ratio or a median needs no more than an eighth of a large tensor:
         each sampled step takes another one.

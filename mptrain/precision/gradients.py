@@ -52,7 +52,7 @@ def _needs_closure(kind: Any) -> bool:
 
 
 def valid_clip(clip: Any) -> float:
-    """Return ``clip`` as a float: a gradient norm, 0 for no clipping. ValueError for what is no such number."""
+    """Return ``clip`` as a float: a gradient norm, 0 for no clipping. ValueError for what is not such a number."""
     try:
         norm = float(clip)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What one optimizer step came to. On the device until somebody looks; the copy to the host is started at once."""
+"""The outcome of one optimizer step. On the device until somebody looks; the copy to the host is started at once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StepRecord:
 
 
 class StepOutcome:
-    """What a step left on the device, read back once and only when asked.
+    """Tensors that a step left on the device, read back once and only when asked.
 
     ``read()`` gives the :class:`StepRecord`; ``applied``, ``reason`` and the rest are shortcuts to it. On a GPU the
     copy runs beside the next step's kernels, so reading it a step later costs no stall.

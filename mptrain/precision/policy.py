@@ -1,4 +1,4 @@
-"""What a precision *is*, as data: frozen, validated values that print themselves. No torch state lives here.
+"""A precision as data: frozen, validated values that print themselves. No torch state lives here.
 
 A policy says which formats the numbers pass through; a backend (``mptrain.precision.backends``) owns the kernels that
 do it, and :class:`mptrain.Precision` binds both to a live model. FP16, BF16 and FP8 differ only in this data. The null

@@ -194,7 +194,7 @@ def fence_of(module: nn.Module) -> Fence | None:
 
 
 def _widened(value: Any) -> Any:
-    """What another model computed in 16 bits, in FP32: exact, and what a plain layer takes."""
+    """Widen what another model computed in 16 bits to FP32: exact, and what a plain layer takes."""
     if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
         return value.float()
     return value

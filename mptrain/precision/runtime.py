@@ -112,7 +112,7 @@ class Precision:
             if fence is not None and (is_converted(module) or not fence.leave(module)):
                 what = f"{name} is" if name else "the model is"
                 raise ValueError(
-                    f"{what} prepared already, or a copy whose layers are converted: build it anew for this policy, or "
+                    f"{what} prepared already, or a copy whose layers are converted: build a new one for it, or "
                     "copy it before it is prepared"
                 )
         self.device = device or next(p.device for p in model.parameters() if p.requires_grad)
@@ -296,7 +296,7 @@ class Precision:
     def _witness(
         self, parameters: list[nn.Parameter], held: list[Tensor], norms: Tensor, skips: list[bool | None]
     ) -> Callable[[], Blame]:
-        """What a skip will be explained with when the outcome is read."""
+        """Gather what will explain a skip when the outcome is read."""
         assert self._fault is not None
         evidence = Evidence(parameters, norms, self._fault, self._losses.copy(), dict(self.unreduced))
         if any(skips):

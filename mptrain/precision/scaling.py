@@ -19,7 +19,7 @@ from mptrain.precision.policy import LossScale, LossScaleKind
 
 
 class ScaleEvent(IntEnum):
-    """What one update did to the loss scale."""
+    """The effect of one update on the loss scale."""
 
     steady = 0
     grew = 1

@@ -1,4 +1,4 @@
-"""What was converted is believed when it ran: a report of every matrix, and a word about layers that are bypassed.
+"""Trust in a conversion comes when its layers ran: a report of every matrix, and a word about layers that are bypassed.
 
 Code that reads ``layer.weight`` and multiplies by it itself never calls the layer, and trains it unquantized.
 """

@@ -86,7 +86,7 @@ def selected(
     try:
         linear, kept = select(model, keep, multiple=1, setting="--keep")
     except re.error as error:
-        raise ValueError(f"--keep={keep} is no regular expression: {error}") from error
+        raise ValueError(f"--keep={keep} is not a regular expression: {error}") from error
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -111,7 +111,7 @@ def _misfit(layer: nn.Linear, method: Method, size: int | None) -> str:
     if size is not None and inputs % size:
         fitting = max((d for d in range(methods.SMALLEST_GROUP, size) if inputs % d == 0), default=0)
         hint = f"--group-size {fitting} would" if fitting else "no group size would"
-        return f"in_features={inputs} is no multiple of --group-size {size}; {hint}"
+        return f"in_features={inputs} is not a multiple of --group-size {size}; {hint}"
     if inputs % method.multiple or layer.out_features % method.multiple:
         return f"{layer.out_features}x{inputs} is not divisible by {method.multiple}, which FP8 GEMMs need"
     if method.dtype is torch.float8_e4m3fn and not layer.weight.any(dim=1).all():
@@ -162,8 +162,11 @@ def _convert(
 
 
 def _verified(name: str, layer: nn.Module, before: Tensor, method: Method) -> Layer:
-    """What the layer holds now. ValueError unless it is the tensor and the codes that were asked for, and each weight
-    is within half a step of what it was."""
+    """Return what the layer holds now.
+
+    ValueError unless it is the tensor and the codes that were asked for, and each weight is within half a step of what
+    it was.
+    """
     weight: Any = layer.weight
     kind = type(weight).__name__
     if kind != method.tensor:
@@ -267,4 +270,4 @@ def _report(model: nn.Module, method: Method, size: int | None, made: dict[str, 
 def _not_linear(module: nn.Module, key: str, tied: str | None) -> str:
     if isinstance(module, nn.Embedding):
         return f"an embedding, and the weight of {tied} (tied)" if tied else "an embedding: it is looked up"
-    return f"{key} of {type(module).__name__}, which is no linear layer"
+    return f"{key} of {type(module).__name__}, which is not a linear layer"

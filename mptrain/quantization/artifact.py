@@ -93,7 +93,7 @@ def read(folder: Path) -> dict[str, Any]:
     """``quantization.json``. ValueError if it is not there, torn, or of another version."""
     described = object_in(folder / MARK)
     if not (folder / MARK).is_file():
-        raise ValueError(f"{folder} is no quantized model: it has no {MARK}")
+        raise ValueError(f"{folder} is not a quantized model: it has no {MARK}")
     if "version" not in described:
         raise ValueError(f"{folder / MARK} is torn: quantize the original again")
     if described["version"] != VERSION:

@@ -70,7 +70,7 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """What the model is called with, where it is."""
+    """Return the keyword arguments of a batch, on the model's device."""
     device = device_of(model)
     return {name: tensor.to(device) for name, tensor in batch.items() if name not in ANSWERS}
 
@@ -237,7 +237,7 @@ def layer_errors(
 
 
 def _dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
-    """What the layer takes: that of its weight, as it shows it to others."""
+    """Return the type that the layer takes: that of its weight, as it shows it to others."""
     return next((p.dtype for p in layer.parameters() if p.is_floating_point()), x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""What ``mptrain quantize`` says of accuracy: the model as it came beside the one it became."""
+"""The words of ``mptrain quantize`` on accuracy: the model as it came beside the one it became."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Judge:
         self._reference = copy.deepcopy(source.model) if batches else source.model
 
     def at_once(self, method: Method, group_size: int | None, keep: str) -> None:
-        """What the method makes of the model without fine-tuning."""
+        """Judge what the method makes of the model without fine-tuning."""
         model = copy.deepcopy(self._reference)
         report = quantize_model(model, method, group_size=group_size, keep=keep)
         self.add(f"{method.name} at once", model, report, repeats=0)
@@ -53,7 +53,7 @@ class Judge:
 
 
 def regained(at_once: Evaluation, tuned: Evaluation) -> str:
-    """What fine-tuning gave back of what quantization took, in a sentence."""
+    """Say in a sentence how much of the loss fine-tuning gave back."""
     gain = loss_delta(tuned.losses, at_once.losses)
     said = f"fine-tuning changes the loss by {gain.mean:+.5f} nats{_ends(gain)} on the same samples"
     lost = at_once.loss_delta

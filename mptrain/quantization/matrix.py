@@ -50,7 +50,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Figure:
-    """What one run gives in one format."""
+    """The figures of one run in one format."""
 
     seed: int
     evaluation: Evaluation

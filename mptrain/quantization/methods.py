@@ -1,4 +1,4 @@
-"""What a model can be quantized to: a row for each method, with torchao's description of it.
+"""The methods of quantization: a row for each method, with torchao's description of it.
 
 torchao's own choices stand: a scale is amax / 127.5 (INT8) or amax / 7.5 (INT4) in FP32, so the largest positive weight
 clips by half a step; the zero points of symmetric codes are zeros, kept because its tensors have them.

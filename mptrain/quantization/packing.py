@@ -34,7 +34,10 @@ def pack(codes: Tensor, bits: int = 4) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...], bits: int = 4) -> Tensor:
-    """What :func:`pack` made of codes of this shape. ValueError if there are too few or too many bytes for it."""
+    """Restore the codes of this shape that :func:`pack` packed.
+
+    ValueError if there are too few or too many bytes for it.
+    """
     count, half, each = torch.Size(shape).numel(), 1 << (bits - 1), 8 // bits
     if packed.dtype != torch.uint8 or packed.numel() != -(-count // each):
         words = {4: "four", 2: "two"}

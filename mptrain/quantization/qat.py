@@ -28,7 +28,7 @@ RATE = 3e-4
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the fine-tuning did: ``losses`` (nats) of its steps, with rounded weights; how many of them were
+    """The course of fine-tuning: ``losses`` (nats) of its steps, with rounded weights; how many of them were
     ``skipped``."""
 
     layers: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What a quantization made of a model: each weight's format, bytes and error, and why others were left as they were."""
+"""The result of a quantization: each weight's format, bytes and error, and why others were left as they were."""
 
 from __future__ import annotations
 

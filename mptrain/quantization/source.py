@@ -1,4 +1,4 @@
-"""What a user names to be quantized, opened: a run, a checkpoint of one, a Hugging Face folder, or a file in one."""
+"""Models that a user names to be quantized: a run, a checkpoint of one, a Hugging Face folder, or a file in one."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def open_source(path: str | Path, average: bool = False) -> Source:
             raise ValueError(f"{folder} is a Hugging Face model, which has no running average: leave --average out")
         return _hugging_face(folder, path if path.is_file() else None)
     if path.is_file():
-        raise ValueError(f"{path}: beside it is no config.json that says what model it is of (model_type)")
+        raise ValueError(f"{path}: there is no config.json next to it that says what model it is of (model_type)")
     if (folder / "config.json").is_file() and "model" not in object_in(folder / "config.json"):
         raise ValueError(f"{folder}/config.json is torn, or neither a run's (model) nor Hugging Face's (model_type)")
     return _run(path, average)

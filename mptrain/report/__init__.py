@@ -1,1 +1,1 @@
-"""What people read: the plan before a run and the comparison after it."""
+"""Pages and tables for people: the plan before a run and the comparison after it."""

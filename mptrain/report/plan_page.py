@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 class Planned(Protocol):
-    """What is drawn of a plan: bytes by role, those that are assumed apart."""
+    """Return the bars of a plan: bytes by role, those that are assumed apart."""
 
     @property
     def precision(self) -> str: ...

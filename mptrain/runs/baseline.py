@@ -33,8 +33,10 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"
 
 @dataclass(frozen=True)
 class Figures:
-    """What one side of the comparison measured. ``losses``: training loss (nats) by step; ``tokens_per_s``: or images,
-    where samples are images."""
+    """The measurements of one side of the comparison.
+
+    ``losses``: training loss (nats) by step; ``tokens_per_s``: or images, where samples are images.
+    """
 
     source: str = "none"
     losses: dict[int, float] = field(default_factory=dict)
@@ -105,7 +107,7 @@ def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> F
 
 
 def kept(wanted: str, runs: Path) -> Figures | None:
-    """What a probe of this fingerprint left."""
+    """Read the figures that a probe of this fingerprint left."""
     result = object_in(runs / PROBES / f"{wanted}.json")
     return _read(result) if result else None
 
@@ -137,7 +139,7 @@ def _run_probe(config: Any) -> dict[str, Any]:
 
 
 def figures_json(figures: Figures) -> str:
-    """What the probe's process hands over."""
+    """Write the figures that the probe's process hands over."""
     return json.dumps(asdict(figures))
 
 

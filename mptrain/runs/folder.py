@@ -82,7 +82,7 @@ def claim(folder: Path) -> TextIO:
 
 
 def launched() -> str:
-    """What tells this start of torchrun from every other: of all its restarts the same, empty without it."""
+    """Mark this start of torchrun apart from every other: of all its restarts the same, empty without it."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"{run_id}-{os.getppid()}" if run_id else ""
 

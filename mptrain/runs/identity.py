@@ -1,8 +1,8 @@
-"""What a run is: written into its folder when it begins (``run.json``), so that others can be compared with it.
+"""The identity of a run: written into its folder when it begins (``run.json``), so that others can be compared with it.
 
 Two runs of one fingerprint saw the same initial weights, batches and learning rates on the same machine, so they
 differ by precision alone. How weights and moments are stored is precision too: an FP32 run is the baseline of one that
-keeps them in BF16. What a policy does not use (the amax history of one that quantizes nothing) is no difference.
+keeps them in BF16. What a policy does not use (the amax history of one that quantizes nothing) is not a difference.
 """
 
 from __future__ import annotations

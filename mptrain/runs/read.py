@@ -28,7 +28,7 @@ TAIL_BYTES = 1 << 14  # of metrics.jsonl: holds the last row of metrics at any i
 
 
 class Status(Enum):
-    """What became of a run."""
+    """The state of a run."""
 
     finished = "finished"
     running = "running"
@@ -39,7 +39,7 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Run:
-    """What a folder holds. ``losses``, ``scales``: training loss (nats) and loss scale by step."""
+    """The contents of a run's folder. ``losses``, ``scales``: training loss (nats) and loss scale by step."""
 
     folder: Path
     status: Status
@@ -108,7 +108,7 @@ def expand(paths: Iterable[Path]) -> list[Path]:
             continue
         inside = sorted((p for p in path.iterdir() if is_run(p)), key=_natural) if path.is_dir() else []
         if not inside:
-            raise ValueError(f"{path} is no run and holds none{_nearest(path)}")
+            raise ValueError(f"{path} is not a run and holds none{_nearest(path)}")
         for folder in inside:
             found.setdefault(folder.resolve(), folder)
     return list(found.values())

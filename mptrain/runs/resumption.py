@@ -4,7 +4,7 @@
     python train.py run_dir=runs/a resume=auto precision=bf16      the rest of it in another precision: a mixed run
 
 The folder keeps ``config.json`` of every attempt (``config.1.json`` is the first one) and ``history.json``: for each
-attempt after the first where it went on, what had changed, and whether the run is mixed since: trained in parts by
+attempt after the first where it resumed, what had changed, and whether the run is mixed since: trained in parts by
 other numerics, so that no verdict counts it.
 """
 
@@ -28,7 +28,7 @@ from mptrain.runs.identity import ASIDE, FILE, HISTORY, numerics
 from mptrain.tools.files import object_in, write_whole
 from mptrain.tools.settings import from_plain, to_plain
 
-OWN = ("run_dir", "resume", "resume_anyway")  # of the command, never of the run it goes on with
+OWN = ("run_dir", "resume", "resume_anyway")  # of the command, never of the run it resumes
 MEANT_ELSEWHERE = ("seed", "data")  # of another run: the batches would be others
 NUMERICS = ("model", "optim", "trainer", "debug")  # and precision
 HARMLESS = (  # of trainer: change when something is done, not what is computed
@@ -73,7 +73,7 @@ class Resumed:
 
 
 def settings(composed: DictConfig, typed: list[str]) -> RunConfig:
-    """Settle the settings of a command: what Hydra composed, on the base of the run that it goes on with, if it does.
+    """Settle the settings of a command: what Hydra composed, on the base of the run that it resumes, if it does.
 
     ``typed``: the overrides of the command line. ValueError if the run's settings cannot be read, or do not fit.
     """
@@ -165,7 +165,7 @@ class Earlier:
         if not isinstance(done, int) or done < max_steps or self.step < max_steps:
             return ""
         told = f"{folder} is finished ({done} of {max_steps} steps) and stays as it is"
-        return f"{told}: trainer.max_steps={2 * done} goes on"
+        return f"{told}: trainer.max_steps={2 * done} continues it"
 
     def resumed(self, config: RunConfig, about: dict[str, Any]) -> Resumed:
         """Compare with what is now. ``about``: ``run.json`` as it would be written of this attempt."""
@@ -210,7 +210,7 @@ def remember(folder: Path, earlier: Earlier, resumed: Resumed) -> None:
 
 
 def command(folder: Path) -> str:
-    """Write the whole command that goes on with the run in ``folder``, for a shell."""
+    """Write the whole command that resumes the run in ``folder``, for a shell."""
     each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     script = sys.argv[0] if sys.argv[0].endswith(".py") else "train.py"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -1,4 +1,4 @@
-"""What a run left behind, found by the path that a user names: its folder or a checkpoint in one."""
+"""The weights that a run left, found by the path that a user names: its folder or a checkpoint in one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def located(source: Path) -> tuple[Path, Path]:
     if not (source / "config.json").is_file():
         run = source.parent.parent
         if not (run / "config.json").is_file():
-            raise ValueError(f"{source} is no run's folder and in none's checkpoints: there is no config.json")
+            raise ValueError(f"{source} is not a run's folder or in one's checkpoints: there is no config.json")
         return run, source
     newest = checkpoints.Checkpoints(source / "checkpoints", keep=1).newest()
     if newest is None:

@@ -1,1 +1,1 @@
-"""What a run says about itself: the step ledger, counts of overflow and underflow, throughput and memory."""
+"""Facts of a run about itself: the step ledger, counts of overflow and underflow, throughput and memory."""

@@ -221,7 +221,7 @@ class StepAudit:
             return
         args = self._without_bias(args, layer, stage) if func is torch.ops.aten.addmm.default else args
         operands = [args[i] for i in operands_of(func)]
-        shown = operands if outer is None else list(outer)  # kernels may copy operands to lay them out anew
+        shown = operands if outer is None else list(outer)  # kernels may copy operands to lay them out differently
         gemm, turned = self._gemm(func, layer, stage, shown, wrapped=outer is not None)
         outers: list[Any] = list(outer) if outer is not None else [None] * len(operands)
         pairs = list(zip(operands, outers, (1, 0, 0, 0), strict=False))  # summed over: left's columns, right's rows
@@ -273,7 +273,10 @@ class StepAudit:
         return "output", False
 
     def _asked(self, layer: str, gemm: str, operands: int) -> tuple[Format, ...]:
-        """What the policy asks of each operand. A layer that the conversion kept is asked for ``compute``."""
+        """Return the formats that the policy asks of each operand.
+
+        A layer that the conversion kept is asked for ``compute``.
+        """
         config = self._policy.quantization
         kept = layer not in self._sizes or (layer or "(root)") in self._report.kept
         if not self._policy.quantized or kept or gemm in ("attention", "other"):

@@ -1,4 +1,4 @@
-"""What an audited step comes to: a row for each matrix product, shares of FLOPs, and sentences about what is wrong."""
+"""The result of an audited step: a row for each matrix product, shares of FLOPs, and sentences about what is wrong."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def format(self) -> str:
-        """What ran, E4M3 and E5M2 alike as ``fp8``: the key of :attr:`Audit.coverage`."""
+        """Name the format that ran, E4M3 and E5M2 alike as ``fp8``: the key of :attr:`Audit.coverage`."""
         return joined(_family(ran) for ran in self.ran) + (" claimed" if self.claimed else "")
 
 
@@ -189,7 +189,10 @@ class Audit:
 
 
 def summary_of(audit: Audit | None, *, compiled: bool) -> dict[str, Any]:
-    """What summary.json says of the audited step; empty if none was. ``compiled``: will the run itself be compiled?"""
+    """Return the part of summary.json about the audited step; empty if none was.
+
+    ``compiled``: will the run itself be compiled?
+    """
     if audit is None:
         return {}
     aside = ", measured on the uncompiled model" if compiled else ""
@@ -206,7 +209,7 @@ def _family(name: str) -> str:
 
 
 def _told_apart(row: Row) -> tuple[str, str]:
-    """What ran and what was asked, in short words if those differ, else operand by operand."""
+    """Tell what ran and what was asked, in short words if those differ, else operand by operand."""
     ran, asked = joined(map(_family, row.ran)), joined(map(_family, row.asked))
     return (ran, asked) if ran != asked else (joined(row.ran), joined(row.asked))
 

@@ -64,7 +64,7 @@ class Shares(NamedTuple):
 
 
 class Verdicts(NamedTuple):
-    """What one format does to n tensors at ``scale`` (float64 [n]); the three parts do not overlap."""
+    """Losses of n tensors in one format at ``scale`` (float64 [n]); the three parts do not overlap."""
 
     scale: Tensor
     saturated: Shares

@@ -61,7 +61,7 @@ class Ledger:
         return events
 
     def observe(self, moved: bool) -> None:
-        """What a sampled applied step saw, before it is recorded: did any weight change?"""
+        """Note of a sampled applied step, before it is recorded, whether any weight changed."""
         self._moving = moved
 
     def roll_back(self, step: int, to: int, skipped_batches: int, rollbacks: int) -> Event:

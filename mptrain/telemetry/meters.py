@@ -20,7 +20,7 @@ from mptrain.memory.training import live
 GIB = 2**30
 NOTHING = nullcontext()
 MEMORY_STEP = 1  # the second step: optimizer state exists, and warm-up is not over
-REBUILT_STEP = 2  # DDP makes its buckets anew in the second step's forward (torch 2.13, static_graph)
+REBUILT_STEP = 2  # DDP makes its buckets again in the second step's forward (torch 2.13, static_graph)
 WARMUP_STEPS = 3  # kernels chosen, optimizer state allocated, memory measured: none of it is the speed of training
 
 
@@ -75,7 +75,7 @@ class PeakMemory:
     def due(
         self, steps_done: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> AbstractContextManager[None]:
-        """What the next step is to be run in: on a CPU :meth:`measured` for one, as soon as it can be."""
+        """Return the context of the next step: on a CPU :meth:`measured` for one, as soon as it can be."""
         if not math.isnan(self.peak_gib) or self._device.type != "cpu":
             return NOTHING
         if steps_done < (REBUILT_STEP if self.others.get("communication") else MEMORY_STEP):

@@ -53,8 +53,11 @@ class TelemetryConfig:
 
 @dataclass
 class Sample:
-    """What a sampled step came to. ``record`` None: its casts were counted, and no more. ``moved``: did a weight change
-    (None: it was skipped, or nobody can tell)?"""
+    """The result of a sampled step.
+
+    ``record`` None: its casts were counted, and no more. ``moved``: did a weight change (None: it was skipped, or
+    nobody can tell)?
+    """
 
     record: Record | None
     metrics: dict[str, float]

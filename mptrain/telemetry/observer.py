@@ -1,4 +1,4 @@
-"""What a sampled step sees: every tensor of every layer, through hooks that live no longer than the step.
+"""A look at a sampled step: every tensor of every layer, through hooks that live no longer than the step.
 
 Rows, by layer and role. Forward and backward: ``input``, ``weight``, ``output``, ``grad_output`` of every linear layer,
 before the casts of its GEMMs; where a backend quantizes an operand itself, its own pass counts it. At the end of the

@@ -1,1 +1,1 @@
-"""What serves every part of the package and knows none: files, settings, the machine, folders as registries."""
+"""Tools that serve every part of the package and know none: files, settings, the machine, folders as registries."""

@@ -1,4 +1,4 @@
-"""What torchrun announces to a process; one process alone without it."""
+"""The rank that torchrun announces to a process; one process alone without it."""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ def set_deterministic(on: bool) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """What speed and rounding depend on: the GPU's name, or the CPU's with its vector instructions and threads."""
+    """Describe what speed and rounding depend on: the GPU's name, or the CPU's with its vector instructions and
+    threads.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""What a trainer can do without, and what it goes by where nothing is said."""
+"""The optional parts of a trainer, and their defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells of its steps: losses gather on the device, are read back together, and looked through for spikes."""
+"""The telling of a run's steps: losses gather on the device, are read back together, and looked through for spikes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trainer asks of the parts it is handed; the parts themselves are made in :mod:`mptrain.build`."""
+"""Protocols of the parts that a trainer is handed; the parts themselves are made in :mod:`mptrain.build`."""
 
 from __future__ import annotations
 

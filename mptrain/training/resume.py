@@ -1,4 +1,4 @@
-"""What a run keeps of itself and how it goes back to it: saving, resuming, rolling back after a loss spike."""
+"""Checkpoints from the run's side: saving, resuming, rolling back after a loss spike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mptrain.checkpoint.checkpoints import Checkpoints, Like, Stateful, load, re
 from mptrain.distributed import Ranks
 from mptrain.telemetry.ledger import Event, Ledger
 
-OPTIONAL = ("monitor", "average", "spikes")  # begun anew where a checkpoint holds none
+OPTIONAL = ("monitor", "average", "spikes")  # started where a checkpoint holds none
 MOST_ROLLBACKS = 3  # between two checkpoints; skipping batches does not help where the model itself has diverged
 
 

@@ -19,7 +19,7 @@ DEVIATIONS, LEAST_FRAC = 8.0, 0.05  # by chance alone 8 deviations come once in 
 
 
 class Spikes:
-    """Learns from the losses that are no spikes."""
+    """Learns from the losses that are not spikes."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=WINDOW)

@@ -211,14 +211,14 @@ class Trainer:
         self._spiked |= self.journal.flush(record) and self.config.on_spike == "rollback"
 
     def evaluate(self, *, masters: bool = False) -> dict[str, float]:
-        """What the model is judged by with the policy on; ``masters``: also of the FP32 weights with it off."""
+        """Evaluate the model with the policy on; ``masters``: also of the FP32 weights with it off."""
         self._settle()
         judge = Validation(self.model, self.run_model, self.precision, self.data, self.ranks, self.share)
         masters, sizes = masters and self.extras.masters_whole, (self.config.batch_size, self.config.eval_batches)
         return judge(*sizes, masters=masters, average=self.extras.average)
 
     def keeper(self) -> Keeper:
-        """What a checkpoint holds. The data's position is the step: its order, like that of random numbers, is a
+        """Name the parts of a checkpoint. The data's position is the step: its order, like that of random numbers, is a
         function of (seed, step)."""
         parts: dict[str, Stateful | None] = {
             "model": self.model, "optimizer": self.optimizer, "precision": self.precision, "ledger": self.ledger,

@@ -1,4 +1,4 @@
-"""What the model is judged by: means over the validation batches, the same on any number of ranks."""
+"""Evaluation of the model: means over the validation batches, the same on any number of ranks."""
 
 from __future__ import annotations
 

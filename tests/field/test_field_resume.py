@@ -77,7 +77,7 @@ def test_a_finished_run_is_told_and_left_as_it_is(finished):
     folder, go_on = finished
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     text = go_on()
-    assert f"{folder} is finished (6 of 6 steps) and stays as it is: trainer.max_steps=12 goes on" in text
+    assert f"{folder} is finished (6 of 6 steps) and stays as it is: trainer.max_steps=12 continues it" in text
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 

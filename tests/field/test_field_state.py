@@ -102,7 +102,7 @@ def test_a_copy_at_work_leaves_the_original_training_alone(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_is_prepared_again_only_where_nothing_was_converted(name, second):
     precision, model = prepared(name)
-    with pytest.raises(ValueError, match=r"the model is prepared already, .* build it anew"):
+    with pytest.raises(ValueError, match=r"the model is prepared already, .* build a new one"):
         Precision(second).prepare(model)
     twin, inner = copy.deepcopy(model), nn.Sequential(copy.deepcopy(model), nn.Linear(width(name), 16))
     if name in QUANTIZED:

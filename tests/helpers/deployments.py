@@ -13,7 +13,7 @@ FORMATS = {
     "fp8": (3.3, 0.264),
 }
 TRAINED = ("fp32", "bf16", "fp16", "fp8")
-WHY = "head: 97 is no multiple of <128>: use --group-size 97"
+WHY = "head: 97 is not a multiple of <128>: use --group-size 97"
 
 
 def around(mean: float, half: float, n: int = 3) -> Interval:

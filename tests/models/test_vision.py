@@ -204,7 +204,7 @@ def test_a_run_on_images_resumes_bit_for_bit_also_recomputing(on_images, tmp_pat
             ["model.image_size=16"],
             "images of (1, 8, 8) do not fit a model for (1, 16, 16); set model.channels=1 model.im",
         ),
-        (["model.patch_size=3"], "image_size=8 is no multiple of patch_size=3; try model.patch_size=2"),
+        (["model.patch_size=3"], "image_size=8 is not a multiple of patch_size=3; try model.patch_size=2"),
     ],
 )
 def test_what_does_not_go_together_is_one_message(on_images, monkeypatch, tmp_path, overrides, wanted):

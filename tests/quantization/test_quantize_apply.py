@@ -136,7 +136,7 @@ def test_weights_that_are_in_no_layer_are_not_passed_over_in_silence():
     report = quantize_model(model, "int8")
     (kept,) = report.kept
     assert (kept.name, kept.format, kept.bytes) == ("1.gate_up", "fp32", 4 * 4 * 64 * 64)
-    assert kept.kept == "gate_up of Experts, which is no linear layer"
+    assert kept.kept == "gate_up of Experts, which is not a linear layer"
     assert report.rest_bytes == 4 * 3 * 64
     assert report.frac > 0.8
 
@@ -145,7 +145,7 @@ def test_layers_that_groups_do_not_divide_are_kept_and_the_others_quantized():
     model = nn.Sequential(nn.Linear(96, 128), nn.Linear(128, 64)).eval()
     report = quantize_model(model, "int4")
     (kept,) = report.kept
-    assert kept.kept == "in_features=96 is no multiple of --group-size 128; --group-size 96 would"
+    assert kept.kept == "in_features=96 is not a multiple of --group-size 128; --group-size 96 would"
     assert [layer.name for layer in report.quantized] == ["1"]
 
 

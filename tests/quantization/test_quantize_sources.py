@@ -241,7 +241,7 @@ def test_what_is_no_model_is_one_message(tmp_path):
     with pytest.raises(ValueError, match=r"nothing at .*: give a run, a checkpoint of one, or a Hugging Face model"):
         open_source(tmp_path / "missing")
     (tmp_path / "alone.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"beside it is no config.json"):
+    with pytest.raises(ValueError, match=r"there is no config.json next to it"):
         open_source(tmp_path / "alone.safetensors")
     run = run_of(tmp_path / "run", small("gpt"))
     settings = json.loads((run / "config.json").read_text())

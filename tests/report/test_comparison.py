@@ -340,7 +340,7 @@ def test_other_step_counts_do_not_mix(tmp_path):
 
 def test_what_is_no_run_is_an_error_with_the_nearest(tmp_path):
     write(tmp_path / "runs" / "gpt-fp8-1", settings("fp8"))
-    with pytest.raises(ValueError, match=r"gpt-fp8 is no run and holds none: did you mean .*gpt-fp8-1\?"):
+    with pytest.raises(ValueError, match=r"gpt-fp8 is not a run and holds none: did you mean .*gpt-fp8-1\?"):
         expand([tmp_path / "runs" / "gpt-fp8"])
     with pytest.raises(ValueError, match="give the folder of a run or of a sweep"):
         expand([tmp_path / "nowhere" / "x"])
@@ -389,7 +389,7 @@ def test_the_command_prints_and_writes_what_it_is_asked(tmp_path, capsys, comman
 def test_the_command_refuses_clearly(tmp_path, capsys, command_line):
     for words, says in (
         (["--margin", "0", "."], "--margin=0.0 cannot work"),
-        (["nowhere"], "is no run and holds none"),
+        (["nowhere"], "is not a run and holds none"),
     ):
         with pytest.raises(SystemExit) as leaving:
             cli.main(["compare", *words])

@@ -79,7 +79,7 @@ class _Reader:
             raise ValueError(f"{self.where}: {small}={small_size} must divide {large}={large_size}")
 
     def name(self) -> str:
-        """What the config calls itself, or the folder it is in."""
+        """Return the name that the config has, or its folder's."""
         named = self.values.get("_name_or_path")
         return named if isinstance(named, str) and named else str(self.values["model_type"])
 

@@ -31,7 +31,7 @@ KV_FORMATS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be served and how. ``overhead``: bytes on each GPU; ``prefill``: the most tokens in one pass;
+    """The load to be served. ``overhead``: bytes on each GPU; ``prefill``: the most tokens in one pass;
     ``kv_format`` empty: as wide as the computation."""
 
     batch: int = 1

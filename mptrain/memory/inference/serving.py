@@ -1,4 +1,4 @@
-"""What is planned for whom and on what: the rows of ``mptrain plan --inference``, as data."""
+"""Subjects, targets and rows: the rows of ``mptrain plan --inference``, as data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from mptrain.memory.units import gib
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: an architecture, or a bare count of parameters. ``stated``, ``activated``: as published."""
+    """The model that is planned: an architecture, or a bare count of parameters.
+
+    ``stated``, ``activated``: as published.
+    """
 
     name: str
     source: str

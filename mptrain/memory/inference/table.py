@@ -21,7 +21,7 @@ Columns = dict[str, list[str]]
 
 
 def print_plan(console: Console, subject: Subject, target: Target, rows: list[Row]) -> None:
-    """What it is, a row a format, and what the figures rest on."""
+    """Print the model, a row a format, and what the figures rest on."""
     for line in _heading(subject, rows):
         console.print(Text(line, "bold" if line.startswith(subject.name) else ""))
     print_columns(console, _columns(target, rows))

@@ -1,4 +1,4 @@
-"""What weights take in a deployment format: elements, the scales beside them, and the layers kept in a wider one."""
+"""Bytes of weights in a deployment format: elements, the scales beside them, and the layers kept in a wider one."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def weight_format(name: str, group_size: int = 0) -> WeightFormat:
 
 
 def pattern(keep: str) -> re.Pattern[str]:
-    """``keep`` compiled. ValueError for what is no regular expression."""
+    """``keep`` compiled. ValueError for what is not a regular expression."""
     try:
         return re.compile(keep)
     except re.error as error:

@@ -67,7 +67,7 @@ def largest_sequence(job: Job, capacity: int, step: int = 64) -> int:
 
 
 def remedies(job: Job, now: TrainingPlan) -> list[Remedy]:
-    """What would take less memory than ``now``, most bytes saved first."""
+    """List what would take less memory than ``now``, most bytes saved first."""
     found = [Remedy(settings, cost, plan(changed, check=False), 0) for settings, cost, changed in _changes(job)]
     found = [replace(one, saved=now.total - one.plan.total) for one in found]
     return sorted((one for one in found if one.saved > 0), key=lambda one: -one.saved)

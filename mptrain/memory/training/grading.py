@@ -29,7 +29,7 @@ class Grade:
         return {role: (planned.get(role, 0.0) - measured.get(role, 0.0)) / whole for role in planned | measured}
 
     def metrics(self) -> dict[str, float]:
-        """What a run logs."""
+        """Return the metrics that a run logs."""
         found = {"memory/planned_gib": sum(self.planned_gib.values()), "memory/plan_error_frac": self.off_frac}
         roles = {f"memory/plan_error_{role.replace(' ', '_')}_frac": share for role, share in self.by_role().items()}
         return found | roles

@@ -89,7 +89,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._track(storage, self._role_of(func, given, made), made_by)
 
     def claim(self, tensor: Tensor, role: str) -> None:
-        """What was work space is known to be of this role."""
+        """Note that what was work space is of this role."""
         key = tensor.untyped_storage()._cdata
         known, made_by, size = self._known.get(key, ("", "", 0))
         if known == "workspace":
@@ -172,7 +172,7 @@ def watched(resident: Mapping[str, Iterable[Tensor]], model: nn.Module) -> Itera
 
 
 def resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
-    """What lives from step to step, by role."""
+    """List what lives from step to step, by role."""
     state = [
         local(value) for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
     ]

@@ -64,7 +64,7 @@ class TrainingPlan:
 
     @property
     def total(self) -> int:
-        """What the device must have."""
+        """Sum up what the device must have."""
         return self.live + sum(self.assumed.values())
 
     @property

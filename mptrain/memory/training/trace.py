@@ -60,7 +60,7 @@ class Job:
 
 
 def peaks(job: Job, *, check: bool = True) -> Peaks:
-    """What is alive at the peak of each window of a training step, on one rank. ``check``: meet the third depth."""
+    """Find what is alive at the peak of each window of a step, on one rank. ``check``: meet the third depth."""
     depth = getattr(job.config, "n_layer", 0)
     evenly = getattr(job.model, "grows_evenly", None)  # a kind whose blocks differ says how
     if depth <= DEEP or (evenly is not None and not evenly(job.config, DEPTHS[0], DEPTHS[1] - DEPTHS[0])):

@@ -5,7 +5,7 @@ it holds by reference, and here both are views of the same table that the emulat
 itself is switched off (its layers count as registered, so its own update finds nothing), for four reasons: it renews
 the forward's scales when the forward ends, so recomputation under torch's checkpoint would see other scales; it lets
 an evaluation raise the amaxes; it starts from a scale of 1 (see ``warm_start``); and its state is a pickle that it
-refuses to load. With the table, a checkpoint of the emulated backend goes on here and back, and recomputation is
+refuses to load. With the table, a checkpoint of the emulated backend continues here and back, and recomputation is
 exact: scales hold until the next forward begins, and a maximum may be taken twice.
 
 Non-finite operands: delayed scaling shows an Inf through its amaxes on every step (a NaN passes the cast and is
@@ -215,7 +215,7 @@ def _transformer_engine() -> tuple[Any, str]:
         return None, "Transformer Engine needs a CUDA GPU"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a deprecation inside TE is no reason to call it broken
+            warnings.simplefilter("ignore")  # a deprecation inside TE is not a reason to call it broken
             import transformer_engine.pytorch as te
     except Exception as error:
         if importlib.util.find_spec("transformer_engine") is None:

@@ -33,7 +33,7 @@ class Column(Generic[T]):
 
 
 def summary_columns(group: Group) -> list[Column[Variant]]:
-    """What decides, by the group's metric; columns that no variant fills are left out."""
+    """List the columns that decide, by the group's metric; columns that no variant fills are left out."""
     deltas = {"training loss": "train_delta", "top-1": "top1_delta"}
     key = deltas.get(group.metric, "val_delta")
     head = f"Δ {group.metric} (95 %)"
@@ -59,7 +59,7 @@ def summary_columns(group: Group) -> list[Column[Variant]]:
 
 
 def detail_columns(group: Group) -> list[Column[Variant]]:
-    """What explains a verdict or a speed, for those who ask; columns that no variant fills are left out."""
+    """List the columns that explain a verdict or a speed; columns that no variant fills are left out."""
     unit = group.unit
     columns = [
         Column("backend", "kernels", "kernels", _backend, numeric=False),

@@ -186,7 +186,7 @@ def _foreign(run: Run, base: Run | None) -> str:
 
 
 def _levels(side: Side, base: Side) -> Loss:
-    """What is known of a variant alone."""
+    """Describe a variant by itself."""
     tokens, ratio = _tokens(side, base)
     return Loss(
         val=side.mean("val_loss"),

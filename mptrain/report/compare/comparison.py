@@ -1,4 +1,4 @@
-"""What a comparison of runs says, as plain data: ``report.json``, and all that the terminal, Markdown and HTML show.
+"""A comparison of runs as plain data: ``report.json``, and all that the terminal, Markdown and HTML show.
 
 Runs of the same model, data and schedule make a :class:`Group`; in it, runs that differ by their seed alone make a
 :class:`Variant`. Losses are in nats, differences relative to the baseline unless said otherwise. None, or NaN within a
@@ -15,7 +15,7 @@ from mptrain.runs.read import Status
 
 
 class Kind(Enum):
-    """What is said of a variant."""
+    """The verdict on a variant."""
 
     baseline = "baseline"
     equivalent = "equivalent"
@@ -109,7 +109,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Health:
-    """What happened to the numerics, over all seeds.
+    """The numerics over all seeds.
 
     ``layers``: rows of ``{"layer", "role", "overflow_events", "underflow_frac"}`` for every cast that was counted.
     ``events``: rows of ``{"seed", "step", "event", "reason", "layer", "scale"}``, the last four where known; at most

@@ -76,7 +76,7 @@ def _variants(runs: list[Run]) -> tuple[Matched, ...]:
 
 
 def trial(run: Run, corpus: str | None) -> dict[str, Any]:
-    """What the runs of a group have in common. ``corpus``: hash of the data's content, None if it is not known."""
+    """The settings that the runs of a group share. ``corpus``: hash of the data's content, None if it is not known."""
     settings = run.config
     optim = {key: value for key, value in settings["optim"].items() if key not in STORAGE}
     trainer = {key: settings["trainer"].get(key) for key in SCHEDULE}
@@ -89,7 +89,7 @@ def trial(run: Run, corpus: str | None) -> dict[str, Any]:
 
 
 def variant(run: Run) -> dict[str, Any]:
-    """What the runs of a variant have in common beside that."""
+    """The settings that the runs of a variant share as well."""
     settings = run.config
     storage = {key: settings["optim"].get(key, "fp32") for key in STORAGE}
     inject = settings.get("debug", {}).get("inject", "")
@@ -129,7 +129,7 @@ def labels(groups: Iterable[MatchedGroup]) -> dict[str, str]:
 
 
 def group_labels(groups: list[MatchedGroup]) -> list[str]:
-    """What tells each group from the others, empty for one alone."""
+    """Name the settings that tell the groups apart; empty for one alone."""
     leaves = leaf_names(differing([group.settings for group in groups]))
     return [", ".join(f"{leaf}={_brief(group.settings.get(key))}" for key, leaf in leaves.items()) for group in groups]
 

@@ -113,7 +113,7 @@ def judge(
 
 
 def _more(delta: Interval, margin: float, seeds: int, last: int) -> str:
-    """What would decide: more seeds where their last number was named beforehand, else a comparison of new ones."""
+    """Name what would decide: more seeds where their last number was named beforehand, else a new comparison."""
     if last:
         following = next_look(delta, margin, last)
         if following is None:

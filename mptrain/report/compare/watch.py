@@ -87,7 +87,7 @@ class Watch:
 def follow(paths: Sequence[Path], console: Console, once: Callable[[Console], None]) -> None:
     """Print ``once``, the comparison, under the table of runs, again and again until no run is at work any more.
 
-    In a terminal the screen is drawn anew; elsewhere the comparison is printed when a run ends, and at the end.
+    In a terminal the screen is redrawn; elsewhere the comparison is printed when a run ends, and at the end.
     """
     shown: list[Status] = []
     while True:
@@ -112,7 +112,7 @@ def follow(paths: Sequence[Path], console: Console, once: Callable[[Console], No
 
 
 def _end(run: Run) -> tuple[Path, int] | None:
-    """What tells this end of a run from that of an earlier attempt: its file and when it was written (ns)."""
+    """Mark this end of a run apart from that of an earlier attempt: its file and when it was written (ns)."""
     if run.status not in DONE:
         return None
     path = run.folder / ("summary.json" if run.status is Status.finished else "error.json")
@@ -139,7 +139,7 @@ def _jobs_of(run: Run) -> int:
 
 
 def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
-    """What each run is at; ``whole``: the number of jobs to come to."""
+    """Tell where each run is; ``whole``: the number of jobs to come to."""
     over = sum(_jobs_of(run) for run in runs if run.status in DONE)
     title = f"{folder}: {over}{f' of {whole}' if whole else ''} done"
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

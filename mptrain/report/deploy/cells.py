@@ -13,7 +13,7 @@ OWN = "to itself in FP32"
 
 
 def columns(matrix: Matrix) -> list[Column[Deployed]]:
-    """What a cell of the matrix says; those that no cell fills are left out."""
+    """List the columns of a cell; those that no cell fills are left out."""
     unit = "%" if matrix.metric == "perplexity" else "pt"
     found: list[Column[Deployed]] = [
         Column("metric", f"{matrix.metric} (95 %)", f"{matrix.metric} (95 %)", lambda c: _metric(c.metric, unit)),
@@ -36,7 +36,7 @@ def name(cell: Deployed) -> str:
 
 
 def overview(matrix: Matrix) -> str:
-    """What the figures are of, in a sentence or two."""
+    """Say in a sentence or two what was measured."""
     over = "single runs: intervals are over validation samples"
     counts = {cell.runs for cell in matrix.cells if cell.runs}
     if counts and max(counts) > 1:
@@ -46,7 +46,7 @@ def overview(matrix: Matrix) -> str:
 
 
 def no_gpu(device: str) -> str:
-    """What must be said of a speed that was measured on a CPU."""
+    """Qualify a speed that was measured on a CPU."""
     return "; it says nothing about a GPU's" if device == "cpu" else ""
 
 

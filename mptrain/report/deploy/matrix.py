@@ -1,4 +1,4 @@
-"""What a model loses, and what it weighs, in the format it is deployed in: plain data, as ``deploy.json`` holds it.
+"""Loss and size of models in the formats they are deployed in: plain data, as ``deploy.json`` holds it.
 
 Losses and divergences are in nats, signal-to-noise ratios (SQNR) in dB, sizes in MiB (2^20 bytes). A difference is the
 deployed model's figure minus the reference's on the same samples; ratios are the deployed model's over the reference's,

@@ -67,7 +67,7 @@ def _square(matrix: Matrix) -> list[Column[str]]:
 
 
 def _pick(matrix: Matrix, deployed: str) -> Callable[[str], Cell]:
-    """What is shown of the cell in that column."""
+    """Return what a column shows of a cell."""
     columns = {column.key: column for column in cells.columns(matrix)}
 
     def shown(trained: str) -> Cell:

@@ -1,4 +1,4 @@
-"""What the charts of a comparison share: axes with round ticks, how series are told apart, labels that keep apart.
+"""Common parts of a comparison's charts: axes with round ticks, how series are told apart, labels that keep apart.
 
 Series differ in colour, in dashes and in marker at once, so that print in grey and colour-blind readers lose nothing.
 """

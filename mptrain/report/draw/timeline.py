@@ -125,7 +125,7 @@ def bunched(events: Iterable[dict[str, Any]], x: Axis) -> list[list[dict[str, An
 
 
 def _tip(variant: Variant, events: Sequence[dict[str, Any]]) -> str:
-    """What happened, of the first few."""
+    """Tell the first few events."""
     lines = [f"{variant.label}: {len(events)} events"] if len(events) > 1 else [variant.label]
     for event in events[:4]:
         where = " ".join(str(event[key]) for key in ("reason", "layer", "role") if event.get(key))

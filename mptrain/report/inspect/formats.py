@@ -14,7 +14,7 @@ POWER = re.compile(r"([+-]?)(\d+(?:\.\d+)?)\^([+-]?\d+)")
 
 
 def parse_number(text: str) -> float:
-    """``1e-3``, ``0x1p-10``, ``2^-10``, ``inf``, ``nan``. ValueError for what is no number."""
+    """``1e-3``, ``0x1p-10``, ``2^-10``, ``inf``, ``nan``. ValueError for what is not a number."""
     word = text.strip().lower()
     power = POWER.fullmatch(word)
     try:
@@ -90,5 +90,5 @@ def rounded_to(value: float, spec: FormatSpec) -> float:
 
 
 def exponent_bits(spec: FormatSpec) -> int:
-    """What sign and mantissa leave; E8M0 has no sign."""
+    """Count the bits that sign and mantissa leave; E8M0 has no sign."""
     return 0 if spec.integer else spec.bits - spec.mantissa_bits - (0 if spec is Format.e8m0.value else 1)

@@ -142,7 +142,7 @@ def _legend(cast: bool) -> str:
     return (
         "Each histogram shows the share of elements per power of two (square-root axis). The bars below it, on the "
         "same axis, are what a format can hold at the largest power-of-two scale at which nothing saturates (BF16: "
-        "unscaled): dark for normal numbers, light for subnormal ones, arrows where it goes on; dashed lines show "
+        "unscaled): dark for normal numbers, light for subnormal ones, arrows where it continues; dashed lines show "
         f"where each starts to flush to 0. {'Hatched: lost in the cast of the run. ' if cast else ''}A range such as "
         "17-18% means that the bins bound the share without deciding it."
     )

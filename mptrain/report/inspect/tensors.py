@@ -47,7 +47,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Used:
-    """What the cast of the run did: counts are exact; None where the record does not say."""
+    """The cast of the run: counts are exact; None where the record does not say."""
 
     format: str
     scale: float | None = None
@@ -113,7 +113,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Tensors:
-    """What is inspected: names, and the tables of a record (or the histograms of a file's tensors)."""
+    """The tensors that are inspected: names, and the tables of a record (or the histograms of a file's tensors)."""
 
     title: str
     rows: list[tuple[str, str, str]]
@@ -147,7 +147,9 @@ def _of_run(folder: Path, step: int | None) -> Tensors:
         kept = [path for path in folder.rglob("step-*") if checkpoints.is_ours(path)]
         files = sorted(kept or folder.rglob("*.safetensors"))
         other = f"; for its weights: mptrain inspect {files[-1]}" if files else ""
-        what = "this run sampled no histograms" if (folder / "config.json").exists() else "it is no folder of a run"
+        what = (
+            "this run sampled no histograms" if (folder / "config.json").exists() else "it is not the folder of a run"
+        )
         raise ValueError(f"no {record.FILE} in {folder}: {what}{other}")
     found = record.read_step(path, step)
     about = "".join(f", {name} {value}" for name, value in found.about.items() if isinstance(value, int | float | str))

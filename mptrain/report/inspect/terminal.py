@@ -68,7 +68,7 @@ def one_format(rows: list[Row], fmt: Format, width: int = LAYER_WIDTH) -> Table:
 
 
 def as_cast(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """What the run's own casts did, by exact counts."""
+    """Tell what the run's own casts did, by exact counts."""
     table = _table("as cast in the run", "format", "scale", "saturated", "flushed", "inf+nan", "subnorm", "SQNR")
     for row in rows:
         used = row.used
@@ -92,7 +92,7 @@ def as_cast(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
 
 
 def amaxes(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """What is left to show of a record that holds neither histograms nor casts."""
+    """Show the rest of a record that holds neither histograms nor casts."""
     table = _table("tensors", "amax")
     for row in rows:
         table.add_row(*_place(row, width), _power(row.amax))

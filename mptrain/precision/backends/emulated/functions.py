@@ -1,4 +1,4 @@
-"""What the autograd functions of the emulation share: how they take, give and differentiate a batch of rows."""
+"""Common ground of the emulation's autograd functions: how they take, give and differentiate a batch of rows."""
 
 from __future__ import annotations
 

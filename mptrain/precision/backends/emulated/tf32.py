@@ -59,7 +59,7 @@ def _rounded(args: tuple[Any, ...], operands: tuple[int, ...]) -> list[Any]:
 
 
 def _one(x: Tensor) -> Tensor:
-    """The scale that changes nothing; made once for each device, and anew where a plan makes fake tensors."""
+    """The scale that changes nothing; made once for each device, and again where a plan makes fake tensors."""
     one = _ONES.get(x.device)
     if one is None or torch._C._len_torch_dispatch_stack():
         one = torch.ones((), dtype=torch.float32, device=x.device)

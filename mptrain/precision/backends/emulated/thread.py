@@ -1,4 +1,4 @@
-"""What this thread rounds: one dispatch mode with the format of the innermost context, or none."""
+"""The rounding of this thread: one dispatch mode with the format of the innermost context, or none."""
 
 from __future__ import annotations
 
