@@ -181,11 +181,26 @@ def test_folders_form_no_circle():
             del left[folder]
 
 
-def test_a_newcomer_finds_at_most_24_names_and_no_long_file():
+def test_a_newcomer_finds_at_most_24_names_and_nothing_long():
     names = {path.name for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")}
     assert len(names) <= 24, sorted(names)
-    lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert [str(path) for path, length in lengths.items() if length > 350] == []
+    sources = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
+    assert [str(path) for path, source in sources.items() if len(source.splitlines()) > 350] == []
+    assert len(sources[PACKAGE / "training" / "trainer.py"].splitlines()) <= 250, "the loop is read on one screen"
+    functions = [node for source in sources.values() for node in ast.walk(ast.parse(source)) if hasattr(node, "args")]
+    assert [node.name for node in functions if hasattr(node, "name") and node.end_lineno - node.lineno >= 55] == []
+
+
+def test_no_docstring_begins_with_what():
+    """Docstrings say what a thing is, or what a call does, in the imperative."""
+    begun = [
+        f"{path.relative_to(PACKAGE)}:{node.body[0].lineno}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and (ast.get_docstring(node) or "").startswith("What")
+    ]
+    assert begun == []
 
 
 def test_no_row_or_permission_is_idle():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -39,58 +39,59 @@ def assemble(
 
     ``audited``: the products of the first step are looked at.
     """
-    config, data, device, ranks = prepared.config, prepared.data, prepared.device, prepared.ranks
+    config = prepared.config
     with torch.device("meta"):
         model = prepared.model_module.build(prepared.model_config)
-    precision = Precision(config.precision, ranks=ranks)
+    precision = Precision(config.precision, ranks=prepared.ranks)
     placed = _placed(model, prepared, precision)
     if config.trainer.checkpointing:
         model.recompute = precision.recompute
-    drill = Drill.parse(config.debug.inject) if config.debug.inject else None
-    if drill is not None and drill.rank not in (None, ranks.rank):
-        drill = None
-    recorded = config.telemetry.record_every > 0
-    peak = peak_tflops(device, "fp8" if config.precision.quantized else str(config.precision.compute))
-    share = prepared.layout.share(config.trainer.batch_size, config.trainer.accumulate, ranks.rank)
     optimizer = build_optimizer(config.optim, model)
     average = Average(model, config.optim.ema_decay) if config.optim.ema_decay else None
-    extras = Extras(
-        monitor=Monitor(model, precision, config.telemetry, config.trainer.max_steps) if recorded else None,
-        throughput=Throughput(prepared.units_per_step),
-        audit=StepAudit(model, precision, min_coverage=config.audit.min_coverage) if audited else None,
-        average=average,
-        drill=drill,
-        seed=config.seed,
-        every=config.telemetry.every,
-        wrapped=placed.wrapped,
-        run_model=torch.compile(placed.wrapped) if config.trainer.compile else placed.wrapped,  # type: ignore[arg-type]
-        compression=placed.compression,
-        ranks=ranks,
-        share=share,
-        masters_whole=config.dist.kind not in ("fsdp", "hsdp") or config.dist.gather == "fp32",
-        checkpoints=checkpoints,
-        checkpoint_every=config.checkpoint.every,
-        about={
-            "precision": config.precision.name,
-            "fingerprint": prepared.fingerprint,
-            "initial_weights": placed.mark,
-        },
-        flops_per_token=model.flops_per_token(),
-        peak_flops_per_s=None if peak is None else peak * 1e12 * ranks.size,
-    )
     trainer = Trainer(
         config.trainer,
         model=model,
         precision=precision,
         optimizer=optimizer,
         schedule=Schedule.of(config.optim, config.trainer.max_steps),
-        data=data,
+        data=prepared.data,
         sink=sink,
-        extras=extras,
+        extras=replace(
+            _extras(prepared, model, precision, placed),
+            average=average,
+            checkpoints=checkpoints,
+            audit=StepAudit(model, precision, min_coverage=config.audit.min_coverage) if audited else None,
+        ),
     )
     buckets = buckets_of(model, config.dist, torch.device("meta"))
     trainer.memory.others = {"communication": buckets, "average": average.shadow if average else []}
     return trainer
+
+
+def _extras(prepared: Prepared, model: nn.Module, precision: Precision, placed: Placed) -> Extras:
+    """The optional parts that follow from the settings."""
+    config, ranks = prepared.config, prepared.ranks
+    drill = Drill.parse(config.debug.inject) if config.debug.inject else None
+    recorded = config.telemetry.record_every > 0
+    peak = peak_tflops(prepared.device, "fp8" if config.precision.quantized else str(config.precision.compute))
+    about = {"precision": config.precision.name, "fingerprint": prepared.fingerprint, "initial_weights": placed.mark}
+    return Extras(
+        seed=config.seed,
+        every=config.telemetry.every,
+        throughput=Throughput(prepared.units_per_step),
+        monitor=Monitor(model, precision, config.telemetry, config.trainer.max_steps) if recorded else None,
+        drill=drill if drill is not None and drill.rank in (None, ranks.rank) else None,
+        wrapped=placed.wrapped,
+        run_model=torch.compile(placed.wrapped) if config.trainer.compile else placed.wrapped,  # type: ignore[arg-type]
+        compression=placed.compression,
+        ranks=ranks,
+        share=prepared.layout.share(config.trainer.batch_size, config.trainer.accumulate, ranks.rank),
+        masters_whole=config.dist.kind not in ("fsdp", "hsdp") or config.dist.gather == "fp32",
+        checkpoint_every=config.checkpoint.every,
+        about=about,
+        flops_per_token=model.flops_per_token(),  # type: ignore[operator]
+        peak_flops_per_s=None if peak is None else peak * 1e12 * ranks.size,
+    )
 
 
 @dataclass(frozen=True)

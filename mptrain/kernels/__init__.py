@@ -1,4 +1,4 @@
-"""Emulated FP8, FP16 and TF32 in one pass over memory: the same bits from C, Triton, ``torch.compile`` or plain torch.
+"""Emulated FP8, FP16 and TF32 in one pass over memory: the same bits from C, Triton or plain torch.
 
 Arithmetic, in every implementation: ``y = float32(x) * scale`` (one rounding), clamped to the maximum for the FP8
 formats, rounded to nearest-even in the format. Inf therefore saturates in FP8 and NaN stays NaN (the canonical
