@@ -47,7 +47,7 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "torch": ANY,
     "hydra": ("config", "sweep"),
     "omegaconf": ("config", "runs.resumption", "sweep"),
-    "transformer_engine": ("precision.backends.transformer_engine",),
+    "transformer_engine": ("precision.backends.te",),
     "torchao": ("precision.backends.native", "optim", "quantization"),
     "wandb": ("loggers.wandb",),
     "triton": ("kernels.triton",),
@@ -64,7 +64,7 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
 BACKENDS = (
     "autocast",
     "native",
-    "transformer_engine",
+    "te",
     "emulated.backend",
 )  # chosen by name, and imported when asked for
 
@@ -122,7 +122,8 @@ def breaches(module: str, imported: set[str]) -> list[str]:
         if top == "mptrain":
             fine = "*" in allowed or (rest and folder_of(rest) in (*allowed, folder))
             if module != rest and any(rest == f"precision.backends.{backend}" for backend in BACKENDS):
-                fine = folder == "bench" or module.removeprefix("precision.backends.") in BACKENDS
+                own = module.removeprefix("precision.backends.")
+                fine = folder == "bench" or own in (*BACKENDS, "emulated")
             if not fine:
                 found.append(f"mptrain.{module} imports {name}; it may: {', '.join((*allowed, folder))}")
         elif top not in sys.stdlib_module_names and folder != "bench":
@@ -241,9 +242,9 @@ PLANTED = {
     ("training/trainer.py", "import importlib\nimportlib.import_module('mptrain.models.gpt')"): "mptrain.models.gpt",
     ("training/trainer.py", "import sympy"): "training.trainer imports sympy; only these may: none",
     ("training/trainer.py", "import math, torch.nn as nn\nfrom mptrain.telemetry.ledger import Ledger"): None,
-    ("precision/backends/base.py", "from mptrain.precision.backends.native import Backend"): "base imports",
-    ("precision/backends/base.py", "from .autocast import Backend"): "imports mptrain.precision.backends.autocast",
-    ("precision/backends/base.py", "from mptrain.precision.policy import BackendName"): None,
+    ("precision/backends/__init__.py", "from mptrain.precision.backends.native import Backend"): "backends imports",
+    ("precision/backends/__init__.py", "from .autocast import Backend"): "imports mptrain.precision.backends.autocast",
+    ("precision/backends/__init__.py", "from mptrain.precision.policy import PrecisionPolicy"): None,
     ("precision/backends/emulated/linear.py", "import transformer_engine.pytorch as te"): "only these may",
     ("models/gpt.py", "from mptrain.precision.policy import PrecisionPolicy"): "models.gpt imports",
     ("models/gpt.py", "from .. import formats"): "models.gpt imports mptrain.formats",

@@ -34,7 +34,7 @@ from mptrain.formats import Format
 from mptrain.loggers.base import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule
-from mptrain.precision.policy import BackendName, LossScaleKind
+from mptrain.precision.policy import LossScaleKind
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
 from mptrain.tools.files import write_whole
 from mptrain.tools.machine import cpu_name
@@ -161,7 +161,7 @@ def measure_gpt(sizes: Sizes) -> list[Row]:
     why_not: dict[str, str] = {}
     for name, (policy, backend, implementation) in GPT_VARIANTS.items():
         try:
-            made = replace(PrecisionPolicy.named(policy), backend=BackendName[backend])
+            made = replace(PrecisionPolicy.named(policy), backend=backend)
             variants[name] = gpt_step(made, sizes, implementation)
         except (ValueError, RuntimeError) as error:
             why_not[name] = str(error).splitlines()[0]

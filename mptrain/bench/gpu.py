@@ -30,8 +30,8 @@ import yaml
 from torch import nn
 
 from mptrain import Precision, PrecisionPolicy, models
-from mptrain.precision.backends import base
-from mptrain.precision.policy import BackendName, conf_dir
+from mptrain.precision import backends
+from mptrain.precision.policy import conf_dir
 from mptrain.tools.files import write_whole
 
 VOCABULARY = 50304  # GPT-2's 50257 rounded up to a multiple of 128, as the published runs do
@@ -75,7 +75,7 @@ class Variant:
 
     @property
     def policy(self) -> PrecisionPolicy:
-        return replace(PrecisionPolicy.named(self.precision), backend=BackendName[self.backend])
+        return replace(PrecisionPolicy.named(self.precision), backend=self.backend)
 
 
 def variants(dry_run: bool) -> list[Variant]:
@@ -223,7 +223,7 @@ def why_not(variant: Variant, device: torch.device) -> str:
     if variant.compiled and variant.precision == "fp8-delayed" and variant.backend == "te":
         return "Transformer Engine refuses delayed scaling under torch.compile"
     try:
-        chosen = base.resolve(variant.policy, device)
+        chosen = backends.resolve(variant.policy, device)
     except ValueError as error:
         return str(error)
     return "an emulation is not worth compiling" if variant.compiled and chosen.name == "emulated" else ""

@@ -10,7 +10,7 @@ from rich.console import Console
 from mptrain import kernels
 from mptrain.build.preflight import Prepared
 from mptrain.memory.training.plan import TrainingPlan
-from mptrain.precision.backends.base import resolve
+from mptrain.precision.backends import resolve
 from mptrain.report.run_summary import emulation_note, print_lines
 from mptrain.runs import baseline
 from mptrain.runs.baseline import Figures

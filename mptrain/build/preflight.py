@@ -16,7 +16,7 @@ from mptrain.distributed import ALONE, Ranks
 from mptrain.distributed.joining import join
 from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
-from mptrain.precision.backends.base import resolve
+from mptrain.precision.backends import resolve
 from mptrain.runs import identity
 from mptrain.telemetry.drill import Drill
 from mptrain.telemetry.peaks import peaks

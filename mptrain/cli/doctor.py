@@ -12,7 +12,7 @@ from rich.table import Table
 from mptrain import kernels
 from mptrain.config import RunConfig, composed, parse_open
 from mptrain.precision import Precision
-from mptrain.precision.backends.base import MODULES, load, resolve
+from mptrain.precision.backends import all_backends, resolve
 from mptrain.precision.policy import PrecisionPolicy, conf_dir
 from mptrain.report.audit import print_audit
 from mptrain.telemetry.audit import StepAudit
@@ -40,10 +40,10 @@ def run(argv: list[str]) -> int:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         chosen = False
-        for name in MODULES:
-            why = load(name).missing(policy, device, auto=True)
+        for backend in all_backends():
+            why = backend.missing(policy, device, auto=True)
             first, chosen = why is None and not chosen, chosen or why is None
-            table.add_row(name, "used" if first else why or "available")
+            table.add_row(backend.name, "used" if first else why or "available")
         console.print(table)
     console.print(f"quantizer on {device}: {kernels.implementation(device)}", highlight=False)
     for name, why in kernels.why_not().items():

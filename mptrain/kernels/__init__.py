@@ -17,7 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mptrain.formats import Format
 from mptrain.kernels import operators
-from mptrain.kernels.choice import IMPLEMENTATIONS, Kernels, described, implementation, kernels_on, module, use, why_not
+from mptrain.kernels.choice import (
+    IMPLEMENTATIONS,
+    Kernels,
+    described,
+    implementation,
+    kernels_on,
+    module,
+    use,
+    why_not,
+)
 from mptrain.kernels.operators import direct, onlooker
 from mptrain.kernels.statistics import COUNTS, INPUTS, Statistics, check_input, check_scalar
 

@@ -17,11 +17,15 @@ from typing import Any
 import yaml
 
 from mptrain.formats import Format
+from mptrain.tools import registry
 from mptrain.tools.settings import did_you_mean, from_plain, require
 
 COMPUTE_FORMATS = (Format.fp32, Format.tf32, Format.bf16, Format.fp16)
 FP8_FORMATS = (Format.fp8_e4m3, Format.fp8_e5m2)
 BLOCK = 128
+
+
+AUTO = "auto"  # precision.backend: the first that is there
 
 
 class LossScaleKind(Enum):
@@ -38,14 +42,6 @@ class Scaling(Enum):
     current = "current"  # per tensor, from its own amax
     rowwise = "rowwise"  # one per row / column of each GEMM operand, powers of two
     block = "block"  # one per 1x128 of activations and gradients, 128x128 of weights, powers of two
-
-
-class BackendName(Enum):
-    auto = "auto"
-    autocast = "autocast"
-    te = "te"
-    native = "native"
-    emulated = "emulated"
 
 
 @dataclass(frozen=True)
@@ -145,11 +141,14 @@ class PrecisionPolicy:
     reduce: Format = Format.fp32
     loss_scale: LossScale = field(default_factory=LossScale)
     quantization: Quantization = field(default_factory=Quantization)
-    backend: BackendName = BackendName.auto
+    backend: str = AUTO
     keep: str = ""
     keep_default: str = ""
 
     def __post_init__(self) -> None:
+        if self.backend != AUTO and self.backend not in registry.kinds("mptrain.precision.backends"):
+            known = [AUTO, *registry.kinds("mptrain.precision.backends")]
+            raise ValueError(f"precision.backend={self.backend} is unknown{did_you_mean(self.backend, known)}")
         require(self.compute in COMPUTE_FORMATS, "precision.compute", self.compute, "fp32, tf32, bf16 or fp16")
         require(self.reduce in (Format.fp32, Format.bf16, Format.fp16), "precision.reduce", self.reduce, "fp32 or bf16")
         if self.quantized:

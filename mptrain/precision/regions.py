@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._C import _get_obj_in_tls, _is_key_in_tls
 from torch.utils._pytree import tree_map
 
-from mptrain.precision.backends.emulated.thread import KEY, Suspended
 from mptrain.precision.counters import Counters
+from mptrain.precision.suspension import KEY, Suspended
 
 Casts = AbstractContextManager[object]
 MAY_JOIN = dist.is_available()

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from mptrain.distributed import Ranks, may_join
 from mptrain.precision import gradients
 from mptrain.precision.agreement import Agreement
-from mptrain.precision.backends.base import Backend, resolve
+from mptrain.precision.backends import Backend, resolve
 from mptrain.precision.blame import MOST_LOSSES, Evidence, Losses, Names, all_bad, explanation, nothing
 from mptrain.precision.convert import ConversionReport
 from mptrain.precision.counters import Counters

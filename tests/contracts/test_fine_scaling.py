@@ -22,7 +22,6 @@ from mptrain import Precision, PrecisionPolicy  # noqa: E402
 from mptrain.formats import Format  # noqa: E402
 from mptrain.kernels import tiles  # noqa: E402
 from mptrain.models import gpt  # noqa: E402
-from mptrain.precision.policy import BackendName  # noqa: E402
 from mptrain.report.inspect import tensors  # noqa: E402
 from mptrain.telemetry.audit import StepAudit  # noqa: E402
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig  # noqa: E402
@@ -155,7 +154,7 @@ PLANTED = [(name, "emulated", margin) for name in FINE for margin in (0, -1, 3)]
 
 @pytest.mark.parametrize(("name", "backend", "margin"), PLANTED)
 def test_planted_values_are_counted_exactly(name, backend, margin):
-    policy = replace(in_fp32(name, backward=Format.fp8_e5m2, margin=margin), backend=BackendName[backend])
+    policy = replace(in_fp32(name, backward=Format.fp8_e5m2, margin=margin), backend=backend)
     torch.manual_seed(0)
     operands = {"input": planted(40, 256, 1), "weight": planted(128, 256, 2), "grad_output": planted(40, 128, 3)}
     model = nn.Sequential(nn.Linear(256, 128, bias=False))

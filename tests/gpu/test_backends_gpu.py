@@ -17,7 +17,7 @@ from backend_contract import Case, policy_of  # noqa: E402
 from mptrain import Precision, kernels  # noqa: E402
 from mptrain.formats import Format  # noqa: E402
 from mptrain.models import gpt  # noqa: E402
-from mptrain.precision.backends import base  # noqa: E402
+from mptrain.precision import backends  # noqa: E402
 from mptrain.precision.policy import Scaling  # noqa: E402
 
 CUDA = torch.device("cuda")
@@ -30,7 +30,7 @@ def cuda_case(name: str, recipe: str, backend: str = "auto", floor: float = 46.0
     case = Case(name, policy_of(recipe, backend, **quantization), device="cuda", floor=floor)
     reason = NO_GPU
     if not reason and backend != "auto":
-        reason = base.load(backend).missing(case.policy, CUDA, auto=False) or ""
+        reason = backends.load(backend).missing(case.policy, CUDA, auto=False) or ""
     marks = [pytest.mark.te] if backend == "te" else []
     if reason:
         marks.append(pytest.mark.skip(reason=reason))
@@ -191,7 +191,7 @@ def test_200_steps_beside_fp32(case: Case, fp32_losses: list[float]) -> None:
 @pytest.mark.te
 def test_delayed_state_crosses_te_and_the_emulation() -> None:
     te = Case("te", policy_of("fp8-delayed", "te", history=4), device="cuda")
-    reason = base.load("te").missing(te.policy, CUDA, auto=False)
+    reason = backends.load("te").missing(te.policy, CUDA, auto=False)
     if reason:
         pytest.skip(reason)
     emulated = Case("emulated", policy_of("fp8-delayed", "emulated", history=4), device="cuda")
@@ -210,7 +210,7 @@ def test_delayed_state_crosses_te_and_the_emulation() -> None:
 @pytest.mark.te
 def test_te_leaves_scales_and_formats_to_us() -> None:
     case = Case("te", policy_of("fp8-delayed", "te", history=4), device="cuda")
-    reason = base.load("te").missing(case.policy, CUDA, auto=False)
+    reason = backends.load("te").missing(case.policy, CUDA, auto=False)
     if reason:
         pytest.skip(reason)
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager

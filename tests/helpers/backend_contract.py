@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mptrain import Precision, PrecisionPolicy
-from mptrain.precision.policy import BackendName, Scaling
+from mptrain.precision.policy import Scaling
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "precision"
 GEMMS = ("mm", "addmm", "bmm", "_scaled_mm", "linear", "matmul")
@@ -48,7 +48,7 @@ class Case:
 
 def policy_of(name: str, backend: str = "auto", **quantization: Any) -> PrecisionPolicy:
     """A recipe of conf/precision with another backend or other quantization settings."""
-    made = replace(PrecisionPolicy.named(CONF / f"{name}.yaml"), backend=BackendName[backend])
+    made = replace(PrecisionPolicy.named(CONF / f"{name}.yaml"), backend=backend)
     return replace(made, quantization=replace(made.quantization, **quantization)) if quantization else made
 
 

@@ -17,7 +17,7 @@ from mptrain.precision.backends.emulated import backend as emulated
 from mptrain.precision.backends.emulated import linear as fp8
 from mptrain.precision.backends.emulated.gemm import _scaled_mm
 from mptrain.precision.convert import HOOKS, ConversionReport
-from mptrain.precision.policy import BackendName, PrecisionPolicy, Scaling
+from mptrain.precision.policy import PrecisionPolicy, Scaling
 from mptrain.report.audit import audit_rows
 from mptrain.telemetry import peaks
 from mptrain.telemetry.audit import StepAudit, backward_gemm
@@ -31,7 +31,7 @@ LINEAR = {"attention.qkv": (3 * E, E), "attention.out": (E, E), "mlp.up": (4 * E
 
 
 def policy_of(name, backend="auto", scaling=None, **other):
-    policy = replace(PrecisionPolicy.named(name), backend=BackendName[backend], **other)
+    policy = replace(PrecisionPolicy.named(name), backend=backend, **other)
     if scaling is None:
         return policy
     return replace(policy, quantization=replace(policy.quantization, scaling=Scaling[scaling]))

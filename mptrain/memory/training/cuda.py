@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from mptrain.formats import Format
 from mptrain.memory.training.live import CODES, Bytes
-from mptrain.precision.policy import BackendName, LossScale, PrecisionPolicy, Scaling
+from mptrain.precision.policy import AUTO, LossScale, PrecisionPolicy, Scaling
 
 CONTEXT_BYTES = 600 * 2**20
 """Assumed: a CUDA context with torch's kernels and cuBLAS's workspace (32 MiB on Hopper); nvidia-smi shows 450 to 700
@@ -77,8 +77,8 @@ def _wide(value: Any) -> Any:
 
 def backend_on_gpu(policy: PrecisionPolicy) -> str:
     """The backend that ``auto`` takes on a GPU with FP8 units, Transformer Engine being installed."""
-    if policy.backend is not BackendName.auto:
-        return str(policy.backend.value)
+    if policy.backend != AUTO:
+        return policy.backend
     if not policy.quantized:
         return "autocast"
     return "native" if policy.quantization.scaling is Scaling.rowwise else "te"
@@ -89,9 +89,9 @@ def stand_in(policy: PrecisionPolicy) -> PrecisionPolicy:
     unscaled = replace(policy, loss_scale=LossScale())
     if policy.quantized:
         name = backend_on_gpu(policy)
-        return replace(unscaled, backend=BackendName.native if name == "native" else BackendName.emulated)
+        return replace(unscaled, backend="native" if name == "native" else "emulated")
     compute = Format.fp32 if policy.compute is Format.tf32 else policy.compute
-    return replace(unscaled, compute=compute, backend=BackendName.autocast)
+    return replace(unscaled, compute=compute, backend="autocast")
 
 
 def with_transposed(peak: Bytes, policy: PrecisionPolicy) -> Bytes:

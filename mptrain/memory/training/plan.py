@@ -14,7 +14,7 @@ from mptrain.memory.training.cuda import CONTEXT_BYTES, FRAGMENTATION_FRAC, back
 from mptrain.memory.training.live import Bytes, by_role
 from mptrain.memory.training.trace import CPU, Job, Peaks, peaks
 from mptrain.memory.units import gib
-from mptrain.precision.backends.base import resolve
+from mptrain.precision.backends import resolve
 from mptrain.tools.settings import require
 
 MOST_TOKENS = 1 << 36  # of a micro-batch; more is a typing error

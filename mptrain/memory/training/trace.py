@@ -30,7 +30,7 @@ from mptrain.memory.training.cuda import CudaCasts, casting, stand_in, with_tran
 from mptrain.memory.training.live import UPDATE, Bytes, buckets_of, resident, watched
 from mptrain.optim import Average, OptimConfig, build_optimizer
 from mptrain.precision import Precision
-from mptrain.precision.backends.base import resolve
+from mptrain.precision.backends import resolve
 from mptrain.precision.backends.emulated.gemm import carrier_dtype
 from mptrain.precision.policy import PrecisionPolicy, Scaling
 

@@ -29,9 +29,10 @@ def set_tf32(on: bool) -> None:
 
 
 class Backend:
-    """See :class:`mptrain.precision.backends.base.Backend`."""
+    """See :class:`mptrain.precision.backends.Backend`."""
 
     name = "autocast"
+    auto_place = 3
     emulated = False
 
     def __init__(self, policy: PrecisionPolicy, device: torch.device, agree: Agree) -> None:

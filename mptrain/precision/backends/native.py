@@ -30,9 +30,10 @@ from mptrain.tools.quiet import quiet_import
 
 
 class Backend:
-    """See :class:`mptrain.precision.backends.base.Backend`."""
+    """See :class:`mptrain.precision.backends.Backend`."""
 
     name = "native"
+    auto_place = 2
     emulated = False
 
     def __init__(self, policy: PrecisionPolicy, device: torch.device, agree: Agree) -> None:

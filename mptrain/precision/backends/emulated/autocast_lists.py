@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
 from mptrain.formats import Format
-from mptrain.precision.backends.emulated.thread import current
+from mptrain.precision.suspension import current
 
 HALF = (
     "_convolution.deprecated", "_convolution", "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d",

@@ -22,9 +22,10 @@ from mptrain.precision.regions import Plain, Region
 
 
 class Backend:
-    """See :class:`mptrain.precision.backends.base.Backend`."""
+    """See :class:`mptrain.precision.backends.Backend`."""
 
     name = "emulated"
+    auto_place = 4
     emulated = True
 
     def __init__(self, policy: PrecisionPolicy, device: torch.device, agree: Agree) -> None:

@@ -19,7 +19,8 @@ import torch
 
 from mptrain.formats import Format
 from mptrain.precision.backends.emulated.autocast_lists import CudaLists
-from mptrain.precision.backends.emulated.thread import Mode, current, make_current
+from mptrain.precision.backends.emulated.thread import Mode
+from mptrain.precision.suspension import current, make_current
 
 Leave = Callable[..., Any]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mptrain.formats import Format
 from mptrain.precision.backends.emulated import halves, products, tf32
-
-KEY = "mptrain.emulation"  # in torch's own thread state: autograd's threads get that of the one that called backward
 
 
 class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -72,30 +70,3 @@ def _foreign(types: Any) -> bool:
     """Is a tensor subclass among them? A plan's fake tensors stand for plain ones."""
     fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", Tensor)
     return any(kind is not Tensor and kind is not fake and kind is not Parameter for kind in types)
-
-
-def current() -> Mode | None:
-    """The mode of this thread, whether or not it is suspended."""
-    return cast(Mode | None, torch._C._get_obj_in_tls(KEY)) if torch._C._is_key_in_tls(KEY) else None
-
-
-def make_current(mode: Mode | None) -> None:
-    torch._C._stash_obj_in_tls(KEY, mode)
-
-
-class Suspended:
-    """A context in which the rounding of outer ones has no effect."""
-
-    def __init__(self) -> None:
-        self._before: list[tuple[Mode, Format | None] | None] = []
-
-    def __enter__(self) -> None:
-        mode = current()
-        self._before.append(None if mode is None else (mode, mode.fmt))
-        if mode is not None:
-            mode.fmt = None
-
-    def __exit__(self, *_: Any) -> None:
-        before = self._before.pop()
-        if before is not None:
-            before[0].fmt = before[1]

@@ -42,9 +42,10 @@ ROWS = 8  # tokens of a micro-batch must be a multiple (TE: assert_dim_for_fp8_e
 
 
 class Backend:
-    """See :class:`mptrain.precision.backends.base.Backend`."""
+    """See :class:`mptrain.precision.backends.Backend`."""
 
     name = "te"
+    auto_place = 1
     emulated = False
 
     def __init__(self, policy: PrecisionPolicy, device: torch.device, agree: Agree) -> None:
