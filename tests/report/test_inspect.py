@@ -223,7 +223,7 @@ def test_what_is_not_recorded_is_answered_with_what_is(run, refused):
 
 def test_what_is_no_run_is_answered_clearly(tmp_path, refused):
     assert "does not exist" in refused(tmp_path / "none")
-    assert "no folder of a run" in refused(tmp_path)
+    assert "not the folder of a run" in refused(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     save_file({"a": torch.ones(3)}, tmp_path / "step-1.safetensors")
     message = refused(tmp_path)
