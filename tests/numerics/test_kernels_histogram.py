@@ -8,69 +8,33 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
+from histograms import (
+    DISTRIBUTIONS,
+    FORMATS,
+    all_16_bit,
+    assert_same,
+    each,
+    each_type,
+    generator,
+    histogram,
+    needs_c,
+    normal,
+    observed,
+    one,
+    random_bits,
+)
 
-from mptrain import kernels
 from mptrain.formats import Format
-from mptrain.kernels import bins, c
+from mptrain.kernels import bins
 
-CPU = torch.device("cpu")
-TYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMATS = [Format.fp8_e4m3, Format.fp8_e5m2, Format.fp16, Format.tf32, Format.bf16]
 CASTS = {
     Format.fp8_e4m3: ml_dtypes.float8_e4m3fn,
     Format.fp8_e5m2: ml_dtypes.float8_e5m2,
     Format.fp16: np.float16,
     Format.bf16: ml_dtypes.bfloat16,
 }
-SHAPES = {"counts": (5,), "histogram": (bins.N_BINS,), "errors": (2,), "blocks": (2, 256), "amax": ()}
 
-needs_c = pytest.mark.skipif(bool(c.missing(CPU)), reason=f"C kernels: {c.missing(CPU)}")
-each = pytest.mark.parametrize("name", [pytest.param("c", marks=needs_c), "eager"])
-each_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=generator()).to(dtype)
-
-
-def one(value):
-    return torch.tensor(value, dtype=torch.float32)
-
-
-def all_16_bit(dtype):
-    return torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
-
-
-def random_bits(n):
-    """FP32 of uniformly random bit patterns."""
-    return torch.randint(-(2**31), 2**31, (n,), generator=generator()).to(torch.int32).view(torch.float32)
-
-
-def tables(*names):
-    kinds = {"errors": torch.float64, "amax": torch.float32}
-    return {name: torch.zeros(SHAPES[name], dtype=kinds.get(name, torch.int64)) for name in names}
-
-
-def observed(name, x, fmt=None, scale=None, wanted=tuple(SHAPES)):
-    found = tables(*(wanted if fmt else ["histogram", "blocks", "amax"]))
-    with kernels.use(name):
-        kernels.observe(x, fmt=fmt, scale=None if scale is None else one(scale), **found)
-    return found
-
-
-def histogram(name, x):
-    found = tables("histogram")
-    with kernels.use(name):
-        kernels.observe(x, **found)
-    return found["histogram"]
 
 
 def bin_of(value):
@@ -86,21 +50,6 @@ def oracle(x):
     for value, count in Counter(bin_of(value) for value in x.flatten().tolist()).items():
         wanted[value] = count
     return wanted
-
-
-def assert_same(left, right):
-    assert left.keys() == right.keys()
-    errors = [found.get("errors", torch.zeros(2)) for found in (left, right)]
-    torch.testing.assert_close(*errors, rtol=1e-5, atol=0, equal_nan=True)
-    assert [key for key in left if key != "errors" and not same_bits(left[key], right[key])] == []
-
-
-def same_bits(left, right):
-    return (
-        torch.equal(left.view(torch.uint8), right.view(torch.uint8))
-        if left.dim()
-        else same_bits(left[None], right[None])
-    )
 
 
 PLANTED = {
@@ -152,20 +101,6 @@ def test_every_small_size(name, dtype):
     values[::7] = 0
     for n in range(201):
         assert torch.equal(histogram(name, values[:n]), oracle(values[:n])), n
-
-
-DISTRIBUTIONS = {
-    "normal": lambda: normal(70_003),
-    "half zeros": lambda: normal(30_000).relu(),
-    "all zeros": lambda: torch.zeros(20_000),
-    "bits": lambda: random_bits(20_000),
-    "outliers": lambda: normal(20_000) * torch.where(torch.rand(20_000, generator=generator(1)) < 1e-3, 1000.0, 1.0),
-    "wide": lambda: (normal(20_000) * 3).exp(),
-    "wider": lambda: (normal(20_000) * 25).exp2(),
-    "a step": lambda: torch.cat([normal(9_000) * 1e-30, normal(9_000)]),
-    "constant": lambda: torch.full((30_000,), 0.1),
-    "tiny": lambda: normal(20_000) * 1e-38,
-}
 
 
 @needs_c
@@ -274,91 +209,3 @@ def test_counts_and_errors_equal_ml_dtypes(name, fmt, scale):
     if math.frexp(scale)[0] == 0.5 and fmt.value.underflow_at > 2.0**-126:
         bin_flushed = found["histogram"][: bins.N_MAGNITUDES][bins.edges()[1:] * scale <= fmt.value.underflow_at].sum()
         assert bin_flushed == flushed
-
-
-@needs_c
-@settings(deadline=None, max_examples=100)
-@given(
-    left=st.lists(st.floats(width=32), max_size=150),
-    right=st.lists(st.floats(-10, 10, width=32), max_size=150),
-    repeat=st.integers(1, 60),
-    dtype=st.sampled_from(TYPES),
-)
-def test_histograms_add_up(left, right, repeat, dtype):
-    a, b = (torch.tensor(values * repeat, dtype=torch.float32).to(dtype) for values in (left, right))
-    whole = histogram("c", torch.cat([a, b]))
-    assert torch.equal(whole, histogram("c", a) + histogram("c", b))
-    assert torch.equal(whole, histogram("eager", torch.cat([a, b])))
-    assert whole.sum() == len(a) + len(b)
-
-
-@each
-@each_type
-def test_fused_is_separate(name, dtype):
-    x = normal(260, 272, dtype=dtype)  # enough for two threads
-    for fmt in FORMATS[:4]:
-        alone = observed(name, x, fmt, 3.7)
-        plain, fused, copied = tables(*SHAPES), tables(*SHAPES), x.clone()
-        with kernels.use(name):
-            wanted = kernels.fake_quantize(x, one(3.7), fmt)
-            assert torch.equal(kernels.fake_quantize(copied, one(3.7), fmt, out=copied, **fused), wanted)
-            assert_same(fused, alone)
-            if fmt is Format.tf32:
-                continue
-            codes, _ = kernels.quantize(x, one(3.7), fmt)
-            assert torch.equal(kernels.quantize(x, one(3.7), fmt, **plain)[0].float(), codes.float())
-            assert_same(plain, alone)
-            if fmt.value.bits == 8:
-                turned = tables(*SHAPES)
-                kernels.operands(x, one(3.7), fmt, carrier=torch.bfloat16, **turned)
-                assert_same(turned, alone)
-
-
-@needs_c
-def test_plain_c_equals_the_vector_code(monkeypatch, tmp_path):
-    """No instruction set beyond the ABI's: what runs on another processor."""
-    monkeypatch.setenv("MPTRAIN_CACHE", str(tmp_path))
-    monkeypatch.setattr(c, "_variants", lambda: iter([(("-O1", "-fPIC", *c.ARITHMETIC), ())]))
-    library, reason = c._library.__wrapped__()
-    assert reason == ""
-    inputs = [make() for make in DISTRIBUTIONS.values()] + [normal(n) for n in (0, 1, 5, 63, 64, 65)]
-    inputs += [normal(70, 257), all_16_bit(torch.bfloat16), all_16_bit(torch.float16)]
-    expected = [observed("c", x, Format.fp8_e5m2, 3.7) for x in inputs]
-    monkeypatch.setattr(c, "_loaded", lambda: library)
-    for x, wanted in zip(inputs, expected, strict=True):
-        assert_same(observed("c", x, Format.fp8_e5m2, 3.7), wanted)
-
-
-def test_torch_compile_and_fake_tensors_take_it():
-    def function(x):
-        found = tables("histogram", "counts")
-        kernels.observe(x, fmt=Format.bf16, scale=torch.ones(()), **found)
-        return found["histogram"], found["counts"]
-
-    x = normal(1000)
-    for got, wanted in zip(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x), strict=True):
-        assert torch.equal(got, wanted)
-    with FakeTensorMode():
-        kernels.observe(torch.empty(3, 4), **tables("histogram", "blocks", "amax"))
-        kernels.quantize(torch.empty(3, 4), torch.ones(()), Format.fp8_e4m3, **tables("errors"))
-
-
-@pytest.mark.parametrize(
-    ("call", "says"),
-    [
-        (lambda x: kernels.observe(x, counts=torch.zeros(5, dtype=torch.int64)), "give fmt and scale"),
-        (lambda x: kernels.observe(x, errors=torch.zeros(2, dtype=torch.float64), fmt=Format.bf16), "give fmt and"),
-        (lambda x: kernels.observe(x, fmt=Format.int8), "does not round to int8; choose one of bf16, fp16"),
-        (lambda x: kernels.observe(x.double()), "not torch.float64"),
-        (lambda x: kernels.observe(x, histogram=torch.zeros(2043)), r"histogram must be contiguous int64\[2043\]"),
-        (lambda x: kernels.observe(x, histogram=torch.zeros(2042, dtype=torch.int64)), r"int64\[2043\]"),
-        (lambda x: kernels.observe(x, histogram=torch.zeros(4086, dtype=torch.int64)[::2]), "contiguous"),
-        (lambda x: kernels.observe(x, errors=torch.zeros(2)), r"errors must be contiguous float64\[2\]"),
-        (lambda x: kernels.observe(x, blocks=torch.zeros(256, 2, dtype=torch.int64).t()), r"int64\[2, 256\]"),
-        (lambda x: kernels.quantize(x, one(1.0), Format.fp16, blocks=torch.zeros(2)), r"int64\[2, 256\]"),
-        (lambda x: kernels.fake_quantize(x, one(1.0), Format.bf16), "does not round to bf16"),
-    ],
-)
-def test_wrong_arguments_say_what_would_work(call, says):
-    with pytest.raises(ValueError, match=says):
-        call(torch.ones(3, 4))

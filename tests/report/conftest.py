@@ -1,0 +1,1 @@
+from inspected import inspect, refused, run  # noqa: F401 - fixtures
