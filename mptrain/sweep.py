@@ -12,7 +12,6 @@ A job that fails leaves its error and lets the others go on.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import json
 import math
@@ -51,6 +50,7 @@ from mptrain.runs.read import Status
 from mptrain.tools import machine
 from mptrain.tools.files import object_in, write_whole
 from mptrain.tools.launcher import rank, world_size
+from mptrain.tools.locks import locked
 from mptrain.tools.settings import to_plain
 
 PLAN, JOB, ERROR = "sweep.json", "job.json", "error.json"
@@ -266,7 +266,7 @@ def folder_name(overrides: list[str], varied: list[str]) -> str:
 
 def _folder(sweep: Path, name: str, mark: str) -> Path:
     """The folder of the job with these settings: the one that holds it already, or a new one."""
-    with _locked(sweep / ".jobs.lock"):
+    with locked(sweep / ".jobs.lock"):
         for path in sweep.glob(f"*/{JOB}"):
             known = object_in(path)
             if known.get("mark") == mark:
@@ -335,12 +335,5 @@ def _fail(folder: Path, error: Exception) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a job: a second one with the same settings waits and finds it done."""
-    with _locked(folder / JOB_LOCK):
-        yield
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(folder / JOB_LOCK):
         yield

@@ -8,7 +8,6 @@ for the next run of that fingerprint.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -16,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mptrain.runs.identity import COMPARED
 from mptrain.tools.files import number, object_in, rows_in, write_whole
+from mptrain.tools.locks import locked
 from mptrain.tools.settings import to_plain
 
 PROBE_STEPS = 8  # 3 of warm-up, then 5 whose median is the speed
@@ -94,7 +93,7 @@ def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> F
     """Measure FP32 for a few steps in another process, or take what such a probe left. A failure is a note."""
     folder = runs / PROBES
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / "lock", lambda: say("waiting for the FP32 probe of another run")):
+    with locked(folder / "lock", lambda: say("waiting for the FP32 probe of another run")):
         known = kept(wanted, runs)
         if known is None:
             say(f"FP32 probe: {PROBE_STEPS} steps in a process of its own")
@@ -178,15 +177,3 @@ def _differences(theirs: Any, ours: Any, where: str) -> Iterator[str]:
             yield from _differences(theirs.get(key), ours.get(key), f"{where}.{key}")
     elif theirs != ours:
         yield f"{where} is {theirs} there and {ours} here"
-
-
-@contextmanager
-def _lock(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """One process at a time; the system lets go when the process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

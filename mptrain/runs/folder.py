@@ -6,7 +6,6 @@ so a folder without a summary and without a lock is of a run that was stopped.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TextIO
 from mptrain.config import RunConfig
 from mptrain.runs import identity
 from mptrain.tools.files import write_whole
+from mptrain.tools.locks import hold
 from mptrain.tools.settings import to_plain
 
 MARKS = ".torchrun"  # in the folder of the runs
@@ -72,13 +72,10 @@ def _numbered(parent: Path, stem: str) -> Path:
 
 def claim(folder: Path) -> TextIO:
     """Hold the folder until the returned file is closed. ValueError if another run is at work in it."""
-    held = (folder / identity.LOCK).open("a")
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return hold(folder / identity.LOCK)
     except BlockingIOError:
-        held.close()
         raise ValueError(f"{folder} is in use by a run at work: wait for it, or choose another run_dir") from None
-    return held
 
 
 def launched() -> str:

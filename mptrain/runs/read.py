@@ -6,7 +6,6 @@ A value that was not a number is null in the files and NaN here, so it can be to
 from __future__ import annotations
 
 import difflib
-import fcntl
 import math
 import re
 import time
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from mptrain.runs.identity import FILE, HISTORY, JOB_LOCK, LOCK
 from mptrain.tools.files import number, object_in, rows_in
+from mptrain.tools.locks import is_held
 
 Floats = npt.NDArray[np.float64]
 MARKS = ("config.json", "metrics.jsonl", "summary.json", "error.json", "job.json")  # one of them makes a run's folder
@@ -205,18 +205,7 @@ def _age(folder: Path) -> str:
 
 def in_use(folder: Path) -> bool:
     """Is a process at work on the run in ``folder``, or preparing it as a job of a sweep?"""
-    return _is_held(folder / LOCK) or _is_held(folder / JOB_LOCK)
-
-
-def _is_held(lock: Path) -> bool:
-    try:
-        with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return is_held(folder / LOCK) or is_held(folder / JOB_LOCK)
 
 
 def leaf_names(keys: Iterable[str]) -> dict[str, str]:

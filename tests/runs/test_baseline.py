@@ -13,6 +13,7 @@ from mptrain.precision.policy import PrecisionPolicy
 from mptrain.report.run_summary import comparison_rows, footnotes
 from mptrain.runs import baseline, identity
 from mptrain.runs.baseline import Figures
+from mptrain.tools.locks import locked
 from mptrain.tools.settings import to_plain
 from mptrain.training.config import TrainerConfig
 
@@ -167,7 +168,7 @@ def test_the_notes_explain_what_could_be_misread():
 
 
 def hold(path, ready, asked, left):
-    with baseline._lock(path, lambda: None):
+    with locked(path, lambda: None):
         ready.set()
         assert asked.wait(60)
         left.set()
@@ -180,7 +181,7 @@ def test_the_lock_keeps_processes_apart_and_says_that_it_waits(tmp_path):
     process.start()
     assert ready.wait(60)
     said = []
-    with baseline._lock(tmp_path / "lock", lambda: (said.append("waiting"), asked.set())):
+    with locked(tmp_path / "lock", lambda: (said.append("waiting"), asked.set())):
         assert left.is_set(), "both are inside"
     process.join()
     assert process.exitcode == 0
