@@ -144,7 +144,7 @@ def plain(composed: DictConfig) -> dict[str, Any]:
 
 
 def typed_paths(overrides: list[str]) -> list[tuple[str, bool]]:
-    """Of each override its dotted setting (of ``precision=fp8`` the whole group) and whether it deletes."""
+    """List of each override its dotted setting (of ``precision=fp8`` the whole group) and whether it deletes."""
     found = OverridesParser.create().parse_overrides(overrides)
     return [(one.key_or_group.replace("/", "."), one.is_delete()) for one in found if one.package is None]
 

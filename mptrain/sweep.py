@@ -191,7 +191,7 @@ def report(folder: Path, console: Console) -> int:
 
 
 def is_job() -> bool:
-    """Is this one of a sweep's jobs? (A job's own mode says RUN; only sweeps number their jobs.)"""
+    """Tell whether this is one of a sweep's jobs. (A job's own mode says RUN; only sweeps number their jobs.)"""
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 

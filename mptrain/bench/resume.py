@@ -1,4 +1,4 @@
-"""Is a run that was killed and resumed the same run? Real processes, real SIGKILLs, every bit compared.
+"""Proof that a run that was killed and resumed is the same run: real processes, real SIGKILLs, every bit compared.
 
 A whole run saves at the same steps as the one that is killed. Compared are the last checkpoints, tensor by tensor
 (weights, moments, loss scale, FP8 scales and histories, totals of the telemetry, what compression owes), all that is no
@@ -83,8 +83,11 @@ def verify_change(config: RunConfig, ranks: int, then: int, folder: Path, say: S
 def verify_kills(
     config: RunConfig, ranks: int, folder: Path, say: Say, *, steps: int, kills: int, seed: int = 0
 ) -> Verdict:
-    """Under torchrun, which starts the processes again: ``kills`` SIGKILLs at random moments, a third of them while a
-    checkpoint is written. The run must finish without a hand and be the same as the one that nobody killed."""
+    """Run under torchrun, which starts the processes again: ``kills`` SIGKILLs at random moments, a third of them while
+    a checkpoint is written.
+
+    The run must finish without a hand and be the same as the one that nobody killed.
+    """
     began = time.monotonic()
     config = _cadence(config, steps, every=2)
     whole, parts = folder / "whole", folder / "killed"

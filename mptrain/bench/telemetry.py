@@ -87,7 +87,7 @@ class Clock:
 
 
 class Recorded(Training):
-    """Under a monitor that samples every step and writes its records, with a clock on everything it does."""
+    """Step under a monitor that samples every step and writes its records, with a clock on all it does."""
 
     def __init__(self, sizes: gpt.Config, batch: int, folder: Path) -> None:
         super().__init__(sizes, batch)

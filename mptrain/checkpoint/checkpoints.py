@@ -189,7 +189,7 @@ class Checkpoints:
                 path.rename(aside)
 
     def _existing(self) -> list[Path]:
-        """By step. One that was about to be replaced when its process was killed stands for itself."""
+        """List them by step. One that was about to be replaced when its process was killed stands for itself."""
         found = {_step(path): path for path in self.folder.glob(f"{storage.OLD}step-*") if NAME.fullmatch(path.name)}
         found |= {_step(path): path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)}
         return [found[step] for step in sorted(found)]
@@ -208,7 +208,9 @@ def _tell(failed: CheckpointException, ranks: Ranks) -> NoReturn:
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
-    """Of one shape and dtype. memcpy does not read what it overwrites: on a CPU 8.3 GB/s where torch's copy has 4.9."""
+    """Copy between tensors of one shape and dtype. memcpy does not read what it overwrites: on a CPU 8.3 GB/s where
+    torch's copy has 4.9.
+    """
     if source.device.type == "cpu" and source.is_contiguous():
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
     else:
@@ -235,7 +237,7 @@ def require_fit(path: Path, model: nn.Module) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Was this folder written by :class:`Checkpoints`? It may be damaged."""
+    """Tell whether :class:`Checkpoints` wrote this folder. It may be damaged."""
     return storage.is_ours(path)
 
 

@@ -97,7 +97,7 @@ class Writer(_Plain, StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first rank, when all have written: the JSON, then the folder's name."""
+        """Write the JSON, then the folder's name, on the first rank, when all have written."""
         placed = {(r.index.fqn, tuple(r.index.offset or ())): r.storage_data for part in results for r in part}
         files = {described[0]: described[1:] for described, _ in placed.values()}
         tensors = {}
@@ -206,7 +206,7 @@ def discard(path: Path) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Is it a folder that :class:`Writer` made, whole or not?"""
+    """Tell whether it is a folder that :class:`Writer` made, whole or not."""
     return (path / HEAD).is_file() or any(path.glob("rank-*.safetensors"))
 
 
@@ -238,7 +238,7 @@ def _why_not(path: Path) -> str:
 
 
 def is_older(path: Path) -> bool:
-    """Is it a checkpoint of version 1, a single file?"""
+    """Tell whether it is a checkpoint of version 1, a single file."""
     try:
         with safe_open(path, framework="pt") as file:
             return "mptrain" in (file.metadata() or {})
@@ -304,7 +304,7 @@ def _opened(folder: Path, file: str) -> Iterator[Any]:
 
 
 def crc32(path: Path) -> int:
-    """Of a whole file, read in pieces of 16 MiB."""
+    """Return the CRC32 of a whole file, read in pieces of 16 MiB."""
     crc = 0
     with path.open("rb") as file:
         while piece := file.read(READ_BYTES):

@@ -17,7 +17,7 @@ DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
-    """Is each precision equivalent to FP32, faster, smaller, healthy? Runs or whole sweeps, with a verdict."""
+    """Compare runs or whole sweeps, print the verdicts, write the reports that are asked for."""
     parser = argparse.ArgumentParser(prog="mptrain compare", description=DESCRIPTION)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs (a sweep)"

@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
 
 
 def _reported(folder: Path) -> bool:
-    """Is the sweep's report written, the matrix in it? (Runs may be deployed that cannot be compared.)"""
+    """Tell whether the sweep's report was written, the matrix in it. (Runs may be deployed that cannot be compared.)"""
     try:
         write_all(compare([folder]), folder)
     except ValueError:

@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
 
 
 def _judge(source: Source, asked: argparse.Namespace) -> Judge:
-    """By a run's validation data, unless nobody asked and it is not there any more."""
+    """Make the judge by a run's validation data, unless nobody asked and it is not there any more."""
     if asked.evaluate is not None:
         return Judge(source, asked.evaluate)
     try:
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _finetune(source: Source, method: Method, asked: argparse.Namespace) -> None:
-    """On the run's training data, in an order of its own."""
+    """Fine-tune on the run's training data, in an order of its own."""
     data = source.dataset()
     size = SAMPLES[data.unit]
     batches = (data.batch(step, batch_size=size, seed=TUNING_SEED) for step in itertools.count())

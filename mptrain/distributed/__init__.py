@@ -16,12 +16,14 @@ T = TypeVar("T")
 
 
 def joined() -> bool:
-    """Is this process one of several in a process group?"""
+    """Tell whether this process is one of several in a process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def may_join() -> bool:
-    """Is this process, or is it going to be, in a process group? torchrun announces one that is not there yet."""
+    """Tell whether this process is, or is going to be, in a process group. torchrun announces one that is not there
+    yet.
+    """
     return dist.is_available() and (dist.is_initialized() or world_size() > 1)
 
 
@@ -33,7 +35,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Is this the rank that writes?"""
+        """Tell whether this is the rank that writes."""
         return self.rank == 0
 
     def max(self, value: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ class Ranks:
         return value
 
     def counts(self, tensor: Tensor) -> bool:
-        """Is what this rank holds of ``tensor`` to be counted, so that each element counts once?"""
+        """Tell whether what this rank holds of ``tensor`` is to be counted, so that each element counts once."""
         return True
 
     def gather(self, value: T) -> list[T]:
@@ -87,7 +89,7 @@ class World(Ranks):
         return sent.to(value.dtype)
 
     def counts(self, tensor: Any) -> bool:
-        """Of the ranks that hold the same part it is the first; a plain tensor counts on rank 0."""
+        """Tell whether it counts here: on the first rank that holds the part; a plain tensor on rank 0."""
         if not hasattr(tensor, "placements"):
             return self.first
         mesh = tensor.device_mesh

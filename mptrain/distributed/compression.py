@@ -108,9 +108,11 @@ class Compression:
         return sent
 
     def bill(self) -> dict[str, float]:
-        """Of the steps since the last call; empty without one. ``comm/bytes_per_step``: sent by a rank, on average;
-        ``comm/bytes_frac``: of what none would send (not with one rank); ``comm/sqnr_db``: of the mean gradient, over
-        the sampled steps, if there were any; NaN where it was exact. Reads the device only for the last.
+        """Return metrics of the steps since the last call; empty without one.
+
+        ``comm/bytes_per_step``: sent by a rank, on average; ``comm/bytes_frac``: of what none would send (not with one
+        rank); ``comm/sqnr_db``: of the mean gradient, over the sampled steps, if there were any; NaN where it was
+        exact. Reads the device only for the last.
         """
         found = {}
         if self._steps:
@@ -132,7 +134,7 @@ class Compression:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Of another kind of compression only the residuals are taken over: they are what any kind owes."""
+        """Take over residuals, from another kind of compression too: they are what any kind owes."""
         self._residuals.load_state_dict(state["residuals"])
         if self._low_rank and "powersgd" in state:
             self._low_rank.load_state_dict(state["powersgd"])

@@ -70,7 +70,7 @@ def _sharded(value: Any, parameter: nn.Parameter) -> Any:
 
 
 def sharded_as(model: nn.Module, optimizer: Any) -> Callable[[str, list[int]], Tensor | None]:
-    """For the name and shape of a tensor in a checkpoint, the tensor of this run that is sharded as it shall be."""
+    """Return, for a tensor's name and shape in a checkpoint, the one of this run that is sharded as it shall be."""
     known = {f"model/{name}": tensor for name, tensor in model.state_dict().items() if hasattr(tensor, "placements")}
     owners: dict[str, Any] = {}
     average: dict[str, Any] = {}
@@ -91,5 +91,5 @@ def sharded_as(model: nn.Module, optimizer: Any) -> Callable[[str, list[int]], T
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Does any parameter live on several ranks?"""
+    """Tell whether any parameter lives on several ranks."""
     return any(hasattr(parameter, "placements") for parameter in model.parameters())

@@ -164,7 +164,10 @@ class _DrawnWhole(torch.utils._python_dispatch.TorchDispatchMode):  # type: igno
 
 
 def held_elsewhere(layers: Mapping[str, str], mesh: DeviceMesh) -> Callable[[str, str], bool]:
-    """Of an operand (layer, role): does another rank hold the same, and count it? ``layers``: those that are cut up."""
+    """Make the test whether another rank holds the operand (layer, role) too, and counts it.
+
+    ``layers``: those that are cut up.
+    """
     first_part = mesh[PARTS].get_local_rank() == 0
     first_copy = mesh[REPLICAS].get_local_rank() == 0 and mesh[SHARDS].get_local_rank() == 0
     whole = {COLUMNS: ("input",), ROWS: ("output", "grad_output")}  # of a layer that is cut up

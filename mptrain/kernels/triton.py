@@ -197,7 +197,9 @@ def _round(m, MANTISSA: tl.constexpr, LOWEST: tl.constexpr, CLAMP: tl.constexpr,
 
 @triton.jit
 def _round_wide(m, MANTISSA: tl.constexpr):
-    """As _round, on FP32 bits, for TF32 and BF16; they have no codes of their own, so the first is not for storing."""
+    """Round as _round, on FP32 bits, for TF32 and BF16; they have no codes of their own, so the first is not for
+    storing.
+    """
     unit: tl.constexpr = 1 << (23 - MANTISSA)
     rounded = tl.where(m >= 0x7F800000, m, (m + (unit // 2 - 1) + ((m >> (23 - MANTISSA)) & 1)) & -unit)
     return rounded, tl.where(m > 0x7F800000, 0x7FC00000, rounded)

@@ -178,7 +178,7 @@ def _interval(name: str, interval: Interval | None) -> dict[str, float | None]:
 
 
 def wandb_key_present() -> bool:
-    """Is there a W&B key, in the environment or in netrc? Without one wandb would prompt."""
+    """Tell whether there is a W&B key, in the environment or in netrc. Without one wandb would prompt."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))

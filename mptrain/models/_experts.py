@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 NAME = "mptrain"
-"""Of this implementation among those that transformers knows."""
+"""The name of this implementation among those that transformers knows."""
 
 MOST = 16
 """Products of a mixture that a plan looks at: 256 would take it minutes."""

@@ -250,7 +250,9 @@ class HuggingFace(nn.Module):
 
 
 def _attention_flops(config: Any, length: int) -> float:
-    """Of the products of queries and keys and of weights and values, forward and backward, for one token."""
+    """Count the FLOPs of the products of queries and keys and of weights and values, forward and backward, for one
+    token.
+    """
     heads = getattr(config, "num_attention_heads", 0)
     width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     widths = (getattr(config, "qk_head_dim", None) or width) + (getattr(config, "v_head_dim", None) or width)
@@ -287,7 +289,7 @@ def build(config: Config) -> HuggingFace:
 
 
 def grows_evenly(config: Config, start: int, step: int) -> bool:
-    """Does every ``step`` layers after the first ``start`` hold what the ones before held, and attend as they did?"""
+    """Tell whether every ``step`` layers after the first ``start`` hold and attend as the ones before."""
     try:
         replace(config, n_layer=start)
     except ValueError:  # the file describes each layer, in a way that cannot be cut

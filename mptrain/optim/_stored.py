@@ -99,7 +99,7 @@ class StoredAdamW(Optimizer):
         return found[0], found[1]
 
     def _store_moments(self, parameter: nn.Parameter, first: Tensor, second: Tensor) -> None:
-        """In 8 bits where they are asked for and blocks fit: small vectors stay FP32, as in torchao."""
+        """Store moments in 8 bits where that is asked for and blocks fit: small vectors stay FP32, as in torchao."""
         state = self.state[parameter]
         if not self._int8 or parameter.numel() < 4096 or parameter.numel() % MOMENT_BLOCK:
             return
@@ -108,7 +108,7 @@ class StoredAdamW(Optimizer):
             state[f"{name}_codes"], state[f"{name}_scale"] = _to_8bit(moment, signed=name == "exp_avg")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but that casts every state to the dtype of its parameter: FP32 moments would become BF16."""
+        """Load as torch does, which would cast every state to its parameter's dtype: FP32 moments would become BF16."""
         super().load_state_dict(state_dict)
         everyone = [p for group in self.param_groups for p in group["params"]]
         for index, saved in state_dict["state"].items():

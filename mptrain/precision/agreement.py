@@ -43,7 +43,10 @@ class Agreement:
             self.ranks, self.known = World(), True
 
     def over(self, parameters: list[nn.Parameter]) -> bool:
-        """Are some of ``parameters`` sharded? ValueError if nothing says whether the processes belong together."""
+        """Tell whether some of ``parameters`` are sharded.
+
+        ValueError if nothing says whether the processes belong together.
+        """
         self._find(parameters)
         if not self.known and joined():
             raise ValueError(

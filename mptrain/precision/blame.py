@@ -37,7 +37,7 @@ class Names:
         self.multiplied = {f"{name}.weight" for name in linear}  # these stand in the order of their products
 
     def any_gradient(self) -> bool:
-        """Does a parameter of the model hold a gradient?"""
+        """Tell whether a parameter of the model holds a gradient."""
         if any(p.grad is not None for p in self.parameters):
             return True
         self.bind()  # sharding may have put others in their place

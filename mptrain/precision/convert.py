@@ -106,7 +106,7 @@ def select(
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Is it transformers' Conv1D: a linear layer with its weight stored [in, out]?"""
+    """Tell whether it is transformers' Conv1D: a linear layer with its weight stored [in, out]."""
     return any(
         kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in type(module).__mro__
     )

@@ -99,7 +99,7 @@ def measured(parameters: Sequence[nn.Parameter], *, sharded: bool) -> tuple[list
 
 
 def excess(norm: Tensor, clip: float) -> Tensor | None:
-    """By how much ``norm`` exceeds ``clip``: FP32 0-dim, 1 if it does not; on a CPU, which reads for nothing, None."""
+    """Return ``norm`` over ``clip``: FP32 0-dim, 1 if it does not; on a CPU, which reads for nothing, None."""
     factor = norm / clip
     if norm.is_cpu:
         return factor if factor.item() > 1 else None

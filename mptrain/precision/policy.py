@@ -104,7 +104,7 @@ class Quantization:
 
     @property
     def fine(self) -> bool:
-        """Has an operand many scales?"""
+        """Tell whether an operand has many scales."""
         return self.scaling in (Scaling.rowwise, Scaling.block)
 
     def tile_of(self, role: str, dim: int) -> tuple[int, int]:

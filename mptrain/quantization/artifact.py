@@ -104,7 +104,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def size_bytes(folder: str | Path) -> int:
-    """Of the file with the weights."""
+    """Return the size of the file with the weights."""
     return (Path(folder) / WEIGHTS).stat().st_size
 
 

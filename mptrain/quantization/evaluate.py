@@ -153,7 +153,9 @@ def loss_delta(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
 
 
 def top1_delta(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Of the accuracies (0.01 is a point) on the same images; ``ours``, ``theirs``: 1.0 for an image that is right."""
+    """Return the difference of the accuracies (0.01 is a point) on the same images; ``ours``, ``theirs``: 1.0 for an
+    image that is right.
+    """
     changes = [a - b for a, b in zip(ours, theirs, strict=True)]
     return paired_proportions(sum(c > 0 for c in changes), sum(c < 0 for c in changes), len(changes))
 

@@ -19,7 +19,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def is_one(folder: Path) -> bool:
-    """Is it a model's folder in Hugging Face's layout?"""
+    """Tell whether it is a model's folder in Hugging Face's layout."""
     return bool({"model_type", "architectures"} & object_in(folder / "config.json").keys())
 
 

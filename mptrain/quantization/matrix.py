@@ -251,8 +251,10 @@ def _metric(figures: Sequence[Figure]) -> Interval:
 
 
 def _delta(figures: Sequence[Figure], others: Sequence[Figure]) -> Interval | None:
-    """Of the runs that have one of the same seed among the others; None if there is no such pair. The perplexity's is
-    relative."""
+    """Difference of the runs that have one of the same seed among the others; None if there is no such pair.
+
+    The perplexity's is relative.
+    """
     theirs = {figure.seed: figure.evaluation for figure in others}
     pairs = [(figure.evaluation, theirs[figure.seed]) for figure in figures if figure.seed in theirs]
     if not pairs:
@@ -278,5 +280,5 @@ def _means(figures: Sequence[Figure]) -> dict[int, float]:
 
 
 def _mean(evaluation: Evaluation) -> float:
-    """Of one run: its accuracy, or its loss in nats."""
+    """Return the accuracy of one run, or its loss in nats."""
     return statistics.fmean(evaluation.hits) if evaluation.unit == "images" else evaluation.loss.mean

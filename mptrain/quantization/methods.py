@@ -48,7 +48,7 @@ class Method:
 
     @property
     def cast(self) -> bool:
-        """Is it a change of the whole model's dtype, without scales?"""
+        """Tell whether it is a change of the whole model's dtype, without scales."""
         return self.make is None
 
     def group(self, asked: int | None) -> int | None:

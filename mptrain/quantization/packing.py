@@ -48,7 +48,7 @@ def unpack(packed: Tensor, shape: tuple[int, ...], bits: int = 4) -> Tensor:
 
 
 def is_quantized(tensor: Tensor) -> bool:
-    """Is it one of torchao's?"""
+    """Tell whether it is one of torchao's."""
     with quiet_import():
         from torchao.utils import TorchAOBaseTensor
     return isinstance(tensor, TorchAOBaseTensor)

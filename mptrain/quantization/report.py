@@ -50,12 +50,12 @@ class Report:
 
     @property
     def bytes(self) -> int:
-        """Of the whole model."""
+        """Sum the bytes of the whole model."""
         return sum(layer.bytes for layer in self.layers) + self.rest_bytes
 
     @property
     def bytes_fp32(self) -> int:
-        """Of the whole model, were all of it FP32."""
+        """Sum the bytes of the whole model, were all of it FP32."""
         return sum(layer.bytes_fp32 for layer in self.layers) + BYTES_FP32 * self.rest_elements
 
     @property

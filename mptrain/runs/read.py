@@ -65,7 +65,7 @@ class Run:
 
     @property
     def elsewhere(self) -> bool:
-        """Was it resumed on another machine, torch or number of ranks, so that its speed is of no one place?"""
+        """Tell whether it was resumed on another machine, torch or number of ranks: its speed is of no one place."""
         return any(attempt.get("elsewhere") for attempt in self.attempts)
 
     @property
@@ -204,7 +204,7 @@ def _age(folder: Path) -> str:
 
 
 def in_use(folder: Path) -> bool:
-    """Is a process at work on the run in ``folder``, or preparing it as a job of a sweep?"""
+    """Tell whether a process is at work on the run in ``folder``, or prepares it as a job of a sweep."""
     return is_held(folder / LOCK) or is_held(folder / JOB_LOCK)
 
 

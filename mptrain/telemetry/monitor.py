@@ -82,7 +82,7 @@ class Monitor:
         self.totals = torch.zeros(len(self._counters.slots), N_COUNTS, dtype=torch.int64)
 
     def due(self, step: int) -> bool:
-        """Is ``step`` (from 1) a sampled one? The first and the last are, so that the shortest run has a record."""
+        """Tell whether ``step`` (from 1) is sampled. First and last are, so that the shortest run has a record."""
         self.recording = step in (1, self._last) or step % self._config.record_every == 0 or self._suspicious
         return self.recording or (self._counters.decisive > 0 and step % self._config.every == 0)
 
@@ -136,7 +136,9 @@ class Monitor:
         tables["counts"][uncast, INF], tables["counts"][uncast, NAN] = bins[:, BIN_INF], bins[:, BIN_NAN]
 
     def _moved(self, optimizer: Optimizer, lost: Tensor) -> bool | None:
-        """Did any coordinate change, given how this optimizer stores weights? None without an update to look at."""
+        """Tell whether any coordinate changed, given how this optimizer stores weights; None without an update to look
+        at.
+        """
         total = dict(zip(LOST, lost.sum(0).tolist(), strict=True))
         stored = getattr(optimizer, "weights", "fp32")
         return bool(total["asked"] > total[stored]) if total["asked"] else None

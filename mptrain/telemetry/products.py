@@ -58,7 +58,9 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
 
 
 def look(x: Tensor, asked: Format, *, emulated: bool, tile: tiles.Tile = tiles.WHOLE) -> Seen:
-    """In what format ``x`` really is. ``emulated``: a wider type may carry it, and its values are the evidence.
+    """Find the format that ``x`` really is in.
+
+    ``emulated``: a wider type may carry it, and its values are the evidence.
 
     The asked format is tried first (an E4M3 number with two mantissa bits is an E5M2 number as well), then the others
     from the narrowest; an operand on no grid has the format of its type. ``tile``: parts of ``x`` that have powers of
@@ -76,7 +78,9 @@ def look(x: Tensor, asked: Format, *, emulated: bool, tile: tiles.Tile = tiles.W
 
 
 def on_grid(x: Tensor, fmt: Format, tile: tiles.Tile = tiles.WHOLE) -> bool:
-    """Is every value of ``x`` (FP32 or BF16) exactly a number of ``fmt``? NaN is one of any format. Reads the device.
+    """Tell whether every value of ``x`` (FP32 or BF16) is exactly a number of ``fmt``.
+
+    NaN is one of any format. Reads the device.
 
     With a ``tile``: of ``fmt`` times the power of two that fits the tile best. In chunks, so that the check of a large
     operand does not show in the peak of memory (with tiles it does, as the emulation's own casts of them do).
@@ -107,7 +111,7 @@ def unwrapped(x: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def look_inside(x: Tensor, outer: Any, asked: Format, *, emulated: bool) -> Seen:
-    """As :func:`look`, for an operand that a subclass ``outer`` handed down to the product that really ran.
+    """Do as :func:`look`, for an operand that a subclass ``outer`` handed down to the product that really ran.
 
     Carried in a wider type it must be the 8-bit data over (or times) its scale, bit for bit.
     """

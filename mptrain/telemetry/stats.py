@@ -40,7 +40,7 @@ class Statistic:
 
     @property
     def fused(self) -> bool:
-        """Is it part of the kernels' own pass?"""
+        """Tell whether it is part of the kernels' own pass."""
         return self._measure is None
 
     def measured(self, measure: Callable[[Tensor, Cast], Tensor]) -> Statistic:

@@ -33,7 +33,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def is_held(path: Path) -> bool:
-    """Does a process hold the lock? Looking takes a shared one, so that two that look do not see each other."""
+    """Tell whether a process holds the lock. Looking takes a shared one: two that look do not see each other."""
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

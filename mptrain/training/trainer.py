@@ -78,7 +78,7 @@ class Trainer:
 
     @property
     def stopped_early(self) -> bool:
-        """Did a signal end training? With several ranks, one that all of them have heard of."""
+        """Tell whether a signal ended training; with several ranks, one that all of them have heard of."""
         return self.stopping if self.ranks.size > 1 else self.interrupts.stopped_by is not None
 
     def fit(self, until: int | None = None, watch: Watches | None = None) -> None:

@@ -22,7 +22,7 @@ NONE = Biases()
 
 
 def read(path: Path) -> Architecture:
-    """From a ``config.json``, or the folder it is in."""
+    """Read a ``config.json``, or the folder it is in."""
     path = path / "config.json" if path.is_dir() else path
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -157,7 +157,7 @@ def _mixtral(of: _Reader) -> Architecture:
 
 
 def _windowed(of: _Reader, made: Architecture, *, all_layers: bool = False) -> Architecture:
-    """With what a sliding window spares of the cache; ``all_layers``: wherever there is a window."""
+    """Return the same with what a sliding window spares of the cache; ``all_layers``: wherever there is a window."""
     window, kinds = of.size("sliding_window", 0), of.values.get("layer_types")
     if not window or not (all_layers or of.flag("use_sliding_window")):
         return made

@@ -58,7 +58,7 @@ class Request:
 
     @property
     def tokens(self) -> int:
-        """Of one sequence when it is complete."""
+        """Count the tokens of one sequence when it is complete."""
         return self.input_tokens + self.output_tokens
 
 

@@ -99,7 +99,7 @@ def pattern(keep: str) -> re.Pattern[str]:
 
 
 def kept(part: Part, keep: re.Pattern[str]) -> bool:
-    """Does ``keep`` match in full the part's group, its name, or the name of a module it is in?"""
+    """Tell whether ``keep`` matches in full the part's group, its name, or that of a module it is in."""
     words = part.name.split(".")
     names = [".".join(words[: count + 1]) for count in range(len(words))]
     return bool(keep.pattern) and any(keep.fullmatch(name) for name in (part.group, part.alias, *names) if name)

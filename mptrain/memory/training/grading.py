@@ -35,7 +35,7 @@ class Grade:
         return found | roles
 
     def plain(self) -> dict[str, Any]:
-        """For summary.json."""
+        """Return plain values for summary.json."""
         return {
             "roles_gib": self.planned_gib,
             **{key.partition("/")[2]: value for key, value in self.metrics().items()},

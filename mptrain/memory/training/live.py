@@ -33,7 +33,7 @@ ROLES = (
 )
 FORWARD, EARLY, LATE, UPDATE = "forward", "early backward", "late backward", "optimizer step"
 WINDOWS = (FORWARD, EARLY, LATE, UPDATE)
-"""Of a step; backward is late once half of the gradients are there. In each of them memory grows evenly with depth."""
+"""Windows of a step; backward is late once half of the gradients are there. In each, memory grows evenly with depth."""
 
 GATHERED = "gathered"  # by FSDP, into storages that it resizes
 CODES = " (8 bits)"  # behind the name of an operator that made such
@@ -182,7 +182,9 @@ def resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, li
 
 
 def buckets_of(model: nn.Module, config: DistConfig, device: torch.device | None = None) -> list[Tensor]:
-    """As many bytes as DDP's buckets, which are there from the first step to the last; its gradients are views of them.
+    """Make as many bytes as DDP's buckets, which are there from the first step to the last; its gradients are views of
+    them.
+
     A compression that keeps what it lost for the next step keeps as much again.
 
     ``device``: meta, where the true ones are there beside them. Empty without DDP.

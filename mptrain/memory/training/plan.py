@@ -59,7 +59,7 @@ class TrainingPlan:
 
     @property
     def live(self) -> int:
-        """Of tensors: what a measurement finds, the allocator's peak on a GPU."""
+        """Sum the tensors: what a measurement finds, the allocator's peak on a GPU."""
         return sum(self.roles.values())
 
     @property

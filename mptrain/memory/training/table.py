@@ -69,7 +69,7 @@ def print_remedies(console: Console, tried: Sequence[Remedy], capacity: int) -> 
 
 
 def told(size: int) -> str:
-    """In GiB, or in MiB where that says more."""
+    """Write bytes in GiB, or in MiB where that says more."""
     return gib(size) if size >= FEW else f"{size / 2**20:,.2f} MiB"
 
 

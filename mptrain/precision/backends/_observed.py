@@ -47,12 +47,12 @@ class Booking:
 
     @property
     def counting(self) -> bool:
-        """Is this a forward to book? Not in evaluation, and a recomputed one was booked the first time."""
+        """Tell whether to book this forward: not in evaluation, and a recomputed one was booked the first time."""
         books = self._counters
         return books.counting and not (self.copied or books.quiet or books.replaying)
 
     def __deepcopy__(self, memo: Any) -> Self:
-        """For a copy of the model: it runs where the original does, and enters nothing in its books."""
+        """Serve a copy of the model: it runs where the original does, and enters nothing in its books."""
         made = copy.copy(self)
         made.copied = True
         return made
@@ -100,7 +100,7 @@ class Booking:
 
 
 def book_tiles(books: Counters, slot: int, x: Tensor, tile: tiles.Tile, made: tiles.Cast) -> None:
-    """On a sampled step: what was made of ``x`` [M, N], its counts apart, in row ``slot``.
+    """Book what a sampled step made of ``x`` [M, N], its counts apart, in row ``slot``.
 
     The row's scale is NaN: no single number stands for the cast, and nobody shall judge it by one. Errors are those of
     the values, not of the scaled ones, in which tiles of small numbers would weigh as much as the largest.

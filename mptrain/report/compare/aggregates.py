@@ -81,7 +81,7 @@ def _limit(run: Run, base: Run) -> float | None:
 
 
 def _beside(runs: Iterable[Run]) -> bool:
-    """Did two of them run at the same time on one host?"""
+    """Tell whether two of them ran at the same time on one host."""
     spans: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for run in {run.folder: run for run in runs}.values():
         if run.about.get("started") and run.summary.get("ended"):

@@ -320,7 +320,7 @@ def _reached(curve: Floats, target: float) -> int | None:
 
 
 def _thinned(values: Floats, low: Floats, high: Floats) -> Curve:
-    """At most ``POINTS`` of the steps, the last among them."""
+    """Choose at most ``POINTS`` of the steps, the last among them."""
     stride = max(1, math.ceil(len(values) / POINTS))
     kept = np.arange(len(values) - 1, -1, -stride)[::-1]
     return Curve(*((kept + 1).tolist(), values[kept].tolist(), low[kept].tolist(), high[kept].tolist()))

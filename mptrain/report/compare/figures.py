@@ -176,7 +176,7 @@ def _finite(curve: Curve) -> list[float]:
 
 
 def _listed(labels: Sequence[str]) -> str:
-    """As many as fit two lines, at least one."""
+    """Take as many as fit two lines, at least one."""
     shown = list(labels[:1])
     for label in labels[1:]:
         if sum(map(len, shown)) + len(label) > ROOM:

@@ -98,7 +98,7 @@ def mean_of(values: Sequence[float], method: str, *, seeds: bool = False) -> Int
 
 
 def proportion(successes: int, n: int) -> Interval:
-    """Of a share, by Clopper and Pearson (1934): exact, so it covers the truth in at least 95 % of cases at any n."""
+    """Bound a share by Clopper and Pearson (1934): exact, so it covers the truth in at least 95 % of cases at any n."""
     tail = (1 - CONFIDENCE) / 2
     low = float(betaincinv(successes, n - successes + 1, tail)) if successes else 0.0
     high = float(betaincinv(successes + 1, n - successes, 1 - tail)) if successes < n else 1.0
@@ -106,7 +106,8 @@ def proportion(successes: int, n: int) -> Interval:
 
 
 def paired_proportions(gained: int, lost: int, n: int) -> Interval:
-    """Of the difference of two shares of the same n cases; ``gained``: right in ours alone, ``lost``: in theirs alone.
+    """Bound the difference of two shares of the same n cases; ``gained``: right in ours alone, ``lost``: in theirs
+    alone.
 
     Agresti and Min (2005): Wald's interval with half a case more in each of the four cells. Wald's own is of no width
     where no case changed, and too narrow where few did, which is the rule among good models.
@@ -118,7 +119,7 @@ def paired_proportions(gained: int, lost: int, n: int) -> Interval:
 
 
 def perplexity(loss: Interval) -> Interval:
-    """From a loss in nats a prediction; from a difference of losses: the ratio of perplexities."""
+    """Turn a loss in nats into a perplexity, a difference of losses into the ratio of perplexities."""
     mean, low, high = (math.exp(min(nats, 700.0)) for nats in (loss.mean, loss.low, loss.high))  # a float64 ends there
     return Interval(mean, low, high, loss.n, loss.method)
 

@@ -135,7 +135,7 @@ def group_labels(groups: list[MatchedGroup]) -> list[str]:
 
 
 def difference(ours: MatchedGroup, theirs: MatchedGroup) -> str:
-    """In words, why the runs of two groups cannot be compared."""
+    """Say why the runs of two groups cannot be compared."""
     names = differing([ours.settings, theirs.settings])
     return "; ".join(
         f"{n} is {_brief(ours.settings.get(n))} here and {_brief(theirs.settings.get(n))} there" for n in names

@@ -134,7 +134,7 @@ def jobs(sweep: Path) -> int | None:
 
 
 def _jobs_of(run: Run) -> int:
-    """Of a sweep's jobs, those that this run is: they would compute the same."""
+    """List the jobs of a sweep that this run is: they would compute the same."""
     return len(object_in(run.folder / "job.json").get("names", [run.name]))
 
 

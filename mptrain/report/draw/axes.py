@@ -100,7 +100,7 @@ def value_axis(low: float, high: float, start: float, end: float, *, log: bool =
 
 
 def step_axis(steps: Iterable[int], start: float, end: float) -> Axis:
-    """From the first step of any series to the last; whole ticks."""
+    """Make the axis from the first step of any series to the last; whole ticks."""
     found = list(steps)
     low, high = min(found), max(found)
     return Axis(float(low), float(high if high > low else low + 1), start, end)
@@ -111,7 +111,7 @@ def step_ticks(axis: Axis) -> list[int]:
 
 
 def number(tick: float, step: float) -> str:
-    """As many decimals as the ticks' distance needs; powers of ten where zeros would not be read."""
+    """Write as many decimals as the ticks' distance needs; powers of ten where zeros would not be read."""
     if tick and not 1e-4 <= abs(tick) < 1e6:
         return f"{tick:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))

@@ -111,7 +111,7 @@ def _lane(variant: Variant, name: str, kinds: Sequence[str], x: Axis, top: float
 
 
 def _of_kind(variant: Variant, kind: str) -> list[dict[str, Any]]:
-    """In the order of steps; an empty ``kind``: those that have no mark of their own."""
+    """List events in the order of steps; an empty ``kind``: those that have no mark of their own."""
     events = [e for e in variant.health.events if (e["event"] if e["event"] in KINDS else "") == kind]
     return sorted(events, key=lambda event: int(event["step"]))
 

@@ -71,7 +71,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Lost:
-    """Of the coordinates an update asked to move, those that did not, by what holds the weights."""
+    """The coordinates that an update asked to move and that did not, by what holds the weights."""
 
     asked: float
     bf16: float
@@ -298,7 +298,7 @@ def _used(name: str, recorded: dict[str, Tensor], cast: Judged | None) -> Used:
 
 
 def _spread(recorded: dict[str, Tensor], amax: float | None) -> dict[str, Spread]:
-    """From the exponent fields of block amaxes (0: zero or subnormal, 255: not finite; both apart)."""
+    """Read the exponent fields of block amaxes (0: zero or subnormal, 255: not finite; both apart)."""
     if "blocks" not in recorded or not amax or not math.isfinite(amax):
         return {}
     top = math.frexp(amax)[1] + 126

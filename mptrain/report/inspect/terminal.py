@@ -134,7 +134,7 @@ def compact(judged: Judged, name: str) -> Text:
 
 
 def share_text(share: Share) -> str:
-    """In percent; ``low-high`` where the bins only bound it."""
+    """Write it in percent; ``low-high`` where the bins only bound it."""
     low, high = percent(share.low), percent(share.high)
     return f"{low}%" if low == high else f"{low}-{high}%"
 

@@ -203,7 +203,7 @@ def _recurrent(op: Any) -> Callable[..., Any]:
 
 
 def _uncast(op: Any) -> Callable[..., Any]:
-    """For an operator of the CPU's lists that CUDA's leave alone."""
+    """Make the kernel of an operator of the CPU's lists that CUDA's leave alone."""
 
     def run(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         return op.redispatch(keyset & (_BELOW_AUTOCAST if _casting() else _BELOW_OURS), *args, **kwargs)

@@ -42,7 +42,7 @@ class Operands(ABC):
         return self._counters.bypassed
 
     def __deepcopy__(self, memo: Any) -> Self:
-        """For a copy of the model: it runs where the original does, at its scales, and enters nothing in its books."""
+        """Serve a copy of the model: it runs where the original does, at its scales, and books nothing."""
         made = copy.copy(self)
         made.copied = True
         return made
@@ -52,12 +52,14 @@ class Operands(ABC):
         """Multiply ``x`` [..., K] by ``weight`` [N, K] transposed and add ``bias`` [N]: [..., N], in x's dtype."""
 
     def _booked(self, role: str) -> bool:
-        """In a recomputed forward the operands were booked before; grad_output is seen once and only in backward."""
+        """Tell whether to book: in a recomputed forward operands were booked before; grad_output is seen once and only
+        in backward.
+        """
         books = self._counters
         return not (self.copied or books.quiet or (books.replaying and role != "grad_output"))
 
     def _note(self, slot: int, role: str, amax: Tensor) -> None:
-        """Of a copy's operands only Inf and NaN count: they spoil the step."""
+        """Note Inf and NaN among a copy's operands: they spoil the step."""
         books = self._counters
         if self._booked(role):
             books.note(slot, amax)

@@ -55,7 +55,7 @@ def is_attention(func: Any) -> bool:
 
 
 def unknown(func: Any, args: tuple[Any, ...]) -> bool:
-    """May this operator, which is not in the table, multiply matrices inside?
+    """Tell whether this operator, which is not in the table, may multiply matrices inside.
 
     Torch's own are known by name; a foreign one is taken for a product if it has two floating matrices or more.
     """

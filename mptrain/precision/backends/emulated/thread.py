@@ -39,7 +39,10 @@ _HOLDS_OTHERS: dict[Any, bool] = {}
 
 
 def _holds_others(func: Any) -> bool:
-    """Is it a composite, whose parts are to be seen? In inference mode those of autograd arrive here whole."""
+    """Tell whether it is a composite, whose parts are to be seen.
+
+    In inference mode those of autograd arrive here whole.
+    """
     known = _HOLDS_OTHERS.get(func)
     if known is None:
         if func.namespace == "prim":  # they ask a fake tensor for its device, and compute nothing
@@ -67,6 +70,6 @@ def _opened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _foreign(types: Any) -> bool:
-    """Is a tensor subclass among them? A plan's fake tensors stand for plain ones."""
+    """Tell whether a tensor subclass is among them. A plan's fake tensors stand for plain ones."""
     fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", Tensor)
     return any(kind is not Tensor and kind is not fake and kind is not Parameter for kind in types)
