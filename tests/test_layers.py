@@ -56,6 +56,8 @@ EXTERNAL: dict[str, tuple[str, ...]] = {
     "yaml": ("precision.policy", "memory"),
     "numpy": ("data", "kernels.exhaustive", "report", "runs.read"),
     "scipy": ("report",),
+    "jinja2": ("report.html",),
+    "markupsafe": ("report",),
     "sklearn": ("data.digits",),
     "rich": ("loggers", "build", "cli", "report", "sweep", "memory", "quantization"),
     "ml_dtypes": ("kernels.exhaustive",),

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Protocol
 
 from mptrain.report.compare.comparison import Memory
 from mptrain.report.draw.axes import styles_of
 from mptrain.report.draw.bars import Stack, stacks_svg
-from mptrain.report.inspect.page import STYLE
+from mptrain.report.html import render
 
 GIB = 2**30
 
 
 class Planned(Protocol):
-    """Return the bars of a plan: bytes by role, those that are assumed apart."""
+    """The bars of a plan: bytes by role, those that are assumed apart."""
 
     @property
     def precision(self) -> str: ...
@@ -28,7 +27,7 @@ class Planned(Protocol):
 
 
 def page(title: str, plans: Sequence[Planned], capacity: int = 0) -> str:
-    """The whole HTML text; ``capacity``: bytes there are, 0 for not known."""
+    """Return the whole HTML text; ``capacity``: bytes of the device, 0 if not known."""
     rows = []
     for one, drawn in zip(plans, styles_of([one.precision for one in plans]), strict=True):
         roles = {role: size / GIB for role, size in [*one.roles.items(), *one.assumed.items()]}
@@ -38,6 +37,4 @@ def page(title: str, plans: Sequence[Planned], capacity: int = 0) -> str:
         notes.append("The CUDA context and fragmentation are assumed, the rest is not.")
     if capacity:
         notes.append(f"The dashed line is at {capacity / GIB:,.2f} GiB.")
-    body = f"<h1>{escape(title)}</h1><p>{' '.join(notes)}</p><div class='wide'>{stacks_svg(rows, capacity / GIB)}</div>"
-    head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
+    return render("plan.html", title=title, notes=notes, drawn=stacks_svg(rows, capacity / GIB))

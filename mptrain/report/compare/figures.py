@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
+from typing import NamedTuple
 
 from mptrain.report.compare.comparison import Curve, Group, Kind, Variant
 from mptrain.report.draw import axes
@@ -19,8 +19,17 @@ ROOM = 120  # characters of labels in a caption
 KEYS = {"training loss": "train_delta", "top-1": "top1_delta"}  # else val_delta
 
 
-def figures(group: Group, margin: float) -> list[str]:
-    """Every figure of the group, or the sentence in its place."""
+class Figure(NamedTuple):
+    """A figure as SVG with its caption; without anything ``drawn``, ``said`` is the sentence in its place."""
+
+    name: str
+    title: str
+    drawn: str
+    said: str
+
+
+def figures(group: Group, margin: float) -> list[Figure]:
+    """Return every figure of the group, or the sentence in its place."""
     styles = styles_of(group)
     drawn = [_losses(group, styles), _late_losses(group, styles), _differences(group, styles)]
     drawn += [_intervals(group, styles, margin), _speed(group, styles), _memory(group, styles)]
@@ -34,18 +43,18 @@ def styles_of(group: Group) -> list[Style]:
     return axes.styles_of([variant.label for variant in group.variants], baseline)
 
 
-def _losses(group: Group, styles: Sequence[Style]) -> str:
+def _losses(group: Group, styles: Sequence[Style]) -> Figure:
     series = _series(group, styles, "curve")
     if not series:
-        return _none("loss", "Training loss", "no run has recorded a training loss.")
+        return Figure("loss", "Training loss", "", "no run has recorded a training loss.")
     shaded = any(one.curve.low for one in series) and len(series) <= MOST_SHADED
     seeds = "; lightly shaded: the extremes of its seeds" if shaded else ""
     window = f", averaged over {group.window_steps:,} steps" if group.window_steps > 1 else ""
     caption = f"Mean over the seeds{window}{seeds}. {_band(group, group.band)}"
-    return _figure("loss", "Training loss", _loss_lines(series, group.band), caption)
+    return Figure("loss", "Training loss", _loss_lines(series, group.band), caption)
 
 
-def _late_losses(group: Group, styles: Sequence[Style]) -> str:
+def _late_losses(group: Group, styles: Sequence[Style]) -> Figure | None:
     """The last half again, where the first steps do not flatten it; nothing if it is too short to tell more."""
     series = _series(group, styles, "curve")
     last = max((one.curve.steps[-1] for one in series), default=0)
@@ -53,82 +62,82 @@ def _late_losses(group: Group, styles: Sequence[Style]) -> str:
     half = [one._replace(curve=tail(one.curve, first + (last - first) // 2)) for one in series]
     half = [one for one in half if len(_finite(one.curve)) >= 3]
     if not half:
-        return ""
+        return None
     band = tail(group.band, half[0].curve.steps[0]) if group.band else None
-    return _figure("loss-late", "Training loss, the last half", _loss_lines(half, band), "The same, closer.")
+    return Figure("loss-late", "Training loss, the last half", _loss_lines(half, band), "The same, closer.")
 
 
 def _loss_lines(series: list[Series], band: Curve | None) -> str:
     return lines_svg(series, name="training loss (nats)", band=band, band_name="the baseline with other seeds (95 %)")
 
 
-def _differences(group: Group, styles: Sequence[Style]) -> str:
+def _differences(group: Group, styles: Sequence[Style]) -> Figure:
     title = "Training loss relative to the baseline"
     if group.baseline is None:
-        return _none("difference", title, "there is no baseline to compare with.")
+        return Figure("difference", title, "", "there is no baseline to compare with.")
     series = [
         one for one, v in zip(*_paired(group, styles, "difference"), strict=True) if v.verdict.kind is not Kind.baseline
     ]
     if not series:
-        return _none("difference", title, "no other variant has steps and seeds in common with the baseline.")
+        return Figure("difference", title, "", "no other variant has steps and seeds in common with the baseline.")
     band = "the baseline with other seeds (95 %)"
     drawn = difference_svg(series, name="difference of training loss", noise=group.noise, band_name=band)
     caption = f"Seed by seed against {group.baseline}, then the mean; above 0 is worse. {_band(group, group.noise)}"
-    return _figure("difference", title, drawn, f"{caption} {_off(series)}")
+    return Figure("difference", title, drawn, f"{caption} {_off(series)}")
 
 
-def _intervals(group: Group, styles: Sequence[Style], margin: float) -> str:
+def _intervals(group: Group, styles: Sequence[Style], margin: float) -> Figure:
     key = KEYS.get(group.metric, "val_delta")
     title = f"Difference of {group.metric}"
     shown = [(v, s) for v, s in zip(group.variants, styles, strict=True) if v.verdict.kind is not Kind.baseline]
     usable = [getattr(v.loss, key) for v, _ in shown if getattr(v.loss, key) is not None]
     if not any(math.isfinite(interval.mean) for interval in usable):
-        return _none("interval", title, "no variant has one.")
+        return Figure("interval", title, "", "no variant has one.")
     top1 = key == "top1_delta"
     drawn = intervals_svg([v for v, _ in shown], [s for _, s in shown], key, margin)
     side = "left" if top1 else "right"
     unit = "points of accuracy" if top1 else "percent of the baseline's"
-    return _figure("interval", title, drawn, f"In {unit}, with 95 % intervals over seeds; {side} of 0 is worse.")
+    return Figure("interval", title, drawn, f"In {unit}, with 95 % intervals over seeds; {side} of 0 is worse.")
 
 
-def _speed(group: Group, styles: Sequence[Style]) -> str:
+def _speed(group: Group, styles: Sequence[Style]) -> Figure:
     title = f"Speed relative to the baseline ({group.unit}/s)"
     if not any(v.emulated or v.speed.ratio is not None for v in group.variants):
-        return _none("speed", title, "no ratio of speeds was measured.")
+        return Figure("speed", title, "", "no ratio of speeds was measured.")
     caption = "Medians over the seeds, whiskers: their extremes."
     if any(v.emulated for v in group.variants):
         caption += " Emulated: the numerics are real, the speed is not, so none is shown."
-    return _figure("speed", title, speed_svg(group.variants, styles), caption)
+    return Figure("speed", title, speed_svg(group.variants, styles), caption)
 
 
-def _memory(group: Group, styles: Sequence[Style]) -> str:
+def _memory(group: Group, styles: Sequence[Style]) -> Figure:
     if not any(v.memory.peak_gib is not None and math.isfinite(v.memory.peak_gib) for v in group.variants):
-        return _none("memory", "Peak memory", "no run has measured it.")
+        return Figure("memory", "Peak memory", "", "no run has measured it.")
     caption = "Median over the seeds, and its ratio to the baseline's; by role where the runs tell them apart."
-    return _figure("memory", "Peak memory", memory_svg(group.variants, styles), caption)
+    return Figure("memory", "Peak memory", memory_svg(group.variants, styles), caption)
 
 
-def _timeline(group: Group, styles: Sequence[Style]) -> str:
+def _timeline(group: Group, styles: Sequence[Style]) -> Figure:
     title = "Loss scale and events"
     calm = [v.label for v in group.variants if not v.health.events]
     if not any(v.health.events or (v.health.scale and _finite(v.health.scale)) for v in group.variants):
-        return _none("timeline", title, "no loss scale, no skipped step and no alarm in any run.")
+        return Figure("timeline", title, "", "no loss scale, no skipped step and no alarm in any run.")
     caption = "The loss scale of one seed above, the events of all seeds below; a mark's tooltip says what it was."
     left_out = [f"{v.health.more_events:,} of {v.label}" for v in group.variants if v.health.more_events]
     if left_out:
         caption += f" More events than are shown: {_listed(left_out)}."
     if calm:
         caption += f" Without any event: {_listed(calm)}."
-    return _figure("timeline", title, timeline_svg(group.variants, styles), caption)
+    return Figure("timeline", title, timeline_svg(group.variants, styles), caption)
 
 
-def _layers(group: Group, styles: Sequence[Style]) -> str:
+def _layers(group: Group, styles: Sequence[Style]) -> Figure:
     title = "Underflow and overflow by layer"
     counted = [v for v in group.variants if v.health.layers]
     if not counted:
-        return _none("layers", title, "no variant has counted casts.")
+        return Figure("layers", title, "", "no variant has counted casts.")
     if not any(row["overflow_events"] or row["underflow_frac"] for v in counted for row in v.health.layers):
-        return _none("layers", title, "no counted cast turned anything into zero or overflowed.")
+        return Figure("layers", title, "", "no counted cast turned anything into zero or overflowed.")
     caption = "Share of a tensor's elements that a cast turned into zero, on sampled steps; worst first."
     left_out = worst(counted).left_out
     if left_out:
@@ -136,7 +145,7 @@ def _layers(group: Group, styles: Sequence[Style]) -> str:
     silent = [v.label for v in group.variants if not v.health.layers]
     if silent:
         caption += f" No counted casts: {_listed(silent)}."
-    return _figure("layers", title, layers_svg(group.variants, styles), caption)
+    return Figure("layers", title, layers_svg(group.variants, styles), caption)
 
 
 def _series(group: Group, styles: Sequence[Style], which: str) -> list[Series]:
@@ -184,12 +193,3 @@ def _listed(labels: Sequence[str]) -> str:
         shown.append(label)
     more = f" and {len(labels) - len(shown)} more" if len(labels) > len(shown) else ""
     return ", ".join(shown) + more
-
-
-def _figure(name: str, title: str, drawn: str, caption: str) -> str:
-    words = f"<figcaption>{escape(caption.strip())}</figcaption>"
-    return f"<figure data-figure='{name}'><h3>{escape(title)}</h3><div class='wide'>{drawn}</div>{words}</figure>"
-
-
-def _none(name: str, title: str, why: str) -> str:
-    return f"<p class='none' data-no-figure='{name}'><b>{escape(title)}</b>: {escape(why)}</p>"

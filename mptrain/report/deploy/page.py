@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 from mptrain.report import wording
 from mptrain.report.compare.cells import Cell, Column
 from mptrain.report.compare.markdown import listed as markdown_list
 from mptrain.report.compare.markdown import plain, row
-from mptrain.report.compare.page import listed, table_of
 from mptrain.report.deploy import cells
 from mptrain.report.deploy.matrix import Matrix
+from mptrain.report.html import render
 
 TITLE = "Deployed in another format"
 
 
 def section(matrix: Matrix) -> str:
-    """A square of trained x deployed, then all that is known of each cell."""
-    square = [(escape(name), name, name) for name in matrix.trained]
-    each = [(escape(cells.name(cell)), cells.name(cell), cell) for cell in matrix.cells]
-    parts = [
-        f"<h2>{TITLE}</h2>",
-        f"<p>{escape(_explained(matrix))}</p>",
-        table_of("deploy", "trained in", _square(matrix), square),
-        "<p></p><h3>Intervals, size, speed and agreement</h3>",
-        table_of("deploy-cells", "trained > deployed", cells.columns(matrix), each),
-        listed(matrix.notes) if matrix.notes else "",
-    ]
-    return f"<section data-group='deploy'>{''.join(parts)}</section>"
+    """Return a square of trained x deployed, then all that is known of each cell, in HTML."""
+    return render(
+        "deploy.html",
+        title=TITLE,
+        explained=_explained(matrix),
+        square_columns=_square(matrix),
+        square=[(name, name, name) for name in matrix.trained],
+        columns=cells.columns(matrix),
+        rows=[(cells.name(cell), cells.name(cell), cell) for cell in matrix.cells],
+        notes=matrix.notes,
+    )
 
 
 def markdown_parts(matrix: Matrix) -> list[str]:
