@@ -83,10 +83,10 @@ def verify_change(config: RunConfig, ranks: int, then: int, folder: Path, say: S
 def verify_kills(
     config: RunConfig, ranks: int, folder: Path, say: Say, *, steps: int, kills: int, seed: int = 0
 ) -> Verdict:
-    """Run under torchrun, which starts the processes again: ``kills`` SIGKILLs at random moments, a third of them while
-    a checkpoint is written.
+    """Compare a run that is killed ``kills`` times under torchrun with one that is not.
 
-    The run must finish without a hand and be the same as the one that nobody killed.
+    The SIGKILLs come at random moments, a third of them while a checkpoint is written; torchrun restarts the processes.
+    The run must finish on its own and equal the run without kills.
     """
     began = time.monotonic()
     config = _cadence(config, steps, every=2)
@@ -109,7 +109,7 @@ def verify_kills(
 
 
 def _hit(running: subprocess.Popen[Any], folder: Path, chance: random.Random) -> bool:
-    """Kill one worker: in the first seconds, while it trains, or in the middle of a save. False if there was nobody."""
+    """Kill one worker during start-up, training or a save; return False if no worker was running."""
     moment = chance.choice(("starting", "training", "saving"))
     if moment == "starting":
         _wait(running, chance.uniform(0.0, 8.0), lambda: False)

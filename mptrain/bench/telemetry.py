@@ -60,7 +60,7 @@ class Training:
         self.precision.backward(loss)
 
     def step(self) -> None:
-        """A step that nobody watches."""
+        """Run one step without the recorder."""
         self.gradients()
         self.precision.step(self.optimizer, clip=CLIP)
         self.optimizer.zero_grad(set_to_none=True)

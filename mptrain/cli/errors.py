@@ -48,7 +48,7 @@ def clear_errors() -> Iterator[None]:
 
 
 def _is_the_users(error: BaseException) -> bool:
-    """Tell whether it is an error that the user can mend. Libraries that nobody imported have raised none."""
+    """Tell whether the user can correct the error; a library that is not imported cannot have raised one."""
     kinds = [ValueError, OSError]
     for module, name in USER_ERRORS:
         kinds += [getattr(sys.modules[module], name)] if module in sys.modules else []

@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
 
 
 def _judge(source: Source, asked: argparse.Namespace) -> Judge:
-    """Make the judge by a run's validation data, unless nobody asked and it is not there any more."""
+    """Build the judge from the run's validation data; without ``--evaluate``, missing data is not an error."""
     if asked.evaluate is not None:
         return Judge(source, asked.evaluate)
     try:

@@ -23,7 +23,7 @@ def probe(argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """A run from a JSON file of settings: what verify-resume starts, alone or under torchrun."""
+    """Run from a JSON file of settings; ``mptrain verify-resume`` starts this, alone or under torchrun."""
     with left_cleanly():
         made = build.build(from_plain(RunConfig, json.loads(Path(argv[0]).read_text()), "config"))
         if made is None:

@@ -1,4 +1,4 @@
-"""``mptrain verify-resume``: Kill runs, resume them, and compare them bit for bit with runs that nobody killed"""
+"""``mptrain verify-resume``: Kill runs, resume them, and compare them bit for bit with uninterrupted runs"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
-    """Kill runs and compare the resumed ones, bit for bit, with runs that nobody killed."""
+    """Kill runs and compare the resumed ones, bit for bit, with uninterrupted runs."""
     parser = argparse.ArgumentParser(prog="mptrain verify-resume", description=DESCRIPTION)
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE", help="as for train.py, e.g. dist=fsdp")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "fp16", "fp8", "fp8-delayed"])

@@ -59,12 +59,12 @@ class Dataset(ABC):
     @property
     @abstractmethod
     def train_positions(self) -> int:
-        """How many different training samples there are."""
+        """The number of distinct training samples."""
 
     @property
     @abstractmethod
     def validation_samples(self) -> int:
-        """How many validation samples without overlap there are."""
+        """The number of validation samples that do not overlap."""
 
     @abstractmethod
     def describe(self) -> str:

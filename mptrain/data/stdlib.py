@@ -47,7 +47,7 @@ class Config:
 
 
 def build(config: Config) -> TokenDataset:
-    """Return the corpus, from the cache if it holds these very files, else read. ValueError when there is no source."""
+    """Return the corpus, from the cache if it holds exactly these files. ValueError if there are no source files."""
     root = Path(config.root or sysconfig.get_path("stdlib"))
     files = sources(root)
     if not files:

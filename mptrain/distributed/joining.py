@@ -1,4 +1,4 @@
-"""How the processes of one attempt meet, and how they part.
+"""Join the processes of one attempt to a process group, and leave it.
 
 torchrun keeps its store through the restarts of its processes, with all that dead ones have written there: a new rank
 that is quick finds the address of its neighbour's predecessor, waits for it and gives up (seen with torch 2.13, in

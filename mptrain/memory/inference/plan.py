@@ -91,7 +91,7 @@ class InferencePlan:
         return [n for n in range(1, (self.heads or 1024) + 1) if not self.heads or self.heads % n == 0]
 
     def gpus_by_bytes(self, memory: int) -> int | None:
-        """How many GPUs the bytes alone take, however the layers are cut; None if the overhead fills each."""
+        """Return how many GPUs the bytes alone need, however layers are cut; None if the overhead fills each GPU."""
         room = memory - self.roles["overhead"]
         return -(-(self.total - self.roles["overhead"]) // room) if room > 0 else None
 

@@ -15,8 +15,8 @@ KEEP = r"(.*\.)?(embed|position|head|router)"  # what the precision recipes keep
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a matrix is stored. ``block``: rows and columns that share a scale of format ``scale`` (0: all of them);
-    ``tensor_scale``: one FP32 more for each matrix."""
+    """The storage of a matrix. ``block``: rows and columns that share a scale of format ``scale`` (0: all of them);
+    ``tensor_scale``: one more FP32 value per matrix."""
 
     name: str
     element: Format

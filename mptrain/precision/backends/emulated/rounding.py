@@ -1,4 +1,4 @@
-"""FP16 and TF32 where there is no unit for them: below autograd, so that nothing that multiplies is out of sight.
+"""Emulate FP16 and TF32 where no unit for them exists: below autograd, where every multiplication is seen.
 
     with Rounded(Format.fp16, "cpu"): ...                    # a forward
     with Rounded(Format.fp16, "cpu", casting=False): ...     # its backward, where autocast is off
