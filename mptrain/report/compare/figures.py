@@ -37,7 +37,7 @@ def figures(group: Group, margin: float) -> list[Figure]:
 
 
 def styles_of(group: Group) -> list[Style]:
-    """How each variant is drawn, alike in all figures."""
+    """Return the style of each variant, the same in every figure."""
     kinds = [variant.verdict.kind for variant in group.variants]
     baseline = kinds.index(Kind.baseline) if Kind.baseline in kinds else None
     return axes.styles_of([variant.label for variant in group.variants], baseline)
