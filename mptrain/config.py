@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -33,11 +32,18 @@ LARGEST_SEED = 2**63 - 1  # what torch's generators take
 @dataclass(frozen=True)
 class LoggerConfig:
     """``wandb``: also log to Weights & Biases, online when logged in, offline when not. ``group``: a sweep's is its
-    folder's name."""
+    folder's name. ``also``: further files of mptrain/loggers, separated by spaces."""
 
     wandb: bool = True
     project: str = "mptrain"
     group: str = ""
+    also: str = ""
+
+    def __post_init__(self) -> None:
+        known = registry.kinds("mptrain.loggers")
+        for name in self.also.split():
+            if name not in known:
+                raise ValueError(f"logger.also={name} is not in mptrain/loggers{did_you_mean(name, known)}")
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ def _refuse_added(values: Any, known: Any, where: str = "") -> None:
         _refuse_added(value, known[key], f"{where}{key}.")
 
 
-def parse_open(package: str, group: str, values: dict[str, Any], **filled: Any) -> tuple[ModuleType, Any]:
+def parse_open(package: str, group: str, values: dict[str, Any], **filled: Any) -> tuple[Any, Any]:
     """The module and the Config of an open group.
 
     ``filled`` replaces those of the Config's settings that are left at 0 (sizes from the data); others are ignored.

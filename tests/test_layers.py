@@ -27,7 +27,7 @@ INTERNAL: dict[str, tuple[str, ...]] = {
     "data": ("tools",),
     "optim": ("distributed", "tools"),
     "checkpoint": ("distributed",),
-    "memory": ("distributed", "formats", "kernels", "optim", "precision", "tools"),
+    "memory": ("distributed", "formats", "kernels", "models", "optim", "precision", "tools"),
     "telemetry": ("distributed", "formats", "kernels", "memory", "precision", "tools"),
     "training": ("checkpoint", "distributed", "precision", "telemetry", "tools"),
     "config": ("distributed", "optim", "precision", "telemetry", "tools", "training"),

@@ -31,7 +31,7 @@ from torch.optim import AdamW
 
 from mptrain import LossScale, Precision, PrecisionPolicy, kernels
 from mptrain.formats import Format
-from mptrain.loggers.base import NullSink
+from mptrain.loggers import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule
 from mptrain.precision.policy import LossScaleKind

@@ -20,7 +20,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from torch import nn
 from mptrain import Precision, PrecisionPolicy, models
 from mptrain.precision import backends
 from mptrain.precision.policy import conf_dir
+from mptrain.telemetry.peaks import peaks, weighted_rate
 from mptrain.tools.files import write_whole
 
 VOCABULARY = 50304  # GPT-2's 50257 rounded up to a multiple of 128, as the published runs do
-PEAK = {"fp8": 1979e12, "bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}  # H100 and H200 SXM, dense
 WARMUP, STEPS, ROUNDS = 6, 8, 3
 RESIDENT_SHARE = 0.2  # of the GPU's memory may hold weights and moments of the variants that wait for their turn
 
@@ -176,9 +176,11 @@ def fp8_share(runner: Runner, flops: float) -> float:
     return 6.0 * sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2) / flops
 
 
-def mfu(rate: float, flops: float, share: float, compute: str) -> float:
-    """Ideal over real time at ``rate`` tokens/s, each FLOP at the dense peak of its format."""
-    return rate * flops * (share / PEAK["fp8"] + (1 - share) / PEAK[compute])
+def mfu(rate: float, flops: float, share: float, compute: str, tflops: Mapping[str, float]) -> float | None:
+    """Return ideal over real time at ``rate`` tokens/s, each FLOP at the dense peak of its format, of ``tflops``; None
+    where a peak is unknown."""
+    ideal = weighted_rate(tflops, {"fp8": share, compute: 1 - share} if share else {compute: 1.0})
+    return rate * flops / (ideal * 1e12) if ideal else None
 
 
 def fill(row: dict[str, Any], runner: Runner, size: Size, settings: Settings) -> None:
@@ -189,8 +191,7 @@ def fill(row: dict[str, Any], runner: Runner, size: Size, settings: Settings) ->
     step_ms = statistics.median(runner.times_ms)
     rate = size.batch * size.tokens / step_ms * 1e3
     label = f"{share:.0%} of FLOPs in FP8, {1 - share:.0%} in {compute}" if policy.quantized else f"all in {compute}"
-    gpu = "" if settings.dry_run else torch.cuda.get_device_name()
-    known = not emulated and any(name in gpu for name in ("H100", "H200"))
+    tflops = {} if settings.dry_run or emulated else peaks(torch.device("cuda"))
     row |= {
         "backend": backend.name,
         "carrier": backend.carrier,
@@ -200,7 +201,7 @@ def fill(row: dict[str, Any], runner: Runner, size: Size, settings: Settings) ->
         "step_ms": None if emulated else step_ms,
         "steps": len(runner.times_ms),
         "peak_gib": runner.peak_bytes / 2**30,
-        "mfu": mfu(rate, flops, share, compute) if known else None,
+        "mfu": mfu(rate, flops, share, compute, tflops),
         "mfu_of": label,
         "flops_per_token": flops,
         "limit_fp8_to_bf16": size.limits,

@@ -21,7 +21,7 @@ from mptrain.bench import cpu
 from mptrain.build.assemble import assemble
 from mptrain.build.preflight import prepare
 from mptrain.config import composed
-from mptrain.loggers.base import NullSink
+from mptrain.loggers import NullSink
 from mptrain.memory.training.grading import Grade, graded
 from mptrain.memory.training.plan import plan, rank_job
 from mptrain.tools.files import json_text, write_whole

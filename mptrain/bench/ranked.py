@@ -17,7 +17,7 @@ from mptrain.build.preflight import Prepared
 from mptrain.config import RunConfig
 from mptrain.distributed import World
 from mptrain.distributed.layout import DistConfig
-from mptrain.loggers.base import NullSink
+from mptrain.loggers import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig
 from mptrain.precision.policy import PrecisionPolicy

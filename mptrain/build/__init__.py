@@ -23,7 +23,7 @@ from mptrain.build.run import Run, about
 from mptrain.build.sinks import open_sinks, tell_resumed
 from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.config import RunConfig
-from mptrain.loggers.base import Sinks
+from mptrain.loggers import Sinks
 from mptrain.memory.training.plan import TrainingPlan, plan, rank_job
 from mptrain.runs.folder import describe, discard, folder_of, remember, remembered
 from mptrain.runs.identity import job_mark

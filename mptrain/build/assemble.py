@@ -14,7 +14,7 @@ from mptrain.distributed.compression import Compression
 from mptrain.distributed.layout import PARTS
 from mptrain.distributed.reduction import Send, plain, summed
 from mptrain.formats import Format
-from mptrain.loggers.base import NullSink, Sinks
+from mptrain.loggers import NullSink, Sinks
 from mptrain.memory.training.live import buckets_of
 from mptrain.optim import Average, Schedule, build_optimizer
 from mptrain.precision import Precision
@@ -45,7 +45,7 @@ def assemble(
     precision = Precision(config.precision, ranks=prepared.ranks)
     placed = _placed(model, prepared, precision)
     if config.trainer.checkpointing:
-        model.recompute = precision.recompute
+        model.recompute = precision.recompute  # type: ignore[assignment]
     optimizer = build_optimizer(config.optim, model)
     average = Average(model, config.optim.ema_decay) if config.optim.ema_decay else None
     trainer = Trainer(
@@ -131,7 +131,7 @@ def _cut_up(model: nn.Module, prepared: Prepared, precision: Precision) -> Place
     config, device = prepared.config, prepared.device
     precision.prepare(model, device)
     mesh = prepared.layout.mesh(device)
-    plan = getattr(prepared.model_module, "TENSOR_PARALLEL", {})
+    plan = prepared.model_module.TENSOR_PARALLEL
     formats = config.precision.compute.value.dtype, config.precision.reduce.value.dtype
     cut = wrap.cut_up(model, plan, mesh, config.dist, formats, precision.unreduced)
     wrap.materialize(model, device, model.reset_parameters)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import torch
 from mptrain.build.assemble import assemble
 from mptrain.build.preflight import Prepared, prepare
 from mptrain.config import RunConfig
-from mptrain.loggers.base import NullSink
+from mptrain.loggers import NullSink
 from mptrain.precision.policy import PrecisionPolicy
 from mptrain.runs import baseline
 from mptrain.runs.baseline import Figures

@@ -16,6 +16,7 @@ from mptrain.distributed import ALONE, Ranks
 from mptrain.distributed.joining import join
 from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
+from mptrain.models import Architecture
 from mptrain.precision.backends import resolve
 from mptrain.runs import identity
 from mptrain.telemetry.drill import Drill
@@ -31,7 +32,7 @@ class Prepared:
     config: RunConfig
     device: torch.device
     data: Dataset
-    model_module: Any
+    model_module: Architecture
     model_config: Any
     shell: nn.Module
     fp32_gemm: str
@@ -65,7 +66,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     resolve(config.precision, device)
     ranks = join(config.dist, device)
     model_module, model_config = parse_open("mptrain.models", "model", config.model)
-    block_size = getattr(model_config, "block_size", 0)
+    block_size = model_config.block_size
     data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=block_size)
     _require_same_input(config, model_module.INPUT, data_module.INPUT)
     require_consistent(config, model_config)
@@ -80,7 +81,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda text: None) -
     if config.debug.inject:
         Drill.parse(config.debug.inject).check(shell)
     fp32_gemm = machine.choose_fp32_gemm(shell, device)
-    seen = data.fingerprint + getattr(model_config, "digest", "")  # of what the model is built from
+    seen = data.fingerprint + model_config.digest  # of what the model is built from
     mark = identity.fingerprint(config, seen, machine.describe(device), torch.__version__, fp32_gemm)
     return Prepared(config, device, data, model_module, model_config, shell, fp32_gemm, mark, layout, ranks)
 

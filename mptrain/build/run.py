@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mptrain.build.preflight import Prepared
 from mptrain.distributed.watchdog import RankLost, Watchdog
-from mptrain.loggers.base import Sinks
+from mptrain.loggers import Sinks
 from mptrain.memory.training.grading import Grade, graded
 from mptrain.memory.training.plan import TrainingPlan
 from mptrain.precision.counters import N_COUNTS

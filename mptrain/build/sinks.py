@@ -6,11 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mptrain import loggers
 from mptrain.build.preflight import Prepared
-from mptrain.loggers.base import Sinks
-from mptrain.loggers.console import ConsoleSink
-from mptrain.loggers.jsonl import JsonLines, RankLog
-from mptrain.loggers.wandb import WandbSink
+from mptrain.loggers import Sinks, Start
 from mptrain.runs.resumption import Earlier, Resumed
 from mptrain.runs.resumption import remember as remember_attempt
 from mptrain.tools.settings import to_plain
@@ -18,14 +16,9 @@ from mptrain.tools.settings import to_plain
 
 def open_sinks(sinks: Sinks, prepared: Prepared, folder: Path, console: Console, since: int) -> None:
     """Open what this rank writes to. ``since``: the step that the run is resumed from."""
-    config, ranks = prepared.config, prepared.ranks
-    if ranks.size > 1:
-        sinks.sinks.append(RankLog(folder, ranks.rank, prepared.device))
-    if ranks.first:
-        sinks.sinks.append(JsonLines(folder, since))
-        if config.logger.wandb:
-            sinks.sinks.append(WandbSink(folder, config.logger.project, to_plain(config), console, config.logger.group))
-        sinks.sinks.append(ConsoleSink(console, config.trainer.max_steps, since, prepared.data.unit))
+    config, ranks = to_plain(prepared.config), prepared.ranks
+    unit = prepared.data.unit
+    loggers.open_sinks(sinks, Start(folder, config, console, prepared.device, ranks.rank, ranks.size, since, unit))
 
 
 def tell_resumed(folder: Path, earlier: Earlier, resumed: Resumed, sinks: Sinks, console: Console) -> None:

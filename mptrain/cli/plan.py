@@ -15,7 +15,7 @@ from mptrain.cli import plan_inference
 from mptrain.config import RunConfig, composed, parse_open
 from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
-from mptrain.memory.inference import catalogue
+from mptrain.memory import gpus
 from mptrain.memory.training.fit import Remedy, largest_batch, largest_sequence, remedies
 from mptrain.memory.training.plan import TrainingPlan, plan, rank_job
 from mptrain.memory.training.table import print_fit, print_plans, print_remedies, told
@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
         return plan_inference.run([word for word in argv if word != "--inference"])
     asked = _parsed(argv)
     config = composed(asked.overrides)
-    card = catalogue.gpu(asked.gpu) if asked.gpu else None
+    card = gpus.named(asked.gpu) if asked.gpu else None
     gpu = card is not None or config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     capacity = parse_bytes(asked.fit, "--fit") if asked.fit else card.memory if card else 0
     job = _job(config, asked.ranks, gpu=gpu)
@@ -89,7 +89,7 @@ def _job(config: RunConfig, ranks: int, *, gpu: bool) -> Job:
     module, model_config = parse_open("mptrain.models", "model", config.model)
     names = ("vocab_size",) if module.INPUT == "tokens" else ("image_size", "channels", "classes")
     if not all(getattr(model_config, name, 1) for name in names):
-        block = getattr(model_config, "block_size", 0)
+        block = model_config.block_size
         data_module, data_config = parse_open("mptrain.data", "data", config.data, block_size=block)
         sizes = data_module.build(data_config).sizes
         module, model_config = parse_open("mptrain.models", "model", config.model, **sizes)
@@ -106,7 +106,7 @@ def _side_by_side(job: Job) -> list[Job]:
 
 
 def _fitted(console: Console, job: Job, plans: list[TrainingPlan], capacity: int) -> dict[str, Any]:
-    length = getattr(job.config, "block_size", 0)
+    length = job.config.block_size
     with console.status("looking for the largest batch and the longest sequence"):
         batches = {one.policy.name: largest_batch(one, capacity) for one in _side_by_side(job)}
         sequence = largest_sequence(job, capacity) if length and job.model.INPUT == "tokens" else 0
@@ -123,7 +123,7 @@ def _name(config: RunConfig) -> str:
 
 
 def _sizes(job: Job) -> str:
-    length = getattr(job.config, "block_size", 0)
+    length = job.config.block_size
     unit = f" x {length:,} tokens" if length else ""
     rounds = f", {job.accumulate} micro-batches" if job.accumulate > 1 else ""
     return f"batch {job.batch_size}{unit}{rounds}{', checkpointing' if job.checkpointing else ''}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mptrain.memory import gpus
 from mptrain.memory.inference import catalogue, huggingface
 from mptrain.memory.inference import table as inference_table
 from mptrain.memory.inference.plan import KV_FORMATS, Request
@@ -28,13 +29,13 @@ def run(argv: list[str]) -> int:
     asked = _parser().parse_args(argv)
     console = Console()
     if asked.list:
-        models, gpus = catalogue.models(), catalogue.gpus()
+        models, cards = catalogue.models(), gpus.by_memory()
         if asked.json:
             print(
-                json_text({"models": [asdict(one) for one in models], "gpus": [asdict(one) for one in gpus]}, indent=1)
+                json_text({"models": [asdict(one) for one in models], "gpus": [asdict(one) for one in cards]}, indent=1)
             )
         else:
-            inference_table.print_catalogue(console, models, gpus)
+            inference_table.print_catalogue(console, models, cards)
         return 0
     subject, target = _subject(asked), _target(asked)
     request = _request(asked, subject)
@@ -125,7 +126,7 @@ def _target(asked: argparse.Namespace) -> Target:
             raise ValueError(f"--gpus={asked.gpus} needs their memory: set --gpu=H100 or --fit=80GiB")
     if asked.gpu is None and asked.fit is None:
         return Target()
-    gpu = catalogue.gpu(asked.gpu) if asked.gpu else None
+    gpu = gpus.named(asked.gpu) if asked.gpu else None
     name = f"{gpu.name} {gpu.stated}" if gpu else "GPU"
     memory = gpu.memory if gpu else 0
     if asked.fit is not None:

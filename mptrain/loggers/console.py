@@ -7,10 +7,16 @@ from collections import Counter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mptrain.loggers.base import Event, Metrics, NullSink
+from mptrain.loggers._base import Event, Metrics, NullSink, Start
 
 SHORT_UNITS = {"tokens": "tok", "images": "img"}
 SCALE_EVENTS = {"scale_grew": "loss scale grew to {scale:g}", "scale_backed_off": "loss scale fell to {scale:g}"}
+
+
+def open_sink(start: Start) -> ConsoleSink | None:
+    """Open the terminal, on the first rank."""
+    steps = int(start.config["trainer"]["max_steps"])
+    return ConsoleSink(start.console, steps, start.since, start.unit) if start.first else None
 
 
 class ConsoleSink(NullSink):

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import socket
-import time
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
-from mptrain.loggers.base import Event, Metrics, NullSink
+from mptrain.loggers._base import Event, Metrics, NullSink, Start
 from mptrain.telemetry import record as records
 from mptrain.telemetry.record import Record
 from mptrain.tools.files import json_text, write_whole
+
+
+def open_sink(start: Start) -> JsonLines | None:
+    """Open the files of the run's folder, on the first rank."""
+    return JsonLines(start.folder, start.since) if start.first else None
 
 
 class JsonLines(NullSink):
@@ -67,30 +66,3 @@ def _undo(path: Path, since: int) -> None:
         with path.with_name("undone.jsonl").open("a") as file:
             file.writelines(f"{line.rstrip()}\n" for line in undone)
         write_whole(path, "".join(kept))
-
-
-class RankLog(NullSink):
-    """``ranks/rank1.jsonl``: what one rank knows of itself, a line each time metrics are written."""
-
-    def __init__(self, folder: Path, rank: int, device: torch.device) -> None:
-        (folder / "ranks").mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = (folder / "ranks" / f"rank{rank}.jsonl").open("a", buffering=1)
-        self._device, self._began, self._last = device, time.monotonic(), 0
-        self._tell("began", 0, host=socket.gethostname(), pid=os.getpid(), device=str(device))
-
-    def _tell(self, what: str, step: int, **more: Any) -> None:
-        row = {"event": what, "step": step, "seconds": round(time.monotonic() - self._began, 3), **more}
-        self._file.write(json_text(row) + "\n")
-
-    def metrics(self, step: int, values: Metrics) -> None:
-        if step > self._last and "train/loss" in values:
-            held = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else math.nan
-            self._tell("reached", step, peak_memory_gib=held)
-            self._last = step
-
-    def event(self, event: Event) -> None:
-        self._file.write(json_text(event) + "\n")
-
-    def close(self) -> None:
-        self._tell("ended", self._last)
-        self._file.close()

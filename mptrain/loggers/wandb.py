@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mptrain.loggers.base import Event, Metrics, NullSink
+from mptrain.loggers._base import Event, Metrics, NullSink, Start
 from mptrain.report.compare.comparison import Comparison, Group, Interval, Variant
 from mptrain.report.draw.magnitudes import heat_map_svg
 from mptrain.telemetry.histogram import Histograms
@@ -19,6 +19,14 @@ from mptrain.telemetry.record import Record
 TIMEOUT_S = 20
 PICTURED = ("input", "weight", "output", "grad_output")  # roles with a histogram a layer: 4 panels are enough
 PICTURED_OCTAVES = (-64, 32)  # log2 of the magnitudes in it
+
+
+def open_sink(start: Start) -> WandbSink | None:
+    """Open W&B, on the first rank, unless ``logger.wandb=false``."""
+    settings = start.config["logger"]
+    if not (start.first and settings["wandb"]):
+        return None
+    return WandbSink(start.folder, settings["project"], start.config, start.console, settings["group"])
 
 
 class WandbSink(NullSink):

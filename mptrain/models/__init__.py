@@ -1,22 +1,16 @@
 """Models in plain torch, one architecture a file. A new file here is a new ``kind`` for the YAMLs of conf/model.
 
-Such a file holds ``INPUT`` (what the model takes: ``tokens`` or ``images``, to be matched by the data's), a dataclass
-``Config`` and ``build(config)``. The model's ``forward(**batch)`` is the mean loss in nats. It has ``recompute``,
-``reset_parameters()``, ``flops_per_token()`` (or per image: what the data's throughput counts) and ``example(rows)``.
-The file's ``sizes(settings, state)`` are the settings that the data decides, read off the weights of a trained model.
-It may have ``measure(**batch)``: what validation reports beside the loss, by name, ``loss`` first.
-
-A file whose blocks may differ from each other has ``grows_evenly(config, start, step)``: whether, after the first
-``start``, each ``step`` blocks are like the ones before (a plan of memory then looks at few of them).
-A file may have ``hugging_face(config, state)``: config.json and tensors of the model's twin in Hugging Face's
-transformers, from the Config and the state_dict of a model; ``mptrain export`` writes them.
+:class:`Architecture` says what such a file holds, :class:`Model` what it builds.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import cast
 
+from mptrain.models._base import Architecture, BaseConfig, Model
 from mptrain.tools import registry
+
+__all__ = ["Architecture", "BaseConfig", "Model", "kinds", "load"]
 
 
 def kinds() -> list[str]:
@@ -24,6 +18,6 @@ def kinds() -> list[str]:
     return registry.kinds(__name__)
 
 
-def load(kind: str) -> ModuleType:
-    """The module of one kind, with its ``Config`` and ``build``. ValueError (did you mean ...) for an unknown one."""
-    return registry.load(__name__, kind)
+def load(kind: str) -> Architecture:
+    """The module of one kind. ValueError (did you mean ...) for an unknown one."""
+    return cast(Architecture, registry.load(__name__, kind))

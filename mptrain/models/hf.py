@@ -21,14 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mptrain.models import _experts, _huggingface
+from mptrain.models._base import BaseConfig
 from mptrain.models._decoder import EXAMPLE_LENGTH, require_vocabulary
 
 INPUT = "tokens"
+TENSOR_PARALLEL: dict[str, str] = {}
 OLDEST = 5  # transformers' major version: older ones have no choice of experts
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     """``config``: a config.json or its folder. What is left out is the file's, and filled in here.
 
     ``vocab_size`` 0: the data's; ``n_layer``: the first so many; ``block_size``: tokens of a sequence. ValueError names

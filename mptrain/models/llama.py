@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mptrain.models._base import BaseConfig
+from mptrain.models._base import all_blocks_alike as grows_evenly  # noqa: F401 - of the contract
 from mptrain.models._decoder import Decoder, require_vocabulary
 from mptrain.models._decoder import sizes as sizes
 from mptrain.models._transformer import require_positive
@@ -35,7 +37,7 @@ TWINS = {  # layers of a block, here and in Hugging Face's Llama
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     """Sizes of a Llama. ``vocab_size`` 0 means: the data's. ValueError names the setting that cannot work."""
 
     vocab_size: int = 0

@@ -14,14 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mptrain.models._base import BaseConfig, Twin
+from mptrain.models._base import all_blocks_alike as grows_evenly  # noqa: F401 - of the contract
 from mptrain.models._transformer import Transformer, require_heads, require_positive
 from mptrain.models.gpt import Block
 
 INPUT = "images"
+TENSOR_PARALLEL: dict[str, str] = {}
+hugging_face: Twin | None = None
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     """Sizes of a ViT. ``image_size``, ``channels`` and ``classes`` 0 mean: the data's. ValueError names the setting."""
 
     image_size: int = 0

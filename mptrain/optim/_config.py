@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mptrain.tools.settings import require
+from mptrain.tools import registry
+from mptrain.tools.settings import did_you_mean, require
 
 WEIGHTS = ("fp32", "bf16", "bf16_stochastic", "bf16_remainder")
 MOMENTS = ("fp32", "int8")
@@ -12,14 +13,17 @@ MOMENTS = ("fp32", "int8")
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up and cosine decay. ``warmup_frac`` is of max_steps; the rate ends at ``min_lr_frac`` of lr.
+    """An optimizer with warm-up and cosine decay. ``warmup_frac`` is of max_steps; the rate ends at ``min_lr_frac`` of
+    lr. ``kind``: the file of mptrain/optim that builds it.
 
     ``weights``: how they are stored: fp32 (masters), bf16 (updates below half a last place are lost), bf16_stochastic
     (rounded at random, right on average) or bf16_remainder (BF16 and the 16 bits below it: nothing is lost). Gradients
     of BF16 weights are BF16, and add up so over micro-batches: 1.5 % off at 256 of them.
-    ``moments``: fp32 or int8 (blocks of 256). ``ema_decay``: of a running average of the weights, 0 for none.
+    ``moments``: fp32 or int8 (blocks of 256). Only AdamW stores either in fewer bits. ``ema_decay``: of a running
+    average of the weights, 0 for none.
     """
 
+    kind: str = "adamw"
     lr: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.95
@@ -32,6 +36,9 @@ class OptimConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        known = registry.kinds(__package__)
+        if self.kind not in known:
+            raise ValueError(f"optim.kind={self.kind} is unknown{did_you_mean(self.kind, known)}")
         require(self.lr > 0, "optim.lr", self.lr, "above 0, e.g. 0.001")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
@@ -42,3 +49,11 @@ class OptimConfig:
         require(self.weights in WEIGHTS, "optim.weights", self.weights, f"one of {', '.join(WEIGHTS)}")
         require(self.moments in MOMENTS, "optim.moments", self.moments, "fp32 or int8")
         require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "in [0, 1), e.g. 0.999")
+        stored = f"optim.weights={self.weights}, optim.moments={self.moments}"
+        if self.kind != "adamw" and not self.fp32:
+            raise ValueError(f"{stored}: {self.kind} keeps both in FP32, use optim.kind=adamw")
+
+    @property
+    def fp32(self) -> bool:
+        """Tell whether weights and moments are stored in FP32."""
+        return self.weights == self.moments == "fp32"

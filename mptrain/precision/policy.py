@@ -178,7 +178,7 @@ class PrecisionPolicy:
         return (
             f"weights fp32 (masters) -> {cast} -> GEMMs {gemm}, fp32 accumulation\n"
             f"{loss} -> gradients fp32, reduced in {self.reduce} -> found_inf on all ranks -> clip\n"
-            "AdamW in fp32 on the masters, or the step is skipped and recorded"
+            "optimizer in fp32 on the masters, or the step is skipped and recorded"
         )
 
     @classmethod

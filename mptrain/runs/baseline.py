@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mptrain.runs.identity import COMPARED
+from mptrain.runs.identity import COMPARED, updates
 from mptrain.tools.files import number, object_in, rows_in, write_whole
 from mptrain.tools.locks import locked
 from mptrain.tools.settings import to_plain
@@ -68,7 +68,8 @@ def named(folder: Path, config: Any, wanted: str) -> Figures:
     if summary.get("precision") != "fp32":
         raise ValueError(f"baseline={folder} is a {summary.get('precision')} run: give one with precision=fp32")
     if summary.get("fingerprint") != wanted:
-        theirs, ours = object_in(folder / "config.json"), to_plain(config)
+        both = object_in(folder / "config.json"), to_plain(config)
+        theirs, ours = ({**values, "optim": updates(values.get("optim", {}))} for values in both)
         pairs = [d for key in COMPARED for d in _differences(theirs.get(key), ours[key], key)]
         what = "; ".join(pairs) or "another machine, corpus or version of torch"
         raise ValueError(f"baseline={folder} is not comparable ({what}): use baseline=auto or make these equal")

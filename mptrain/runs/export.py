@@ -44,13 +44,12 @@ def _translated(run: Path, state: dict[str, Tensor]) -> tuple[dict[str, Any], di
     """config.json and tensors by Hugging Face's names."""
     kind = trained.model_kind(run)
     module = models.load(kind)
-    if not hasattr(module, "hugging_face"):
-        having = [name for name in models.kinds() if hasattr(models.load(name), "hugging_face")]
+    if module.hugging_face is None:
+        having = [name for name in models.kinds() if models.load(name).hugging_face]
         raise ValueError(
             f"model.kind={kind} has no twin in Hugging Face's transformers; these have: {', '.join(having)}"
         )
-    found: tuple[dict[str, Any], dict[str, Tensor]] = module.hugging_face(trained.model_config(run, state), state)
-    return found
+    return module.hugging_face(trained.model_config(run, state), state)
 
 
 def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:

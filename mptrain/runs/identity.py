@@ -42,8 +42,15 @@ def fingerprint(config: Any, corpus: str, machine: str, torch_version: str, fp32
     dist = plain["dist"]
     if dist["kind"] != "single" or dist["tp"] > 1:  # speed and memory are those of a layout
         same["layout"] = [dist["kind"], dist["tp"], dist["replicas"], world_size()]
-    same["optim"] = {key: value for key, value in same["optim"].items() if key not in STORAGE}
+    same["optim"] = updates(same["optim"])
     return short_hash([same, corpus, machine, torch_version, fp32_gemm])
+
+
+def updates(optim: dict[str, Any]) -> dict[str, Any]:
+    """The settings of ``optim`` that say what the updates are: without the formats of what is stored, and without the
+    default kind, which runs of before there were others do not name."""
+    usual = {"kind": "adamw"}
+    return {key: value for key, value in optim.items() if key not in STORAGE and usual.get(key) != value}
 
 
 def short_hash(value: Any) -> str:
@@ -54,7 +61,8 @@ def short_hash(value: Any) -> str:
 def job_mark(plain: dict[str, Any]) -> str:
     """A hash of the settings (as plain values) that change a run: equal for two that would compute the same."""
     kept = {key: value for key, value in plain.items() if key not in ASIDE}
-    return short_hash(kept | {"precision": numerics(kept["precision"])})
+    optim = {key: kept["optim"][key] for key in STORAGE if key in kept["optim"]} | updates(kept["optim"])
+    return short_hash(kept | {"precision": numerics(kept["precision"]), "optim": optim})
 
 
 def numerics(policy: dict[str, Any]) -> dict[str, Any]:

@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from mptrain.memory import gpus
+
 if TYPE_CHECKING:
     import torch
 
 
-# Dense peak rates in TFLOP/s, vendor figures. MFU is against the peak of the format the GEMMs really ran in.
-PEAK_TFLOPS = {
-    "H100": {"fp8": 1979.0, "bf16": 989.0, "fp16": 989.0, "tf32": 494.0, "fp32": 67.0},
-    "H200": {"fp8": 1979.0, "bf16": 989.0, "fp16": 989.0, "tf32": 494.0, "fp32": 67.0},
-    "A100": {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5},
-}
-
-
 def peaks(device: torch.device) -> dict[str, float]:
-    """The device's dense peaks in TFLOP/s by GEMM format (fp8, bf16, ...); empty where none are known."""
+    """The device's dense peaks in TFLOP/s by GEMM format (fp8, bf16, ...); empty where none are known.
+
+    MFU is against the peak of the format that the GEMMs really ran in.
+    """
     if device.type != "cuda":
         return {}
     import torch
 
-    name = torch.cuda.get_device_name(device)
-    return next((rates for card, rates in PEAK_TFLOPS.items() if card in name), {})
+    return gpus.dense_tflops(torch.cuda.get_device_name(device))
 
 
 def peak_tflops(device: torch.device, fmt: str) -> float | None:

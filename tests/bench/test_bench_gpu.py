@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mptrain.bench import gpu
+from mptrain.memory.gpus import dense_tflops
 
 pytestmark = [  # torch.compile's own
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
@@ -72,9 +73,11 @@ def test_running_out_of_memory_or_time_is_a_row(
 
 
 def test_mfu_weighs_each_flop_by_the_peak_of_its_format() -> None:
-    half = gpu.mfu(1e6, 1e9, 0.5, "bf16")
+    h100 = dense_tflops("NVIDIA H100 80GB HBM3")
+    half = gpu.mfu(1e6, 1e9, 0.5, "bf16", h100)
     assert half == pytest.approx(1e15 * (0.5 / 1979e12 + 0.5 / 989e12))
-    assert gpu.mfu(1e6, 1e9, 0.0, "fp32") == pytest.approx(1e15 / 67e12)
+    assert gpu.mfu(1e6, 1e9, 0.0, "fp32", h100) == pytest.approx(1e15 / 67e12)
+    assert gpu.mfu(1e6, 1e9, 0.5, "bf16", dense_tflops("NVIDIA A100-SXM4-80GB")) is None, "it has no FP8"
 
 
 def test_sizes_are_those_of_the_table() -> None:

@@ -111,6 +111,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("kind", models.kinds())
+def test_a_file_and_its_model_have_all_that_the_contract_names(kind):
+    module = models.load(kind)
+    assert isinstance(module, models.Architecture)
+    model = tiny(kind)
+    assert isinstance(model, models.Model)
+    assert isinstance(model.config, models.BaseConfig)
+    assert module.grows_evenly(model.config, 1, 1) in (True, False)
+
+
 @pytest.fixture(params=models.kinds())
 def kind(request):
     return request.param

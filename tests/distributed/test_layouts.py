@@ -10,7 +10,7 @@ from torch.distributed.tensor import distribute_tensor
 from mptrain.build.assemble import assemble
 from mptrain.build.preflight import prepare
 from mptrain.config import composed
-from mptrain.loggers.base import NullSink
+from mptrain.loggers import NullSink
 
 SMALL = (
     "model=gpt-nano", "model.n_embd=32", "model.n_layer=2", "model.n_head=2", "model.block_size=16",

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mptrain.loggers.base import NullSink
+from mptrain.loggers import NullSink
 from mptrain.models import gpt
 
 SIZES = gpt.Config(vocab_size=16, block_size=8, n_layer=1, n_head=2, n_embd=16)

@@ -11,13 +11,14 @@ from torch import nn
 from mptrain import Precision, PrecisionPolicy
 from mptrain.memory.training import trace
 from mptrain.memory.training.live import UPDATE, resident, watched
+from mptrain.models import BaseConfig
 from mptrain.optim import OptimConfig, build_optimizer
 
 BATCH = 6
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
     vocab_size: int = 64
     block_size: int = 50
     kind: type[nn.RNNBase] = nn.LSTM

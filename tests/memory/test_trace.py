@@ -12,7 +12,7 @@ from mptrain.config import composed
 from mptrain.distributed import World
 from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
-from mptrain.loggers.base import NullSink
+from mptrain.loggers import NullSink
 from mptrain.memory.training import cuda, trace
 from mptrain.memory.training.grading import graded
 from mptrain.memory.training.live import LATE, by_role
@@ -126,6 +126,7 @@ def test_a_model_whose_depth_is_not_even_is_traced_whole(monkeypatch, one_thread
     monkeypatch.setattr(trace, "trace", lambda job: traced.append(job.config.n_layer) or real(job))
 
     class Uneven:
+        grows_evenly = staticmethod(gpt.grows_evenly)
         INPUT = "tokens"
 
         @staticmethod
@@ -160,6 +161,7 @@ def test_what_is_absurd_or_cannot_be_traced_is_said():
         plan(replace(job(1), config=huge, batch_size=1))
 
     class Counting:
+        grows_evenly = staticmethod(gpt.grows_evenly)
         INPUT = "tokens"
 
         @staticmethod

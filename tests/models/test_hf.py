@@ -15,7 +15,7 @@ from mptrain.build.assemble import assemble
 from mptrain.build.preflight import prepare
 from mptrain.checkpoint.checkpoints import load
 from mptrain.config import composed, parse_open
-from mptrain.loggers.base import NullSink
+from mptrain.loggers import NullSink
 from mptrain.memory.training import trace
 from mptrain.memory.training.live import WINDOWS, by_role
 from mptrain.models import _huggingface, hf

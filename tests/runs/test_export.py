@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     from transformers import AutoModelForCausalLM
 
 VOCAB, BLOCK = 97, 32
-KINDS = [kind for kind in models.kinds() if hasattr(models.load(kind), "hugging_face")]
+KINDS = [kind for kind in models.kinds() if models.load(kind).hugging_face]
 SETTINGS = {  # away from the defaults, here and there: what is not written down shows
     "tied": {"tied": True},
     "untied": {"tied": False},

@@ -8,7 +8,7 @@ import torch
 from small_training import SIZES, Data, Kept, weights
 
 from mptrain import Precision
-from mptrain.loggers.base import NullSink
+from mptrain.loggers import NullSink
 from mptrain.models import gpt
 from mptrain.optim import OptimConfig, Schedule, build_optimizer
 from mptrain.telemetry.audit import StepAudit

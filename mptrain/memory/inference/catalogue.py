@@ -1,4 +1,4 @@
-"""Models and GPUs known by name: a YAML each, with the source of its figures. Adding one is adding a file."""
+"""Models known by name: a YAML each, with the source of its figures. Adding one is adding a file."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from mptrain.memory.inference import huggingface
 from mptrain.memory.inference.architecture import Architecture
-from mptrain.memory.units import parse_bytes
 from mptrain.tools.settings import did_you_mean
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[1] / "models"
 COUNT = re.compile(r"(\d{1,18})(?:\.(\d{1,12}))?(?:e(\d{1,2}))? ?([KMBT]?)")
 POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 MOST_PARAMETERS = huggingface.MOST_PARAMETERS
@@ -33,16 +31,6 @@ class Model:
     architecture: Architecture
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """``memory``: bytes of the vendor's figure, ``stated``; drivers report 0.6 to 7.4 % more, some of it reserved."""
-
-    name: str
-    memory: int
-    stated: str
-    source: str
-
-
 @cache
 def model(name: str) -> Model:
     """The model of that name, in any case. ValueError with the nearest one."""
@@ -51,36 +39,19 @@ def model(name: str) -> Model:
         raise ValueError(
             f"--model={name} is neither a file or folder nor in the catalogue{did_you_mean(name.lower(), known)}"
         )
-    values = _values(HERE / "models" / f"{name.lower()}.yaml")
+    values = yaml.safe_load((HERE / f"{name.lower()}.yaml").read_text(encoding="utf-8"))
     made = huggingface.from_config({"_name_or_path": name.lower(), **values["config"]}, f"{name.lower()}.yaml")
     return Model(name.lower(), values["source"], str(values["parameters"]), values.get("activated", ""), made)
 
 
 def model_names() -> list[str]:
-    return sorted(path.stem for path in (HERE / "models").glob("*.yaml"))
+    return sorted(path.stem for path in HERE.glob("*.yaml"))
 
 
 def models() -> list[Model]:
     """All of them, the smallest of each family first."""
     found = [model(name) for name in model_names()]
     return sorted(found, key=lambda one: (one.name.rpartition("-")[0] or one.name, one.architecture.parameters))
-
-
-@cache
-def gpu(name: str) -> Gpu:
-    """The GPU of that name, in any case. ValueError with the nearest one."""
-    known = {path.stem.lower(): path for path in sorted((HERE / "gpus").glob("*.yaml"))}
-    if name.lower() not in known:
-        names = [path.stem for path in known.values()]
-        raise ValueError(f"--gpu={name} is unknown{did_you_mean(name, names)}; or set --fit=80GiB")
-    path = known[name.lower()]
-    values = _values(path)
-    return Gpu(path.stem, parse_bytes(values["memory"], f"{path.name}: memory"), values["memory"], values["source"])
-
-
-def gpus() -> list[Gpu]:
-    """All of them, by memory."""
-    return sorted((gpu(path.stem) for path in (HERE / "gpus").glob("*.yaml")), key=lambda one: (one.memory, one.name))
 
 
 def parse_count(text: str, setting: str = "--parameters") -> int:
@@ -94,9 +65,3 @@ def parse_count(text: str, setting: str = "--parameters") -> int:
     if not 1 <= count <= MOST_PARAMETERS:
         raise ValueError(f"{setting}={text} cannot work: it must be a whole number from 1 to {MOST_PARAMETERS:.0e}")
     return count
-
-
-def _values(path: Path) -> dict[str, Any]:
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert isinstance(values, dict), path
-    return values

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mptrain.memory.inference.catalogue import Gpu, Model
+from mptrain.memory.gpus import Gpu
+from mptrain.memory.inference.catalogue import Model
 from mptrain.memory.inference.plan import kv_bytes
 from mptrain.memory.inference.serving import Row, Subject, Target
 from mptrain.memory.inference.weights import weight_format

@@ -53,7 +53,7 @@ def largest(total: Callable[[int], int], capacity: int, *, step: int = 1, most: 
 
 def largest_batch(job: Job, capacity: int) -> int:
     """Samples in a micro-batch of one rank; 0 if not even one fits."""
-    most = MOST_TOKENS // max(1, getattr(job.config, "block_size", 1))
+    most = MOST_TOKENS // max(1, job.config.block_size)
     return largest(lambda size: plan(replace(job, batch_size=size), check=False).total, capacity, most=min(MOST, most))
 
 
@@ -75,7 +75,7 @@ def remedies(job: Job, now: TrainingPlan) -> list[Remedy]:
 
 def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
     sharded = job.layout.shards > 1 or job.layout.parts > 1
-    plain = job.optim.weights == job.optim.moments == "fp32" and not sharded
+    plain = job.optim.kind == "adamw" and job.optim.fp32 and not sharded
     if not job.checkpointing:
         yield CHECKPOINTING, "each block's forward twice: about a third more FLOPs", _checkpointed(job)
     if plain:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -14,6 +13,7 @@ from mptrain.memory.training.cuda import CONTEXT_BYTES, FRAGMENTATION_FRAC, back
 from mptrain.memory.training.live import Bytes, by_role
 from mptrain.memory.training.trace import CPU, Job, Peaks, peaks
 from mptrain.memory.units import gib
+from mptrain.models import Architecture
 from mptrain.precision.backends import resolve
 from mptrain.tools.settings import require
 
@@ -78,7 +78,7 @@ class TrainingPlan:
 def plan(job: Job, *, check: bool = True) -> TrainingPlan:
     """Trace a step of ``job``; ``check``: see :func:`~mptrain.memory.training.trace.peaks`. ValueError for what is too
     large or cannot be traced: a model that looks at values, as routers do that count the tokens of each expert."""
-    samples, length = job.batch_size, getattr(job.config, "block_size", 1)
+    samples, length = job.batch_size, max(1, job.config.block_size)
     require(samples * length <= MOST_TOKENS, "trainer.batch_size", f"{samples} x {length}", "at most 2^36 tokens")
     try:
         found = peaks(job, check=check)
@@ -126,7 +126,7 @@ def _attention(found: Peaks) -> str:
     return "unfused, scores stored" if "_softmax" in made or "_safe_softmax" in made else ""
 
 
-def rank_job(model: ModuleType, model_config: Any, config: Any, layout: Layout, *, gpu: bool) -> Job:
+def rank_job(model: Architecture, model_config: Any, config: Any, layout: Layout, *, gpu: bool) -> Job:
     """The first rank's part of the run that ``config`` (a :class:`mptrain.config.RunConfig`) describes.
 
     ValueError if its samples cannot be shared out.

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from mptrain.distributed.layout import DistConfig, Layout
 from mptrain.memory.training import recurrent
 from mptrain.memory.training.cuda import CudaCasts, casting, stand_in, with_transposed
 from mptrain.memory.training.live import UPDATE, Bytes, buckets_of, resident, watched
+from mptrain.models import Architecture
 from mptrain.optim import Average, OptimConfig, build_optimizer
 from mptrain.precision import Precision
 from mptrain.precision.backends import resolve
@@ -47,7 +47,7 @@ class Job:
     ``accumulate``. ``gpu``: as on a CUDA GPU, else as on this CPU. Left out is what ``dist.compress=fp8`` works with
     while it sends: some six buckets, of 25 MiB at most."""
 
-    model: ModuleType
+    model: Architecture
     config: Any
     policy: PrecisionPolicy
     optim: OptimConfig
@@ -61,9 +61,8 @@ class Job:
 
 def peaks(job: Job, *, check: bool = True) -> Peaks:
     """Find what is alive at the peak of each window of a step, on one rank. ``check``: meet the third depth."""
-    depth = getattr(job.config, "n_layer", 0)
-    evenly = getattr(job.model, "grows_evenly", None)  # a kind whose blocks differ says how
-    if depth <= DEEP or (evenly is not None and not evenly(job.config, DEPTHS[0], DEPTHS[1] - DEPTHS[0])):
+    depth = job.config.n_layer
+    if depth <= DEEP or not job.model.grows_evenly(job.config, DEPTHS[0], DEPTHS[1] - DEPTHS[0]):
         return trace(job)
     first, second = _at(job, DEPTHS[0]), _at(job, DEPTHS[1])
     if check and _carried_on(first, second, DEPTHS[2]) != _at(job, DEPTHS[2]):
@@ -118,7 +117,7 @@ def _step(job: Job, ranks: Ranks, mesh: Any) -> Peaks:
         again = precision.recompute
         model.recompute = casting(again) if job.gpu else again  # type: ignore[assignment]
     if mesh is not None:  # DDP's C++ takes no fake tensors: see _into_buckets
-        products = getattr(job.model, "TENSOR_PARALLEL", {})
+        products = job.model.TENSOR_PARALLEL
         formats = job.policy.compute.value.dtype, job.policy.reduce.value.dtype
         wrap.cut_up(model, products, mesh, job.dist, formats, precision.unreduced)
     optimizer = build_optimizer(job.optim, model)

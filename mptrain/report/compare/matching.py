@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mptrain.runs.identity import STORAGE, numerics, short_hash
+from mptrain.runs.identity import STORAGE, numerics, short_hash, updates
 from mptrain.runs.read import Run, leaf_names
 
 SENT = {"compress": "none", "gather": "compute"}  # of dist: what gradients and weights travel in
@@ -78,10 +78,9 @@ def _variants(runs: list[Run]) -> tuple[Matched, ...]:
 def trial(run: Run, corpus: str | None) -> dict[str, Any]:
     """The settings that the runs of a group share. ``corpus``: hash of the data's content, None if it is not known."""
     settings = run.config
-    optim = {key: value for key, value in settings["optim"].items() if key not in STORAGE}
     trainer = {key: settings["trainer"].get(key) for key in SCHEDULE}
     data = {"corpus": corpus} if corpus else settings["data"]
-    shared = {"model": settings["model"], "data": data, "optim": optim, "trainer": trainer}
+    shared = {"model": settings["model"], "data": data, "optim": updates(settings["optim"]), "trainer": trainer}
     dist = settings.get("dist", {})
     if dist.get("kind", "single") == "single" and dist.get("tp", 1) == 1:
         return shared

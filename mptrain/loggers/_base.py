@@ -1,15 +1,41 @@
-"""Sinks: where metrics, events and the summary go. Console and JSONL always, W&B (:mod:`mptrain.loggers.wandb`) when
-configured. Metrics are one flat dict with ``/`` names and units.
-"""
+"""The contract of a sink, and what one is opened with. Metrics are one flat dict with ``/`` names and units."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+import torch
+from rich.console import Console
 
 from mptrain.telemetry.record import Record
 
 Metrics = dict[str, float]
 Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The parts of a run that a sink is opened with.
+
+    ``config``: all settings as plain values; ``since``: the step that the run is resumed from; ``unit``: of
+    throughput; ``rank`` of ``ranks``.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    console: Console
+    device: torch.device
+    rank: int = 0
+    ranks: int = 1
+    since: int = 0
+    unit: str = "tokens"
+
+    @property
+    def first(self) -> bool:
+        """Tell whether this rank writes what a run has once."""
+        return self.rank == 0
 
 
 class Sink(Protocol):
