@@ -179,7 +179,8 @@ def measure_kernels(sizes: Sizes) -> list[Row]:
     out, scale, amax = torch.empty_like(x), torch.tensor(7.25), torch.zeros(())
 
     def rounded(largest: Tensor | None) -> Step:
-        return lambda: kernels.fake_quantize(x, scale, Format.fp8_e4m3, out=out, amax=largest)
+        statistics = kernels.Statistics(amax=largest)
+        return lambda: kernels.fake_quantize(x, scale, Format.fp8_e4m3, out=out, statistics=statistics)
 
     passes: dict[str, Step] = {"copy": lambda: out.copy_(x), "given": rounded(None), "amax": rounded(amax)}
     times = Times(passes | {"copy" + TWIN: passes["copy"]}, sizes.repeats * 3)

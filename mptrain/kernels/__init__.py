@@ -28,7 +28,7 @@ from mptrain.kernels.choice import (
     why_not,
 )
 from mptrain.kernels.operators import direct, onlooker
-from mptrain.kernels.statistics import COUNTS, INPUTS, Statistics, check_input, check_scalar
+from mptrain.kernels.statistics import COUNTS, INPUTS, UNWANTED, Statistics, check_input, check_scalar
 
 __all__ = [
     "CODES", "CODE_TYPES", "COUNTS", "FP8", "IMPLEMENTATIONS", "INPUTS", "OBSERVED", "Kernels", "Statistics", "amax",
@@ -54,32 +54,21 @@ def amax(x: Tensor) -> Tensor:
     return out
 
 
-def observe(
-    x: Tensor,
-    *,
-    histogram: Tensor | None = None,
-    fmt: Format | None = None,
-    scale: Tensor | None = None,
-    counts: Tensor | None = None,
-    errors: Tensor | None = None,
-    blocks: Tensor | None = None,
-    amax: Tensor | None = None,
-) -> None:
-    """Write statistics of ``x`` (FP32, BF16 or FP16, any shape), and only those, in one pass; see :class:`Statistics`.
+def observe(x: Tensor, statistics: Statistics, *, fmt: Format | None = None, scale: Tensor | None = None) -> None:
+    """Write ``statistics`` of ``x`` (FP32, BF16 or FP16, any shape), and only those, in one pass.
 
     ``counts`` and ``errors`` are those of a cast to ``fmt`` (FP8, FP16, TF32 or BF16) at ``scale`` (FP32, one element).
     """
-    wanted = Statistics(counts, amax, histogram, errors, blocks)
-    wanted.check(x, scale)
-    if (counts is not None or errors is not None) and (fmt is None or scale is None):
+    statistics.check(x, scale)
+    if (statistics.counts is not None or statistics.errors is not None) and (fmt is None or scale is None):
         raise ValueError("counts and errors are those of a cast: give fmt and scale")
     if fmt is not None and fmt not in OBSERVED:
         raise ValueError(f"observe does not round to {fmt}; choose one of {_names(OBSERVED)}")
     x = x.contiguous()
     if direct(x):
-        kernels_on(x.device).observe(x, scale, fmt, wanted)
+        kernels_on(x.device).observe(x, scale, fmt, statistics)
     else:
-        operators.observe(x, scale, None if fmt is None else fmt.name, *wanted)
+        operators.observe(x, scale, None if fmt is None else fmt.name, *statistics)
 
 
 def quantize(
@@ -88,31 +77,26 @@ def quantize(
     fmt: Format,
     *,
     carrier: torch.dtype | None = None,
-    counts: Tensor | None = None,
-    amax: Tensor | None = None,
-    histogram: Tensor | None = None,
-    errors: Tensor | None = None,
-    blocks: Tensor | None = None,
+    statistics: Statistics = UNWANTED,
 ) -> tuple[Tensor, Tensor | None]:
     """``x`` (FP32, BF16 or FP16, any shape) times ``scale`` (FP32, one element), rounded in ``fmt`` (FP8 or FP16).
 
     Returns the codes, in ``fmt``'s own dtype, and the same values (still times ``scale``) in ``carrier`` for a GEMM,
-    or None. The others are statistics of ``x``, see :class:`Statistics`, and cost no pass of their own. FP16 values
+    or None. ``statistics`` of ``x`` cost no pass of their own. FP16 values
     need an FP32 carrier: BF16 has 7 mantissa bits of the 10.
     """
     if fmt not in CODES:
         raise ValueError(f"quantize has no codes for {fmt}; choose one of {_names(CODES)}, or use fake_quantize")
     if carrier not in (None, torch.float32, torch.bfloat16) or (carrier is torch.bfloat16 and fmt is Format.fp16):
         raise ValueError(f"{carrier} cannot carry {fmt} values exactly; use carrier=torch.float32")
-    wanted = Statistics(counts, amax, histogram, errors, blocks)
-    wanted.check(x, scale)
+    statistics.check(x, scale)
     x = x.contiguous()
     q = torch.empty_like(x, dtype=fmt.value.dtype)  # half the time of torch.empty
     carried = None if carrier is None else torch.empty_like(x, dtype=carrier)
     if direct(x):
-        kernels_on(x.device).quantize(x, scale, fmt, q, carried, wanted)
+        kernels_on(x.device).quantize(x, scale, fmt, q, carried, statistics)
     else:
-        operators.quantize(x, scale, fmt.name, q, carried, *wanted)
+        operators.quantize(x, scale, fmt.name, q, carried, *statistics)
     return q, carried
 
 
@@ -122,11 +106,7 @@ def operands(
     fmt: Format,
     *,
     carrier: torch.dtype,
-    counts: Tensor | None = None,
-    amax: Tensor | None = None,
-    histogram: Tensor | None = None,
-    errors: Tensor | None = None,
-    blocks: Tensor | None = None,
+    statistics: Statistics = UNWANTED,
 ) -> tuple[Tensor, Tensor]:
     """A matrix and its transpose as operands of two GEMMs: the values of :func:`quantize`, whose codes nobody keeps.
 
@@ -134,17 +114,16 @@ def operands(
     by 384: 13.0 ms against 7.0 for one that is contiguous), where this pass has it in the cache. oneDNN may then add up
     in another order (1024 rows: last bits differ), and the training step of a GPT gains 2 %.
     """
-    wanted = Statistics(counts, amax, histogram, errors, blocks)
     planned = isinstance(x, FakeTensor)  # then it is the buffers alone that count
     if (planned or direct(x)) and implementation(x.device) == "c" and carrier is torch.bfloat16 and fmt in FP8:
-        wanted.check(x, scale)
+        statistics.check(x, scale)
         x = x.contiguous()
         out = torch.empty_like(x, dtype=carrier)
         turned = torch.empty(x.shape[1], x.shape[0], dtype=carrier)
         if not planned:
-            module("c").operands(x, scale, fmt, out, turned, wanted)
+            module("c").operands(x, scale, fmt, out, turned, statistics)
         return out, turned
-    carried = quantize(x, scale, fmt, carrier=carrier, **wanted._asdict())[1]
+    carried = quantize(x, scale, fmt, carrier=carrier, statistics=statistics)[1]
     assert carried is not None
     return carried, carried.t()
 
@@ -180,30 +159,25 @@ def fake_quantize(
     fmt: Format,
     *,
     out: Tensor | None = None,
-    counts: Tensor | None = None,
-    amax: Tensor | None = None,
-    histogram: Tensor | None = None,
-    errors: Tensor | None = None,
-    blocks: Tensor | None = None,
+    statistics: Statistics = UNWANTED,
 ) -> Tensor:
     """``x`` rounded in ``fmt`` at ``scale`` and scaled back: ``round(x * scale) * float32(1 / scale)``, in x's dtype.
 
     ``fmt`` may also be TF32 (10 mantissa bits, FP32's range; scale normally 1). ``out`` (contiguous, x's shape and
-    dtype) may be ``x`` itself. The others are statistics of ``x``, see :class:`Statistics`.
+    dtype) may be ``x`` itself. ``statistics``: of ``x``.
     """
     if fmt not in CODES and fmt is not Format.tf32:
         raise ValueError(f"fake_quantize does not round to {fmt}; choose one of {_names(CODES | {Format.tf32})}")
-    wanted = Statistics(counts, amax, histogram, errors, blocks)
-    wanted.check(x, scale)
+    statistics.check(x, scale)
     source = x.contiguous()
     if out is None:
         out = torch.empty_like(source)
     elif out.shape != x.shape or out.dtype is not x.dtype or out.device != x.device or not out.is_contiguous():
         raise ValueError(f"out must be contiguous {x.dtype} of shape {tuple(x.shape)} on {x.device}")
     if direct(x):
-        kernels_on(x.device).fake_quantize(source, scale, fmt, out, wanted)
+        kernels_on(x.device).fake_quantize(source, scale, fmt, out, statistics)
     else:
-        operators.fake_quantize(source, scale, fmt.name, out, *wanted)
+        operators.fake_quantize(source, scale, fmt.name, out, *statistics)
     return out
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mptrain.kernels import c, implementation, observe
+from mptrain.kernels import Statistics, c, implementation, observe
 from mptrain.kernels.bins import N_BINS
 
 N_LOST = 5  # asked; lost in BF16, in FP32, expected with stochastic rounding, with BF16 + 16-bit remainder
@@ -55,7 +55,7 @@ def updates(
         w, m, v = (x[start : start + CHUNK] for x in flat)
         u = update(w.float(), m, v, *numbers)
         for x, table in zip((m, v, u), histograms, strict=True):
-            observe(x, histogram=table)
+            observe(x, Statistics(histogram=table))
         lost += lost_in(w.float(), u)
 
 

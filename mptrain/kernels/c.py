@@ -61,25 +61,25 @@ def amax(x: Tensor, out: Tensor) -> None:
     _loaded().mp_amax(x.data_ptr(), n, INPUT[x.dtype], _threads(n), out.data_ptr())
 
 
-def observe(x: Tensor, scale: Tensor | None, fmt: Format | None, wanted: Statistics) -> None:
+def observe(x: Tensor, scale: Tensor | None, fmt: Format | None, statistics: Statistics) -> None:
     """The statistics of ``x`` (contiguous), those of a cast for ``fmt`` at ``scale``."""
-    _run(x, scale, fmt or Format.fp8_e4m3, NOTHING, None, None, wanted)
+    _run(x, scale, fmt or Format.fp8_e4m3, NOTHING, None, None, statistics)
 
 
-def quantize(x: Tensor, scale: Tensor, fmt: Format, q: Tensor, carried: Tensor | None, wanted: Statistics) -> None:
+def quantize(x: Tensor, scale: Tensor, fmt: Format, q: Tensor, carried: Tensor | None, statistics: Statistics) -> None:
     """``x * scale`` rounded in ``fmt`` into ``q`` and, widened again, into ``carried``; all contiguous, x's shape."""
     output = OUTPUT[None if carried is None else carried.dtype]
-    _run(x, scale, fmt, output, q.data_ptr(), _pointer(carried), wanted)
+    _run(x, scale, fmt, output, q.data_ptr(), _pointer(carried), statistics)
 
 
-def operands(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, turned: Tensor, wanted: Statistics) -> None:
+def operands(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, turned: Tensor, statistics: Statistics) -> None:
     """The values of :func:`quantize` in BF16, without codes: a matrix into ``out``, its transpose into ``turned``."""
-    _run(x, scale, fmt, VALUES_BF16, None, out.data_ptr(), wanted, turned.data_ptr())
+    _run(x, scale, fmt, VALUES_BF16, None, out.data_ptr(), statistics, turned.data_ptr())
 
 
-def fake_quantize(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, wanted: Statistics) -> None:
+def fake_quantize(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, statistics: Statistics) -> None:
     """``x`` rounded in ``fmt`` and multiplied by FP32 ``1 / scale``, into ``out`` (``x``'s shape and dtype)."""
-    _run(x, scale, fmt, SCALED_BACK, None, out.data_ptr(), wanted)
+    _run(x, scale, fmt, SCALED_BACK, None, out.data_ptr(), statistics)
 
 
 def decode(q: Tensor, out: Tensor) -> None:
@@ -120,13 +120,13 @@ def _run(
     output: int,
     codes: int | None,
     values: int | None,
-    wanted: Statistics,
+    statistics: Statistics,
     turned: int | None = None,
 ) -> None:
     n, cols = x.numel(), x.shape[-1] if x.dim() else 1
     keys = n // cols if n else 0, cols, INPUT[x.dtype], FORMAT[fmt], output
-    statistics = map(_pointer, wanted)
-    _loaded().mp_quantize(x.data_ptr(), *keys, _pointer(scale), codes, values, turned, *statistics, _threads(n))
+    tables = map(_pointer, statistics)
+    _loaded().mp_quantize(x.data_ptr(), *keys, _pointer(scale), codes, values, turned, *tables, _threads(n))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -34,20 +34,13 @@ def amax(x: Tensor, out: Tensor) -> None:
     out.masked_fill_(out.isnan(), math.nan)
 
 
-def observe(x: Tensor, scale: Tensor | None, fmt: Format | None, wanted: Statistics) -> None:
+def observe(x: Tensor, scale: Tensor | None, fmt: Format | None, statistics: Statistics) -> None:
     """The statistics of ``x``, those of a cast for ``fmt`` at ``scale``."""
     rounded = None if fmt is None or scale is None else _rounded(_clamped(x, scale, fmt), fmt)
-    statistics(x, rounded, scale, fmt, wanted)
+    add_statistics(x, rounded, scale, fmt, statistics)
 
 
-def quantize(
-    x: Tensor,
-    scale: Tensor,
-    fmt: Format,
-    q: Tensor,
-    carried: Tensor | None,
-    wanted: Statistics,
-) -> None:
+def quantize(x: Tensor, scale: Tensor, fmt: Format, q: Tensor, carried: Tensor | None, statistics: Statistics) -> None:
     """``x * scale`` rounded in ``fmt`` into ``q`` and, widened again, into ``carried``; all of ``x``'s shape."""
     y = _clamped(x, scale, fmt)
     q.copy_(y)
@@ -56,15 +49,15 @@ def quantize(
     if carried is not None:
         carried.copy_(q)
         carried.masked_fill_(y.isnan(), math.nan)
-    statistics(x, q.float(), scale, fmt, wanted)
+    add_statistics(x, q.float(), scale, fmt, statistics)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, wanted: Statistics) -> None:
+def fake_quantize(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, statistics: Statistics) -> None:
     """``x`` rounded in ``fmt`` and multiplied by FP32 ``1 / scale``, into ``out`` (``x``'s shape and dtype)."""
     y = _clamped(x, scale, fmt)
     rounded = _rounded(y, fmt)
     back = rounded * scale.reciprocal()
-    statistics(x, rounded, scale, fmt, wanted)
+    add_statistics(x, rounded, scale, fmt, statistics)
     out.copy_(back)
     out.masked_fill_(back.isnan(), math.nan)
 
@@ -113,23 +106,25 @@ def _rounded(y: Tensor, fmt: Format) -> Tensor:
     return _round_tf32(y) if fmt is Format.tf32 else y.to(_storage(fmt)).float()
 
 
-def statistics(x: Tensor, rounded: Tensor | None, scale: Tensor | None, fmt: Format | None, wanted: Statistics) -> None:
-    """Write all that is wanted; ``rounded``, ``scale`` and ``fmt`` for what a cast does."""
-    if wanted.amax is not None:
-        amax(x, wanted.amax)
-    if wanted.histogram is not None:
-        wanted.histogram.add_(torch.bincount(bins.indices(x), minlength=bins.N_BINS))
-    if wanted.blocks is not None:
-        _add_blocks(x, wanted.blocks)
+def add_statistics(
+    x: Tensor, rounded: Tensor | None, scale: Tensor | None, fmt: Format | None, statistics: Statistics
+) -> None:
+    """Write all statistics wanted; ``rounded``, ``scale`` and ``fmt`` for what a cast does."""
+    if statistics.amax is not None:
+        amax(x, statistics.amax)
+    if statistics.histogram is not None:
+        statistics.histogram.add_(torch.bincount(bins.indices(x), minlength=bins.N_BINS))
+    if statistics.blocks is not None:
+        _add_blocks(x, statistics.blocks)
     if rounded is None or scale is None or fmt is None:
         return
-    if wanted.counts is not None:
-        _add_counts(x, rounded, scale, fmt, wanted.counts)
-    if wanted.errors is not None:
+    if statistics.counts is not None:
+        _add_counts(x, rounded, scale, fmt, statistics.counts)
+    if statistics.errors is not None:
         wide, back = x.double().flatten(), (rounded * scale.reciprocal()).double().flatten()
         finite = wide.isfinite() & back.isfinite()
         squares = torch.stack([wide, wide - back]).masked_fill(~finite, 0).square()
-        wanted.errors.add_(squares.sum(1))
+        statistics.errors.add_(squares.sum(1))
 
 
 def _add_counts(x: Tensor, rounded: Tensor, scale: Tensor, fmt: Format, counts: Tensor) -> None:

@@ -12,7 +12,8 @@ from mptrain.formats import Format
 from mptrain.kernels.choice import kernels_on
 from mptrain.kernels.statistics import Statistics
 
-STATISTICS = ("counts", "amax", "histogram", "errors", "blocks")  # the fields of Statistics, in their order
+STATISTICS = Statistics._fields
+TABLES = ", ".join(f"Tensor({name}!)? {name}" for name in STATISTICS)  # optional, and written to
 
 
 @torch.library.custom_op("mptrain::amax", mutates_args=("out",))
@@ -20,52 +21,29 @@ def amax(x: Tensor, out: Tensor) -> None:
     kernels_on(x.device).amax(x, out)
 
 
-@torch.library.custom_op("mptrain::observe", mutates_args=STATISTICS)
-def observe(
-    x: Tensor,
-    scale: Tensor | None,
-    fmt: str | None,
-    counts: Tensor | None,
-    amax: Tensor | None,
-    histogram: Tensor | None,
-    errors: Tensor | None,
-    blocks: Tensor | None,
-) -> None:
-    wanted = Statistics(counts, amax, histogram, errors, blocks)
-    kernels_on(x.device).observe(x, scale, None if fmt is None else Format[fmt], wanted)
+@torch.library.custom_op(
+    "mptrain::observe", mutates_args=STATISTICS, schema=f"(Tensor x, Tensor? scale, str? fmt, {TABLES}) -> ()"
+)
+def observe(x: Tensor, scale: Tensor | None, fmt: str | None, *statistics: Tensor | None) -> None:
+    kernels_on(x.device).observe(x, scale, None if fmt is None else Format[fmt], Statistics(*statistics))
 
 
-@torch.library.custom_op("mptrain::quantize", mutates_args=("q", "carried", *STATISTICS))
-def quantize(
-    x: Tensor,
-    scale: Tensor,
-    fmt: str,
-    q: Tensor,
-    carried: Tensor | None,
-    counts: Tensor | None,
-    amax: Tensor | None,
-    histogram: Tensor | None,
-    errors: Tensor | None,
-    blocks: Tensor | None,
-) -> None:
-    wanted = Statistics(counts, amax, histogram, errors, blocks)
-    kernels_on(x.device).quantize(x, scale, Format[fmt], q, carried, wanted)
+@torch.library.custom_op(
+    "mptrain::quantize",
+    mutates_args=("q", "carried", *STATISTICS),
+    schema=f"(Tensor x, Tensor scale, str fmt, Tensor(q!) q, Tensor(carried!)? carried, {TABLES}) -> ()",
+)
+def quantize(x: Tensor, scale: Tensor, fmt: str, q: Tensor, carried: Tensor | None, *statistics: Tensor | None) -> None:
+    kernels_on(x.device).quantize(x, scale, Format[fmt], q, carried, Statistics(*statistics))
 
 
-@torch.library.custom_op("mptrain::fake_quantize", mutates_args=("out", *STATISTICS))
-def fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    fmt: str,
-    out: Tensor,
-    counts: Tensor | None,
-    amax: Tensor | None,
-    histogram: Tensor | None,
-    errors: Tensor | None,
-    blocks: Tensor | None,
-) -> None:
-    wanted = Statistics(counts, amax, histogram, errors, blocks)
-    kernels_on(x.device).fake_quantize(x, scale, Format[fmt], out, wanted)
+@torch.library.custom_op(
+    "mptrain::fake_quantize",
+    mutates_args=("out", *STATISTICS),
+    schema=f"(Tensor x, Tensor scale, str fmt, Tensor(out!) out, {TABLES}) -> ()",
+)
+def fake_quantize(x: Tensor, scale: Tensor, fmt: str, out: Tensor, *statistics: Tensor | None) -> None:
+    kernels_on(x.device).fake_quantize(x, scale, Format[fmt], out, Statistics(*statistics))
 
 
 @torch.library.custom_op("mptrain::decode", mutates_args=("out",))

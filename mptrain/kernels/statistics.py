@@ -49,6 +49,9 @@ class Statistics(NamedTuple):
             _check_table(self.blocks, "blocks", torch.int64, (len(BLOCK_SIZES), EXPONENTS), x.device)
 
 
+UNWANTED = Statistics()
+
+
 def check_input(x: Tensor) -> None:
     """Raise ValueError unless the kernels can read ``x``."""
     if x.dtype not in INPUTS:

@@ -85,7 +85,7 @@ def cast(
     of the tiles', and ``ratio`` [down, 1, across, 1] is ``scale`` over the tile's, a power of two of at most 1 (unless
     an Inf or NaN is about). ``carried`` (None without ``carrier``) holds ``codes * ratio``: exact, but for values below
     the carrier's normal numbers, 2^-126, in tiles that are 2^110 (E5M2) to 2^117 (E4M3) times smaller than the largest.
-    ``counts``: as of :func:`mptrain.kernels.quantize`.
+    ``counts``: as of :class:`mptrain.kernels.Statistics`.
     """
     narrow = x.dtype is torch.bfloat16 and counts is None  # what a product loses below 2^-133 is 0 in FP8, but counts
     wide = x if narrow else x.float()
@@ -96,7 +96,8 @@ def cast(
     scales, scale = scales[:-1].view_as(peaks), scales[-1]
     ratio = scale / scales
     product = tiles * scales.to(wide.dtype)
-    codes, carried = kernels.quantize(product, torch.ones_like(scale), fmt, carrier=carrier, counts=counts)
+    one, statistics = torch.ones_like(scale), kernels.Statistics(counts=counts)
+    codes, carried = kernels.quantize(product, one, fmt, carrier=carrier, statistics=statistics)
     if counts is not None:
         counts[0] += x.numel() - tiles.numel()  # the zeros that tiles were filled up with
     if carried is not None:

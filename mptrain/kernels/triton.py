@@ -46,27 +46,20 @@ def amax(x: Tensor, out: Tensor) -> None:
             _amax[_grid(x)](_bits(x), out.view(torch.int32), x.numel(), KINDS[x.dtype], BLOCK, **EXACT)
 
 
-def observe(x: Tensor, scale: Tensor | None, fmt: Format | None, wanted: Statistics) -> None:
+def observe(x: Tensor, scale: Tensor | None, fmt: Format | None, statistics: Statistics) -> None:
     """The statistics of ``x``, those of a cast for ``fmt`` at ``scale``."""
-    _run(x, scale, fmt, None, None, wanted)
+    _run(x, scale, fmt, None, None, statistics)
 
 
-def quantize(
-    x: Tensor,
-    scale: Tensor,
-    fmt: Format,
-    q: Tensor,
-    carried: Tensor | None,
-    wanted: Statistics,
-) -> None:
+def quantize(x: Tensor, scale: Tensor, fmt: Format, q: Tensor, carried: Tensor | None, statistics: Statistics) -> None:
     """``x * scale`` rounded in ``fmt`` into ``q`` and, widened again, into ``carried``; all contiguous, x's shape."""
     codes = q.view(torch.uint8 if fmt.value.bits == 8 else torch.int16)
-    _run(x, scale, fmt, codes, carried, wanted)
+    _run(x, scale, fmt, codes, carried, statistics)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, wanted: Statistics) -> None:
+def fake_quantize(x: Tensor, scale: Tensor, fmt: Format, out: Tensor, statistics: Statistics) -> None:
     """``x`` rounded in ``fmt`` and multiplied by FP32 ``1 / scale``, into ``out`` (``x``'s shape and dtype)."""
-    _run(x, scale, fmt, None, out, wanted)
+    _run(x, scale, fmt, None, out, statistics)
 
 
 def decode(q: Tensor, out: Tensor) -> None:
@@ -105,12 +98,12 @@ def _run(
     fmt: Format | None,
     codes: Tensor | None,
     values: Tensor | None,
-    wanted: Statistics,
+    statistics: Statistics,
 ) -> None:
     """Launch on ``x``'s device. ``codes`` None means: scale the values back; ``values`` None too: observe only."""
-    counts, amax, histogram = wanted.counts, wanted.amax, wanted.histogram
-    if wanted.errors is not None or wanted.blocks is not None:  # first: x may be rounded in place
-        eager.observe(x, scale, fmt, Statistics(errors=wanted.errors, blocks=wanted.blocks))
+    counts, amax, histogram = statistics.counts, statistics.amax, statistics.histogram
+    if statistics.errors is not None or statistics.blocks is not None:  # first: x may be rounded in place
+        eager.observe(x, scale, fmt, Statistics(errors=statistics.errors, blocks=statistics.blocks))
     if amax is not None:
         amax.zero_()
     if not x.numel() or (codes is values is counts is amax is histogram is None):

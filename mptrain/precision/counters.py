@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mptrain.formats import Format
+from mptrain.kernels import Statistics, observe
 from mptrain.kernels.bins import N_BINS
 
 OPERANDS = ("input", "weight", "grad_output")
@@ -123,7 +125,7 @@ class Counters:
         return sums
 
     def row(self, slot: int) -> dict[str, Tensor]:
-        """Return what a cast of this row's tensor shall count, as keyword arguments; empty on unsampled steps.
+        """Return what a cast of this row's tensor shall count, as fields of ``Statistics``; empty on unsampled steps.
 
         A backend casts a weight in every micro-batch of a step; it is counted in the first.
         """
@@ -134,6 +136,12 @@ class Counters:
         ):
             return {}
         return {name: self.sums[name][slot] for name in ("counts", "histogram") if name in self.sums}
+
+    def observe_part(self, x: Tensor, slot: int, fmt: Format, scale: Tensor) -> None:
+        """Add what a cast of ``x`` [..., K] costs in this row: errors and blocks, of :meth:`part_of` it."""
+        tables = {name: self.sums[name][slot] for name in ("errors", "blocks") if name in self.sums}
+        if tables:
+            observe(self.part_of(x), Statistics(**tables), fmt=fmt, scale=scale)
 
     def part_of(self, x: Tensor) -> Tensor:
         """The part of ``x`` [..., K] for the statistics that are not counts: errors and blocks.

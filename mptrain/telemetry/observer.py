@@ -124,8 +124,8 @@ class Observer:
         if part is x:
             wanted |= partly
         elif partly:
-            kernels.observe(part, fmt=fmt, scale=self._one, **partly)
-        kernels.observe(x, fmt=fmt, scale=self._one, amax=amax, **wanted)
+            kernels.observe(part, kernels.Statistics(**partly), fmt=fmt, scale=self._one)
+        kernels.observe(x, kernels.Statistics(amax=amax, **wanted), fmt=fmt, scale=self._one)
         books.note(slot, amax)
 
     def _measure(self, x: Tensor, slot: int) -> None:

@@ -55,7 +55,7 @@ class Statistic:
         shape, dtype = SUMS[self.name]
         state = torch.zeros(shape, dtype=dtype, device=x.device)
         fmt, scale = cast or (None, None)
-        kernels.observe(x, fmt=fmt, scale=scale, **{self.name: state})
+        kernels.observe(x, kernels.Statistics(**{self.name: state}), fmt=fmt, scale=scale)
         return state
 
 

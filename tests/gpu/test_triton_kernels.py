@@ -7,6 +7,7 @@ import torch
 
 from mptrain import kernels
 from mptrain.formats import Format
+from mptrain.kernels import Statistics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,10 +32,14 @@ def everything(x, scale, fmt):
     """Bits of all outputs for ``x``, copied to the CPU."""
     scale = torch.tensor(scale, dtype=torch.float32, device=x.device)
     counts, amax = torch.zeros(5, dtype=torch.int64, device=x.device), torch.empty((), device=x.device)
-    results = [kernels.fake_quantize(x, scale, fmt, counts=counts, amax=amax), kernels.amax(x), amax]
+    results = [
+        kernels.fake_quantize(x, scale, fmt, statistics=Statistics(counts=counts, amax=amax)),
+        kernels.amax(x),
+        amax,
+    ]
     for carrier in (None, torch.float32, torch.bfloat16):
         if fmt is not Format.tf32 and not (fmt is Format.fp16 and carrier is torch.bfloat16):
-            q, carried = kernels.quantize(x, scale, fmt, carrier=carrier, counts=counts)
+            q, carried = kernels.quantize(x, scale, fmt, carrier=carrier, statistics=Statistics(counts=counts))
             results += [q, kernels.decode(q, torch.float32), *([] if carried is None else [carried])]
     return [*map(bits, results), counts.cpu()]
 
@@ -76,9 +81,9 @@ def test_statistics_of_the_gpu_equal_the_cpu_s(fmt):
         found = {name: torch.zeros(shape, dtype=torch.int64, device=x.device) for name, shape in integers.items()}
         errors, amax = torch.zeros(2, dtype=torch.float64, device=x.device), torch.empty((), device=x.device)
         scale = torch.tensor(3.7, device=x.device)
-        kernels.observe(x, fmt=fmt, scale=scale, errors=errors, amax=amax, **found)
+        kernels.observe(x, Statistics(errors=errors, amax=amax, **found), fmt=fmt, scale=scale)
         if fmt is not Format.bf16:
-            kernels.fake_quantize(x, scale, fmt, errors=errors, amax=amax, **found)
+            kernels.fake_quantize(x, scale, fmt, statistics=Statistics(errors=errors, amax=amax, **found))
         return [*(table.cpu() for table in found.values()), bits(amax)], errors.cpu()
 
     for x in [*inputs(), torch.randn(3, 700_001), torch.randn(1), torch.empty(0, 3)]:

@@ -5,7 +5,7 @@ import torch
 
 from mptrain import kernels
 from mptrain.formats import Format
-from mptrain.kernels import bins, c
+from mptrain.kernels import Statistics, bins, c
 
 CPU = torch.device("cpu")
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,14 +45,14 @@ def tables(*names):
 def observed(name, x, fmt=None, scale=None, wanted=tuple(SHAPES)):
     found = tables(*(wanted if fmt else ["histogram", "blocks", "amax"]))
     with kernels.use(name):
-        kernels.observe(x, fmt=fmt, scale=None if scale is None else one(scale), **found)
+        kernels.observe(x, Statistics(**found), fmt=fmt, scale=None if scale is None else one(scale))
     return found
 
 
 def histogram(name, x):
     found = tables("histogram")
     with kernels.use(name):
-        kernels.observe(x, **found)
+        kernels.observe(x, Statistics(**found))
     return found["histogram"]
 
 

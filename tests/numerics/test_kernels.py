@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mptrain import kernels
 from mptrain.formats import Format, overflows, underflows
-from mptrain.kernels import c, exhaustive
+from mptrain.kernels import Statistics, c, exhaustive
 from mptrain.kernels.bits import NAN_BITS
 
 E4M3, E5M2, FP16, TF32 = Format.fp8_e4m3, Format.fp8_e5m2, Format.fp16, Format.tf32
@@ -60,13 +60,13 @@ def run(name, x, scale, fmt):
     got = {}
     with kernels.use(name):
         counts, amax = torch.zeros(5, dtype=torch.int64), one(-7.0)
-        got["fake"] = kernels.fake_quantize(x, scale, fmt, counts=counts, amax=amax)
+        got["fake"] = kernels.fake_quantize(x, scale, fmt, statistics=Statistics(counts=counts, amax=amax))
         got["counts"], got["amax"], got["amax alone"] = counts, amax, kernels.amax(x)
         for carrier in (None, torch.float32, torch.bfloat16):
             if fmt is TF32 or (fmt is FP16 and carrier is torch.bfloat16):
                 continue
             again = torch.zeros(5, dtype=torch.int64)
-            q, carried = kernels.quantize(x, scale, fmt, carrier=carrier, counts=again)
+            q, carried = kernels.quantize(x, scale, fmt, carrier=carrier, statistics=Statistics(counts=again))
             assert torch.equal(counts, again)
             got[f"q for {carrier}"] = q
             got[f"decoded for {carrier}"] = kernels.decode(q, carrier or torch.bfloat16)
@@ -137,7 +137,7 @@ def test_counts_are_exact_on_planted_values(name, fmt):
     x = torch.cat([torch.tensor(values), special, torch.tensor([0.0, -0.0])])
     counts = torch.full((5,), 100, dtype=torch.int64)
     with kernels.use(name):
-        kernels.fake_quantize(x, one(), fmt, counts=counts)
+        kernels.fake_quantize(x, one(), fmt, statistics=Statistics(counts=counts))
     assert (counts - 100).tolist() == [len(x), saturated, flushed, 2, 3]
 
 
@@ -148,7 +148,7 @@ def test_counts_equal_the_definition_in_formats(name, fmt, scale):
     x = torch.cat([random_bits(50_000), torch.randn(50_000, generator=torch.Generator().manual_seed(1)) * 300])
     y, counts = x * scale, torch.zeros(5, dtype=torch.int64)
     with kernels.use(name):
-        kernels.fake_quantize(x, one(scale), fmt, counts=counts)
+        kernels.fake_quantize(x, one(scale), fmt, statistics=Statistics(counts=counts))
     over = (overflows(y, fmt) | (y.isinf() & x.isfinite())).sum()
     under = (underflows(y, fmt) | ((y == 0) & (x != 0))).sum()
     assert counts.tolist() == [len(x), over, under, x.isinf().sum(), x.isnan().sum()]
@@ -161,11 +161,11 @@ def test_one_infinity_and_one_nan_in_a_million(name, dtype):
     x[777_777] = -math.inf
     counts, amax = torch.zeros(5, dtype=torch.int64), one()
     with kernels.use(name):
-        kernels.quantize(x, one(), E4M3, counts=counts, amax=amax)
+        kernels.quantize(x, one(), E4M3, statistics=Statistics(counts=counts, amax=amax))
         assert counts.tolist() == [1_000_003, 0, 0, 1, 0]
         assert amax == math.inf == kernels.amax(x)
         x[1_000_002] = math.nan
-        kernels.quantize(x, one(), E4M3, counts=counts, amax=amax)
+        kernels.quantize(x, one(), E4M3, statistics=Statistics(counts=counts, amax=amax))
         assert counts.tolist() == [2_000_006, 0, 0, 2, 1]
         assert amax.isnan()
         assert kernels.amax(x).isnan()
@@ -242,7 +242,9 @@ def test_current_scale_at_the_edges(name):
 
 def function_of(x, scale):
     amax, counts = kernels.amax(x), torch.zeros(5, dtype=torch.int64)
-    q, carried = kernels.quantize(x, kernels.current_scale(amax, E4M3), E4M3, carrier=torch.bfloat16, counts=counts)
+    q, carried = kernels.quantize(
+        x, kernels.current_scale(amax, E4M3), E4M3, carrier=torch.bfloat16, statistics=Statistics(counts=counts)
+    )
     return carried, kernels.decode(q, torch.float32), kernels.fake_quantize(x, scale, TF32), counts
 
 
@@ -279,8 +281,11 @@ def test_gradients_do_not_flow_through():
         (lambda x: kernels.quantize(x.double(), one(), E4M3), "not torch.float64"),
         (lambda x: kernels.quantize(x, one().double(), E4M3), "scale must be one float32"),
         (lambda x: kernels.quantize(x, torch.ones(2), E4M3), "scale must be one float32"),
-        (lambda x: kernels.quantize(x, one(), E4M3, counts=torch.zeros(4)), r"int64\[5\]"),
-        (lambda x: kernels.quantize(x, one(), E4M3, amax=torch.zeros(2)), "amax must be one float32"),
+        (lambda x: kernels.quantize(x, one(), E4M3, statistics=Statistics(counts=torch.zeros(4))), r"int64\[5\]"),
+        (
+            lambda x: kernels.quantize(x, one(), E4M3, statistics=Statistics(amax=torch.zeros(2))),
+            "amax must be one float32",
+        ),
         (lambda x: kernels.fake_quantize(x, one(), Format.int8), "does not round to int8"),
         (lambda x: kernels.fake_quantize(x, one(), E4M3, out=torch.empty(4, 3).t()), "out must be contiguous"),
         (lambda x: kernels.decode(x, torch.float32), "decode turns FP8 and FP16"),

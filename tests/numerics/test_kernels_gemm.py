@@ -8,6 +8,7 @@ from torch import nn
 
 from mptrain import Precision, kernels
 from mptrain.formats import Format
+from mptrain.kernels import Statistics
 from mptrain.precision.backends.emulated.gemm import carrier_dtype
 
 SHAPES = [(1, 16), (33, 48), (300, 272), (2048, 384)]
@@ -19,8 +20,12 @@ def test_operands_are_quantize_and_its_transpose(shape, dtype):
     x, scale = torch.randn(shape).to(dtype), torch.tensor(7.3)
     for fmt in (Format.fp8_e4m3, Format.fp8_e5m2):
         counts, amax = [torch.zeros(5, dtype=torch.int64) for _ in range(2)], [torch.zeros(()) for _ in range(2)]
-        got, turned = kernels.operands(x, scale, fmt, carrier=torch.bfloat16, counts=counts[0], amax=amax[0])
-        _, wanted = kernels.quantize(x, scale, fmt, carrier=torch.bfloat16, counts=counts[1], amax=amax[1])
+        got, turned = kernels.operands(
+            x, scale, fmt, carrier=torch.bfloat16, statistics=Statistics(counts=counts[0], amax=amax[0])
+        )
+        _, wanted = kernels.quantize(
+            x, scale, fmt, carrier=torch.bfloat16, statistics=Statistics(counts=counts[1], amax=amax[1])
+        )
         assert torch.equal(got, wanted)
         assert torch.equal(turned, wanted.t())
         assert torch.equal(counts[0], counts[1])

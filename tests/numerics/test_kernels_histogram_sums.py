@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mptrain import kernels
 from mptrain.formats import Format
-from mptrain.kernels import c
+from mptrain.kernels import Statistics, c
 
 
 @needs_c
@@ -52,16 +52,20 @@ def test_fused_is_separate(name, dtype):
         plain, fused, copied = tables(*SHAPES), tables(*SHAPES), x.clone()
         with kernels.use(name):
             wanted = kernels.fake_quantize(x, one(3.7), fmt)
-            assert torch.equal(kernels.fake_quantize(copied, one(3.7), fmt, out=copied, **fused), wanted)
+            assert torch.equal(
+                kernels.fake_quantize(copied, one(3.7), fmt, out=copied, statistics=Statistics(**fused)), wanted
+            )
             assert_same(fused, alone)
             if fmt is Format.tf32:
                 continue
             codes, _ = kernels.quantize(x, one(3.7), fmt)
-            assert torch.equal(kernels.quantize(x, one(3.7), fmt, **plain)[0].float(), codes.float())
+            assert torch.equal(
+                kernels.quantize(x, one(3.7), fmt, statistics=Statistics(**plain))[0].float(), codes.float()
+            )
             assert_same(plain, alone)
             if fmt.value.bits == 8:
                 turned = tables(*SHAPES)
-                kernels.operands(x, one(3.7), fmt, carrier=torch.bfloat16, **turned)
+                kernels.operands(x, one(3.7), fmt, carrier=torch.bfloat16, statistics=Statistics(**turned))
                 assert_same(turned, alone)
 
 
@@ -83,30 +87,45 @@ def test_plain_c_equals_the_vector_code(monkeypatch, tmp_path):
 def test_torch_compile_and_fake_tensors_take_it():
     def function(x):
         found = tables("histogram", "counts")
-        kernels.observe(x, fmt=Format.bf16, scale=torch.ones(()), **found)
+        kernels.observe(x, Statistics(**found), fmt=Format.bf16, scale=torch.ones(()))
         return found["histogram"], found["counts"]
 
     x = normal(1000)
     for got, wanted in zip(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x), strict=True):
         assert torch.equal(got, wanted)
     with FakeTensorMode():
-        kernels.observe(torch.empty(3, 4), **tables("histogram", "blocks", "amax"))
-        kernels.quantize(torch.empty(3, 4), torch.ones(()), Format.fp8_e4m3, **tables("errors"))
+        kernels.observe(torch.empty(3, 4), Statistics(**tables("histogram", "blocks", "amax")))
+        kernels.quantize(torch.empty(3, 4), torch.ones(()), Format.fp8_e4m3, statistics=Statistics(**tables("errors")))
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda x: kernels.observe(x, counts=torch.zeros(5, dtype=torch.int64)), "give fmt and scale"),
-        (lambda x: kernels.observe(x, errors=torch.zeros(2, dtype=torch.float64), fmt=Format.bf16), "give fmt and"),
-        (lambda x: kernels.observe(x, fmt=Format.int8), "does not round to int8; choose one of bf16, fp16"),
-        (lambda x: kernels.observe(x.double()), "not torch.float64"),
-        (lambda x: kernels.observe(x, histogram=torch.zeros(2043)), r"histogram must be contiguous int64\[2043\]"),
-        (lambda x: kernels.observe(x, histogram=torch.zeros(2042, dtype=torch.int64)), r"int64\[2043\]"),
-        (lambda x: kernels.observe(x, histogram=torch.zeros(4086, dtype=torch.int64)[::2]), "contiguous"),
-        (lambda x: kernels.observe(x, errors=torch.zeros(2)), r"errors must be contiguous float64\[2\]"),
-        (lambda x: kernels.observe(x, blocks=torch.zeros(256, 2, dtype=torch.int64).t()), r"int64\[2, 256\]"),
-        (lambda x: kernels.quantize(x, one(1.0), Format.fp16, blocks=torch.zeros(2)), r"int64\[2, 256\]"),
+        (lambda x: kernels.observe(x, Statistics(counts=torch.zeros(5, dtype=torch.int64))), "give fmt and scale"),
+        (
+            lambda x: kernels.observe(x, Statistics(errors=torch.zeros(2, dtype=torch.float64)), fmt=Format.bf16),
+            "give fmt and",
+        ),
+        (
+            lambda x: kernels.observe(x, Statistics(), fmt=Format.int8),
+            "does not round to int8; choose one of bf16, fp16",
+        ),
+        (lambda x: kernels.observe(x.double(), Statistics()), "not torch.float64"),
+        (
+            lambda x: kernels.observe(x, Statistics(histogram=torch.zeros(2043))),
+            r"histogram must be contiguous int64\[2043\]",
+        ),
+        (lambda x: kernels.observe(x, Statistics(histogram=torch.zeros(2042, dtype=torch.int64))), r"int64\[2043\]"),
+        (lambda x: kernels.observe(x, Statistics(histogram=torch.zeros(4086, dtype=torch.int64)[::2])), "contiguous"),
+        (lambda x: kernels.observe(x, Statistics(errors=torch.zeros(2))), r"errors must be contiguous float64\[2\]"),
+        (
+            lambda x: kernels.observe(x, Statistics(blocks=torch.zeros(256, 2, dtype=torch.int64).t())),
+            r"int64\[2, 256\]",
+        ),
+        (
+            lambda x: kernels.quantize(x, one(1.0), Format.fp16, statistics=Statistics(blocks=torch.zeros(2))),
+            r"int64\[2, 256\]",
+        ),
         (lambda x: kernels.fake_quantize(x, one(1.0), Format.bf16), "does not round to bf16"),
     ],
 )

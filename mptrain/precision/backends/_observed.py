@@ -88,9 +88,8 @@ class Booking:
             if not sums:
                 return
             books.scale[slot] = scale
-            errors, blocks = (books.sums[name][slot] if name in books.sums else None for name in ("errors", "blocks"))
-            kernels.observe(rows, fmt=fmt, scale=scale, counts=sums["counts"], histogram=sums.get("histogram"))
-            kernels.observe(books.part_of(rows), fmt=fmt, scale=scale, errors=errors, blocks=blocks)
+            kernels.observe(rows, kernels.Statistics(**sums), fmt=fmt, scale=scale)
+            books.observe_part(rows, slot, fmt, scale)
 
     def _book_tiles(self, rows: Tensor, role: str, counts: Tensor) -> None:
         slot, tile = self._slots[role], self._config.tile_of(role, 1)
@@ -107,9 +106,9 @@ def book_tiles(books: Counters, slot: int, x: Tensor, tile: tiles.Tile, made: ti
     """
     books.scale[slot] = math.nan
     if "histogram" in books.sums:
-        kernels.observe(x, histogram=books.sums["histogram"][slot])
+        kernels.observe(x, kernels.Statistics(histogram=books.sums["histogram"][slot]))
     if "errors" in books.sums:
-        kernels.observe(books.part_of(x), blocks=books.sums["blocks"][slot])
+        kernels.observe(books.part_of(x), kernels.Statistics(blocks=books.sums["blocks"][slot]))
         part, codes = books.part_of(x).double(), books.part_of(made.codes)
         scale = made.scale / made.ratio
         scale = tiles.join(scale.expand(tiles.split(x, tile).shape), x.shape)

@@ -99,9 +99,7 @@ class Quantizers(Operands):
         self._note(slot, role, amax)
         if sums:
             books.scale[slot] = scale
-            if "errors" in books.sums:
-                errors, blocks = books.sums["errors"][slot], books.sums["blocks"][slot]
-                kernels.observe(books.part_of(x), fmt=fmt, scale=scale, errors=errors, blocks=blocks)
+            books.observe_part(x, slot, fmt, scale)
         return first, second, scale
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,9 +110,10 @@ class Quantizers(Operands):
         self, x: Tensor, role: str, scale: Tensor, amax: Tensor | None, sums: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         fmt = self.config.format_of(role)
+        statistics = kernels.Statistics(amax=amax, **sums)
         if role == "grad_output":
-            return kernels.operands(x, scale, fmt, carrier=self.carrier, amax=amax, **sums)
-        quantized, carried = kernels.quantize(x, scale, fmt, carrier=self.carrier, amax=amax, **sums)
+            return kernels.operands(x, scale, fmt, carrier=self.carrier, statistics=statistics)
+        quantized, carried = kernels.quantize(x, scale, fmt, carrier=self.carrier, statistics=statistics)
         assert carried is not None
         return quantized, carried
 
