@@ -10,8 +10,6 @@ layers, the rest in ``compute``); FLOPs are the model's own count, attention in 
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import gc
 import importlib.metadata
 import itertools
@@ -30,6 +28,7 @@ import yaml
 from torch import nn
 
 from mptrain import Precision, PrecisionPolicy, models
+from mptrain.bench.rows import arguments, now
 from mptrain.precision import backends
 from mptrain.precision.policy import conf_dir
 from mptrain.tools.files import write_whole
@@ -265,16 +264,16 @@ class Report:
 def machine(settings: Settings) -> dict[str, str]:
     """Describe what the numbers belong to: card, versions, commit, date."""
     gpu = "none (dry run)" if settings.dry_run else torch.cuda.get_device_name()
-    found = {"gpu": gpu, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-    found |= {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    about = {"gpu": gpu, "date": now(), "python": platform.python_version()}
+    about |= {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
     for package in ("transformer_engine", "torchao", "triton"):
         try:
-            found[package] = importlib.metadata.version(package)
+            about[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            about[package] = "not installed"
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found | {"commit": commit.stdout.strip() if commit.returncode == 0 else "unknown"}
+    return about | {"commit": commit.stdout.strip() if commit.returncode == 0 else "unknown"}
 
 
 def measure(name: str, settings: Settings, report: Report) -> None:
@@ -323,9 +322,7 @@ def visit(variant: Variant, row: dict[str, Any], size: Size, settings: Settings,
 
 def run(argv: list[str]) -> int:
     """Measure and print; 0, or 2 with the reason if there is nothing to measure on."""
-    parser = argparse.ArgumentParser(prog="mptrain bench gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write rows to this file as they come")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: does it run, not how fast")
+    parser = arguments("mptrain bench gpu", __doc__, dry_run="tiny sizes on the CPU: does it run, not how fast")
     parser.add_argument("--models", default=",".join(SIZES), help=f"comma-separated, of {', '.join(SIZES)}")
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget of all models together")
     args = parser.parse_args(argv)

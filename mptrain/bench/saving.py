@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from mptrain.bench.cpu import TWIN
 from mptrain.bench.ranked import WRAPPERS, Row, Sizes, settings, timed, trainer_of
+from mptrain.bench.rows import TWIN, paired_median
 from mptrain.build.preflight import prepare
 from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.telemetry.monitor import TelemetryConfig
@@ -76,19 +76,16 @@ class Saving:
     def add(self, name: str, seconds: float) -> None:
         self.samples.setdefault(name, []).append(seconds)
 
-    def ratio(self, name: str, reference: str) -> float:
-        pairs = zip(self.samples[name], self.samples[reference], strict=True)
-        return statistics.median(a / b for a, b in pairs)
-
     def rows(self, title: str, first: float) -> Iterator[Row]:
-        noise = self.ratio("synchronous" + TWIN, "synchronous")
-        synchronous, step = (statistics.median(self.samples[name]) for name in ("synchronous", "step"))
-        stall = self.ratio("stall", "synchronous")
+        samples = self.samples
+        noise, step_noise = (paired_median(samples[name + TWIN], samples[name]) for name in ("synchronous", "step"))
+        synchronous, step = (statistics.median(samples[name]) for name in ("synchronous", "step"))
+        stall = paired_median(samples["stall"], samples["synchronous"])
         yield Row(f"{title}: stall of a background save / synchronous save", STALL, measured=stall, noise=noise)
         yield Row(f"{title}: the first one's, which allocates the copies", measured=first / synchronous)
         yield Row(f"{title}: synchronous save", unit="s", measured=synchronous)
-        row = Row(f"{title}: step while it is written / step", noise=self.ratio("step" + TWIN, "step"))
-        if "step while writing" in self.samples:
-            yield replace(row, measured=statistics.median(self.samples["step while writing"]) / step)
+        row = Row(f"{title}: step while it is written / step", noise=step_noise)
+        if "step while writing" in samples:
+            yield replace(row, measured=statistics.median(samples["step while writing"]) / step)
         else:
             yield replace(row, reason="it was written before a step could begin")

@@ -9,30 +9,25 @@ ratios.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 
-from mptrain import Precision
-from mptrain.bench.cpu import CLIP, LR, TWIN, Row, Step, Times, machine
+from mptrain.bench.cpu import CLIP, Training
+from mptrain.bench.rows import TWIN, Report, Row, Step, Turns, arguments, machine, one_thread
 from mptrain.models import gpt
 from mptrain.telemetry import record
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
-from mptrain.tools.files import write_whole
 
 MODELS = {
     "nano": (gpt.Config(256, 256, n_layer=4, n_head=4, n_embd=256), 4),
@@ -41,29 +36,8 @@ MODELS = {
 TINY = {"tiny": (gpt.Config(256, 16, n_layer=1, n_head=1, n_embd=32), 2)}
 DEFAULT = TelemetryConfig().record_every
 BOUNDS = {1: 0.03, 10: 0.003, DEFAULT: 0.001}  # share of the step's time, by interval
+PRECISION = "bf16"
 STEPS = 3  # in one measurement of whole steps
-
-
-class Training:
-    """A model with its precision and optimizer, and one batch of random bytes."""
-
-    def __init__(self, sizes: gpt.Config, batch: int) -> None:
-        torch.manual_seed(0)
-        self.model = gpt.build(sizes)
-        self.precision = Precision("bf16").prepare(self.model)
-        self.optimizer = AdamW(self.model.parameters(), lr=LR, fused=True)
-        self.tokens, self.targets = torch.randint(sizes.vocab_size, (2, batch, sizes.block_size))
-
-    def gradients(self) -> None:
-        with self.precision.forward():
-            loss = self.model(self.tokens, self.targets)
-        self.precision.backward(loss)
-
-    def step(self) -> None:
-        """Run one step without the recorder."""
-        self.gradients()
-        self.precision.step(self.optimizer, clip=CLIP)
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 class Clock:
@@ -90,7 +64,7 @@ class Recorded(Training):
     """Step under a monitor that samples every step and writes its records, with a clock on all it does."""
 
     def __init__(self, sizes: gpt.Config, batch: int, folder: Path) -> None:
-        super().__init__(sizes, batch)
+        super().__init__(sizes, batch, PRECISION)
         self.clock, self.number, self.file = Clock(), 0, folder / record.FILE
         self.monitor = Monitor(self.model, self.precision, TelemetryConfig(record_every=1), 1 << 30)
         observer = self.monitor._observer
@@ -199,7 +173,7 @@ def anomalies() -> Iterator[None]:
 def measure(name: str, sizes: gpt.Config, batch: int, repeats: int, compile_peers: bool) -> Iterator[Row]:
     """Shares inside the calls by interval, then whole steps against the unwatched one."""
     with tempfile.TemporaryDirectory() as folder:
-        recorded, plain = Recorded(sizes, batch, Path(folder)), Training(sizes, batch)
+        recorded, plain = Recorded(sizes, batch, Path(folder)), Training(sizes, batch, PRECISION)
         sampled, between = shares(recorded, repeats * 2)
         for interval, bound in BOUNDS.items():
             share = (sampled + (interval - 1) * between) / interval
@@ -210,10 +184,10 @@ def measure(name: str, sizes: gpt.Config, batch: int, repeats: int, compile_peer
         variants: dict[str, Step] = {"off": partial(steps, plain), "off" + TWIN: partial(steps, plain)}
         variants["recorder"] = partial(steps, recorded)
         variants |= {peer: partial(steps, plain, context) for peer, context in contexts.items()}
-        times = Times(variants, repeats)
+        turns = Turns(variants, repeats)
         for variant in ("recorder", *contexts):
             row = Row(f"{name}: whole step, {variant}, every step", unit="x")
-            yield times.fill(row, variant, "off", lambda a, b: a / b)
+            yield turns.fill(row, variant, "off")
 
 
 def steps(
@@ -225,24 +199,14 @@ def steps(
 
 
 def run(argv: list[str]) -> int:
-    """Measure and print; 0 whatever the figures are: they are a finding, not a failure."""
-    parser = argparse.ArgumentParser(prog="mptrain bench telemetry", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write rows to this file as they come")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes: does it run, not how fast")
+    """Measure and print. Always returns 0: missed targets are results, not failures."""
+    command = "mptrain bench telemetry"
+    parser = arguments(command, __doc__)
     parser.add_argument("--repeats", type=int, default=5, help="repetitions of a measurement (default 5)")
     args = parser.parse_args(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    about = machine() | {"command": " ".join(["mptrain bench telemetry", *argv])}
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    rows: list[dict[str, Any]] = []
-    try:
+    with one_thread():
+        report = Report(args.json, machine(command, argv))
         for name, (sizes, batch) in (TINY if args.dry_run else MODELS).items():
             for row in measure(name, sizes, batch, 1 if args.dry_run else args.repeats, not args.dry_run):
-                print(row, flush=True)
-                rows.append(asdict(row) | {"verdict": row.verdict})
-                if args.json:
-                    write_whole(args.json, json.dumps({"machine": about, "rows": rows}, indent=1))
-    finally:
-        torch.set_num_threads(threads)
+                report.add(row)
     return 0
