@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mptrain.report.wording import loss, put
 from mptrain.runs.baseline import FEW_STEPS
 from mptrain.telemetry.coverage import SHOWN
 
@@ -48,15 +49,15 @@ def comparison_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     step, few = base["step"], base["step"] < FEW_STEPS
     rows = []
     if step and step != summary["steps"]:
-        cells = (_loss(base["loss"]), _loss(base["fp32_loss"]))
+        cells = (loss(base["loss"]), loss(base["fp32_loss"]))
         rows.append(
             (f"training loss at step {step} (nats)", *cells, f"undecided: {step} steps" if few else _ratio(*cells))
         )
-    cells = (_loss(summary["train_loss"]), _loss(base["fp32_loss"]) if step == summary["steps"] else "-")
+    cells = (loss(summary["train_loss"]), loss(base["fp32_loss"]) if step == summary["steps"] else "-")
     rows.append((f"training loss at step {summary['steps']} (nats)", *cells, _decided(cells, step)))
-    cells = (_loss(summary["val_loss"]), _loss(base["fp32_val_loss"]))
+    cells = (loss(summary["val_loss"]), loss(base["fp32_val_loss"]))
     rows.append(("validation loss (nats)", *cells, _decided(cells, step)))
-    cells = (_percent(summary.get("val_top1_frac")), _percent(base["fp32_val_top1_frac"]))
+    cells = (put("{:.2f}", summary.get("val_top1_frac"), 100), put("{:.2f}", base["fp32_val_top1_frac"], 100))
     if cells[0] != "-":
         rows.append(("validation top-1 (%)", *cells, _decided(cells, step)))
     speed = f"{summary.get('unit', 'tokens')}/s{' (emulation)' if summary['emulated'] else ''}"
@@ -95,14 +96,6 @@ def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def emulation_note(precision: str) -> str:
     unit = precision.partition("-")[0].upper()
     return f"emulated: no {unit} unit here; numerics are real, speed is not"
-
-
-def _loss(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None or math.isnan(share) else f"{100 * share:.2f}"
 
 
 def _decided(cells: tuple[str, str], steps: int) -> str:

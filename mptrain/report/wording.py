@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 from mptrain.report.compare.comparison import Interval, Kind
 
 UNKNOWN = "-"
+LAYER_WIDTH = 22
 SIGNS = {
     Kind.baseline: "■",
     Kind.equivalent: "✓",
@@ -18,34 +20,39 @@ SIGNS = {
 }
 
 
-def known(value: float | None) -> bool:
+def known(value: float | None) -> TypeGuard[float]:
     return value is not None and not math.isnan(value)
 
 
+def put(form: str, value: float | None, times: float = 1.0) -> str:
+    """Write ``times`` the value, or that it is not known."""
+    return form.format(times * value) if known(value) else UNKNOWN
+
+
 def loss(value: float | None) -> str:
-    return _put("{:.4f}", value)
+    return put("{:.4f}", value)
 
 
 def ratio(value: float | None) -> str:
-    return _put("{:.2f}x", value)
+    return put("{:.2f}x", value)
 
 
 def gib(value: float | None) -> str:
-    return _put("{:.3f}", value)
+    return put("{:.3f}", value)
 
 
 def count(value: float | None) -> str:
-    return _put("{:,.0f}", value)
+    return put("{:,.0f}", value)
 
 
 def share(value: float | None) -> str:
     """``0.03 %``: two figures are enough for what is a symptom."""
-    return UNKNOWN if value is None or math.isnan(value) else f"{percent(value)} %"
+    return f"{percent(value)} %" if known(value) else UNKNOWN
 
 
 def top1(value: float | None) -> str:
     """An accuracy in percent; two decimals, for that is what results are quoted with."""
-    return UNKNOWN if value is None or math.isnan(value) else f"{100 * value:.2f} %"
+    return put("{:.2f} %", value, 100)
 
 
 def delta(interval: Interval | None, unit: str = "%") -> str:
@@ -83,13 +90,6 @@ def brief(labels: Sequence[str], width: int) -> list[str]:
         return cut
     digits = len(str(len(labels)))
     return [f"{number}:{short(label, width - digits - 1)}" for number, label in enumerate(labels, 1)]
-
-
-def _put(form: str, value: float | None) -> str:
-    return UNKNOWN if value is None or math.isnan(value) else form.format(value)
-
-
-LAYER_WIDTH = 22
 
 
 def percent(share: float) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 from markupsafe import Markup
 
 from mptrain.report.compare import cells
-from mptrain.report.compare.cells import Cell, Column
 from mptrain.report.compare.comparison import Comparison, Group, RunRow, Variant
 from mptrain.report.compare.figures import figures, styles_of
 from mptrain.report.draw.axes import sample
 from mptrain.report.html import breakable, render
+from mptrain.report.tables import Cell, Column
 
 
 def page(comparison: Comparison, links: Mapping[str, str] | None = None, more: str = "") -> str:

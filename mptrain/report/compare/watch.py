@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from mptrain.report.compare.compare import NothingToCompare
+from mptrain.report.tables import table_of
 from mptrain.runs.read import Run, Status, expand, glance, in_use, is_run
 from mptrain.tools.files import object_in
 
@@ -142,22 +142,20 @@ def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
     """Tell where each run is; ``whole``: the number of jobs to come to."""
     over = sum(_jobs_of(run) for run in runs if run.status in DONE)
     title = f"{folder}: {over}{f' of {whole}' if whole else ''} done"
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    made.add_column("run", overflow="fold")
-    made.add_column("", no_wrap=True)
-    for head in ("step", "loss", "val loss", "per s", "skipped"):
-        made.add_column(head, justify="right", no_wrap=True)
+    shown = table_of(["run", ""], ("step", "loss", "val loss", "per s", "skipped"), title=title)
+    shown.columns[0].no_wrap = False
+    shown.columns[0].overflow = "fold"
     for run in runs:
         mark, style = MARKS[run.status]
         status = Text(f"{mark} {run.status.value}", style)
         if run.status is Status.failed:
-            made.add_row(Text.assemble(run.name, "\n", (run.why, "red")), status)
+            shown.add_row(Text.assemble(run.name, "\n", (run.why, "red")), status)
             continue
-        made.add_row(run.name, status, f"{run.steps}/{run.max_steps or '?'}", *cells(run))
+        shown.add_row(run.name, status, f"{run.steps}/{run.max_steps or '?'}", *cells(run))
     left = (whole or 0) - sum(map(_jobs_of, runs))
     if left > 0:
-        made.add_row(Text(f"{left} more to come", "dim"))
-    return made
+        shown.add_row(Text(f"{left} more to come", "dim"))
+    return shown
 
 
 def cells(run: Run) -> list[str]:

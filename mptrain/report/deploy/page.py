@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from mptrain.report import wording
-from mptrain.report.compare.cells import Cell, Column
-from mptrain.report.compare.markdown import listed as markdown_list
-from mptrain.report.compare.markdown import plain, row
+from mptrain.report.compare.markdown import listed
 from mptrain.report.deploy import cells
 from mptrain.report.deploy.matrix import Matrix
 from mptrain.report.html import render
+from mptrain.report.tables import Cell, Column, markdown_table, plain
 
 TITLE = "Deployed in another format"
 
@@ -32,18 +30,14 @@ def section(matrix: Matrix) -> str:
 
 def markdown_parts(matrix: Matrix) -> list[str]:
     """The same two tables."""
-    columns = cells.columns(matrix)
-    each = [
-        row([plain(cells.name(cell)), *(plain(column.cell(cell).text) for column in columns)]) for cell in matrix.cells
-    ]
-    square = _square(matrix)
-    rows = [row([plain(name), *(plain(column.cell(name).text) for column in square)]) for name in matrix.trained]
+    trained = [([plain(name)], name) for name in matrix.trained]
+    each = [([plain(cells.name(cell))], cell) for cell in matrix.cells]
     return [
         f"#### {TITLE}",
         plain(_explained(matrix)),
-        "\n".join([*_head("trained in", square), *rows]),
-        "\n".join([*_head("trained > deployed", columns), *each]),
-        *([markdown_list(matrix.notes)] if matrix.notes else []),
+        markdown_table(["trained in"], _square(matrix), trained),
+        markdown_table(["trained > deployed"], cells.columns(matrix), each),
+        *([listed(matrix.notes)] if matrix.notes else []),
     ]
 
 
@@ -52,11 +46,6 @@ def _explained(matrix: Matrix) -> str:
         f"{matrix.metric.capitalize()} by the format deployed in; in brackets the change from the same runs in FP32."
     )
     return f"{figure} {cells.overview(matrix)}"
-
-
-def _head(first: str, columns: list[Column[Any]]) -> list[str]:
-    heads = [row([plain(first), *(plain(column.head) for column in columns)])]
-    return [*heads, row(["---", *("---:" if column.numeric else "---" for column in columns)])]
 
 
 def _square(matrix: Matrix) -> list[Column[str]]:

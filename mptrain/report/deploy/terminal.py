@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +14,8 @@ from mptrain.report.compare.comparison import Interval
 from mptrain.report.compare.intervals import perplexity
 from mptrain.report.deploy import cells
 from mptrain.report.deploy.matrix import Deployed, Evaluation, Matrix
+from mptrain.report.tables import compact_table, fitting, print_left_out, table_of
 
-GAP = 2
 SHOWN = 10  # layers, the worst
 DROPPED = ("layers", "worst_layer", "same_frac", "kl_nats", "size_frac", "base_delta", "speed_ratio")
 
@@ -24,25 +23,15 @@ DROPPED = ("layers", "worst_layer", "same_frac", "kl_nats", "size_frac", "base_d
 def print_matrix(console: Console, matrix: Matrix) -> None:
     """A row a cell. In a narrow terminal the least important columns are left out, which is said; no number is cut."""
     console.print(Text(matrix.title, "bold"), soft_wrap=True)
-    found = [column for column in cells.columns(matrix) if column.key != "why"]
-    shown = list(found)
-    heads = ("trained > deployed", *map(cells.name, matrix.cells))
-    width = console.width - max(map(cell_len, heads))
-    for key in DROPPED:
-        taken = sum(GAP + max(cell_len(c.brief), *(cell_len(c.cell(d).text) for d in matrix.cells)) for c in shown)
-        if taken <= width:
-            break
-        shown = [column for column in shown if column.key != key]
-    table = _table("trained > deployed")
-    for column in shown:
-        table.add_column(column.brief, justify="right" if column.numeric else "left", no_wrap=True)
+    columns, rows = [column for column in cells.columns(matrix) if column.key != "why"], matrix.cells
+    width = console.width - max(map(cell_len, ("trained > deployed", *map(cells.name, rows))))
+    shown = fitting(columns, rows, width, DROPPED)
+    table = compact_table(["trained > deployed"], shown)
     for cell in matrix.cells:
         figures = [Text(column.cell(cell).text) for column in shown]
         table.add_row(Text(cells.name(cell)), *figures, end_section=_last_of_row(matrix, cell))
     console.print(table)
-    left = [column.brief for column in found if column not in shown]
-    if left:
-        console.print(Text(f"left out at this width: {', '.join(left)}", "dim"))
+    print_left_out(console, columns, shown)
     for cell in matrix.cells:
         if cell.why:
             console.print(Text(f"{cells.name(cell)}: {cell.why}", "yellow"))
@@ -55,18 +44,16 @@ def _last_of_row(matrix: Matrix, cell: Deployed) -> bool:
 
 
 ROOMY = 110
-"""Columns from which on an interval stands beside its mean, not below it."""
+"""Columns from which on an interval is written behind its mean, not below it."""
 
 
 def print_evaluation(console: Console, evaluation: Evaluation, name: str) -> None:
     """Before and after, the difference with its interval, then latencies, then the worst layers."""
     console.print(Text(f"{name} beside its reference", "bold"), soft_wrap=True)
-    table = _table("figure (95 %)")
-    for head in ("before", "after", "difference"):
-        table.add_column(head, justify="right", no_wrap=True)
+    table = table_of(["figure (95 %)"], ("before", "after", "difference"), pad_edge=False, show_edge=False)
     for figures in _figures(evaluation):
-        told = [figure.replace(" [", "\n[") for figure in figures] if console.width < ROOMY else figures
-        table.add_row(*map(Text, told))
+        lines = [figure.replace(" [", "\n[") for figure in figures] if console.width < ROOMY else figures
+        table.add_row(*map(Text, lines))
     console.print(table)
     same = (
         f"the same answer first in {100 * evaluation.same_frac:.2f} % of {evaluation.predictions:,} {evaluation.unit}"
@@ -106,17 +93,11 @@ def _put(interval: Interval, form: str) -> str:
 
 def _layers(evaluation: Evaluation) -> Table:
     count = len(evaluation.layers)
-    table = _table(f"layer (the worst {SHOWN} of {count})" if count > SHOWN else "layer")
+    first = f"layer (the worst {SHOWN} of {count})" if count > SHOWN else "layer"
     known = any(row.weight_db is not None for row in evaluation.layers)
-    for head in ("its own SQNR", "with those before it", *(["of its weight"] if known else [])):
-        table.add_column(head, justify="right", no_wrap=True)
+    heads = ("its own SQNR", "with those before it", *(["of its weight"] if known else []))
+    table = table_of([first], heads, pad_edge=False, show_edge=False)
     for row in evaluation.layers[:SHOWN]:
         values = (row.own_db, row.output_db, *([row.weight_db] if known else []))
         table.add_row(Text(row.layer), *(Text(wording.UNKNOWN if v is None else f"{v:.1f} dB") for v in values))
-    return table
-
-
-def _table(first: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column(first, no_wrap=True)
     return table

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 
-from rich import box
 from rich.table import Table
 
 from mptrain.formats import Format, FormatSpec
+from mptrain.report.tables import table_of
 
 POWER = re.compile(r"([+-]?)(\d+(?:\.\d+)?)\^([+-]?\d+)")
 
@@ -28,27 +28,21 @@ def parse_number(text: str) -> float:
 
 def overview() -> Table:
     """Every format: bits, range, resolution, and which special values it has."""
-    heads = ("format", "bits", "exponent", "mantissa", "max", "min normal", "smallest", "step at 1", "Inf", "NaN")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for head in heads:
-        table.add_column(head, no_wrap=True, justify="left" if head == "format" else "right")
+    heads = ("bits", "exponent", "mantissa", "max", "min normal", "smallest", "step at 1", "Inf", "NaN")
+    table = table_of(["format"], heads)
     for fmt in Format:
         spec = fmt.value
         numbers = [f"{number:.6g}" for number in (spec.max, spec.min_normal, spec.min_subnormal, spec.eps)]
         special = ["yes" if has else "no" for has in (spec.has_inf, spec.has_nan)]
-        table.add_row(
-            str(fmt), *(str(n) for n in (spec.bits, exponent_bits(spec), spec.mantissa_bits)), *numbers, *special
-        )
+        bits = [str(count) for count in (spec.bits, exponent_bits(spec), spec.mantissa_bits)]
+        table.add_row(str(fmt), *bits, *numbers, *special)
     return table
 
 
 def fate(value: float) -> Table:
     """One line a format: what ``value`` becomes, the relative error, and what happened to it."""
     title = f"{value!r} = {value.hex()}" if math.isfinite(value) else repr(value)
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    table.add_column("format")
-    for head in ("becomes", "relative error"):
-        table.add_column(head, justify="right", no_wrap=True)
+    table = table_of(["format"], ("becomes", "relative error"), title=title, title_style="bold", padding=(0, 1))
     table.add_column("")
     for fmt in Format:
         if fmt is not Format.e8m0:  # powers of two without sign or zero: the scales of other formats' blocks

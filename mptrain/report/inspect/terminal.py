@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mptrain.formats import Format
 from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judged, Row, Tensors
-from mptrain.report.wording import LAYER_WIDTH, percent, scale_text, short
+from mptrain.report.tables import table_of
+from mptrain.report.wording import LAYER_WIDTH, percent, put, scale_text, short
 from mptrain.telemetry.histogram import Share
 
 SHOWN = 20  # rows of a table without --all: what a terminal holds beside the other tables
@@ -140,11 +140,9 @@ def share_text(share: Share) -> str:
 
 
 def _table(title: str, *heads: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("layer", overflow="ellipsis")  # may be cut; of the figures, none
-    table.add_column("role", overflow="ellipsis")
-    for head in heads:
-        table.add_column(_brief(head), justify="right", no_wrap=True)
+    table = table_of(["layer", "role"], map(_brief, heads), title=title, title_style="bold")
+    for column in table.columns[:2]:  # may be cut; of the figures, none
+        column.no_wrap = False
     return table
 
 
@@ -173,7 +171,7 @@ def _style(lost: float, subnormal: float = 0.0) -> str:
 
 
 def _power(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.2g}"
+    return put("{:.2g}", value)
 
 
 def _legend(only: Format | None) -> str:
