@@ -171,6 +171,16 @@ def sample(x: float, y: float, drawn: Style) -> str:
     return stroke + marker(drawn.shape, x + 13, y, 3.2, drawn.colour)
 
 
+def end_label(right: float, y: float, drawn: Style) -> list[str]:
+    """A sample and the name of a series, right of a plot that ends at ``right``."""
+    return [sample(right + 20, y, drawn), marked(text(right + 52, y + 4, drawn.name), "end")]
+
+
+def curve(path: str, drawn: Style) -> str:
+    stroke = f"stroke='{drawn.colour}' stroke-width='{drawn.width}' stroke-dasharray='{drawn.dashes or 'none'}'"
+    return f"<path class='curve' d='{path}' fill='none' {stroke} stroke-linejoin='round'/>"
+
+
 def group_of(parts: Iterable[str], tip: str, attributes: str = "") -> str:
     """Elements with one tooltip."""
     return f"<g {attributes}><title>{escape(tip)}</title>{''.join(parts)}</g>"

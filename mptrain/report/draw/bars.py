@@ -13,10 +13,12 @@ from mptrain.report import wording
 from mptrain.report.compare.comparison import Interval, Memory, Speed, Variant
 from mptrain.report.draw import axes
 from mptrain.report.draw.axes import Axis, Style
-from mptrain.report.draw.svg import GREY, INK, line, svg, text
+from mptrain.report.draw.svg import GREY, INK, line, pattern, rect, svg, text
 
 WHOLE, SAID, TOP, PITCH, THICK = 800.0, 190.0, 20.0, 24.0, 14.0  # SAID: pixels of the figures right of the bars
 SHADE = "#b9b9b9"
+WITHIN = f"fill='{SHADE}' fill-opacity='.45'"  # the margin
+PIECE = f"stroke='{INK}' stroke-width='.6'"
 # Lightness, then what is drawn over it: stays apart in grey print. Roles beyond these share the last.
 FILLS = (
     ("#0072b2", ""),
@@ -48,13 +50,13 @@ def intervals_svg(variants: Sequence[Variant], styles: Sequence[Style], key: str
     x = Axis(-reach, reach, left, WHOLE - SAID)
     parts = []
     if margin:
-        place = f"x='{x.at(-100 * margin):.1f}' y='{TOP}' width='{x.at(100 * margin) - x.at(-100 * margin):.1f}'"
-        parts.append(f"<rect {place} height='{bottom - TOP:.1f}' fill='{SHADE}' fill-opacity='.45' class='margin'/>")
+        wide = x.at(100 * margin) - x.at(-100 * margin)
+        parts.append(rect(x.at(-100 * margin), TOP, wide, bottom - TOP, f"{WITHIN} class='margin'"))
     parts += [*_x_axis(x, bottom, unit), line(x.at(0), TOP, x.at(0), bottom, INK, 1.1)]
     for index, (variant, drawn, found) in enumerate(rows):
         parts.append(_interval(variant, drawn, found, x, TOP + PITCH * (index + 0.5), unit))
     if margin:
-        parts += _key(left, bottom + 46, f"fill='{SHADE}' fill-opacity='.45'", f"margin: {100 * margin:g} {unit}")
+        parts += _key(left, bottom + 46, WITHIN, f"margin: {100 * margin:g} {unit}")
     return svg(WHOLE, bottom + (56 if margin else 30), parts)
 
 
@@ -106,25 +108,21 @@ def _speed(speed: Speed, emulated: bool, drawn: Style, x: Axis, y: float) -> lis
         return [_instead("emulated", x, y)]
     if speed.ratio is None or not wording.known(speed.ratio):
         return [_instead("not measured", x, y)]
-    place = f"x='{x.start:.1f}' y='{y - THICK / 2:.1f}' width='{x.at(speed.ratio) - x.start:.1f}' height='{THICK}'"
-    parts = [f"<rect class='bar' {place} fill='{drawn.colour}' fill-opacity='.85'/>"]
+    paint = f"class='bar' fill='{drawn.colour}' fill-opacity='.85'"
+    parts = [rect(x.start, y - THICK / 2, x.at(speed.ratio) - x.start, THICK, paint)]
     if speed.ratio_low is not None and speed.ratio_high is not None and speed.ratio_high > speed.ratio_low:
         low, high = x.at(speed.ratio_low), x.at(speed.ratio_high)
         parts += [line(low, y, high, y, "#ffffff", 3.4), line(low, y, high, y, INK, 1.4)]
         parts += [line(at, y - 4, at, y + 4, INK, 1.4) for at in (low, high)]
     if speed.limit is not None and wording.known(speed.limit):
         parts.append(_limit(x.at(speed.limit), y))
-    return [
-        *parts,
-        text(x.end + 10, y + 4, wording.ratio(speed.ratio) + wording.span(speed.ratio_low, speed.ratio_high)),
-    ]
+    words = wording.ratio(speed.ratio) + wording.span(speed.ratio_low, speed.ratio_high)
+    return [*parts, text(x.end + 10, y + 4, words)]
 
 
 def _instead(said: str, x: Axis, y: float) -> str:
     """Words in a bar's place, on a white ground."""
-    ground = (
-        f"<rect x='{x.start + 4:.1f}' y='{y - 8:.1f}' width='{axes.text_width(said) + 6:.1f}' height='16' fill='#fff'/>"
-    )
+    ground = rect(x.start + 4, y - 8, axes.text_width(said) + 6, 16, "fill='#fff'")
     return ground + text(x.start + 8, y + 4, said, fill=GREY)
 
 
@@ -179,36 +177,28 @@ def stacks_svg(rows: Sequence[Stack], limit_gib: float = 0.0) -> str:
     for index, role in enumerate(roles):
         if place + 50 + axes.text_width(role) > WHOLE:
             place, y = left, y + 18
-        parts += _key(place, y, f"fill='{_fill(index, key)}' stroke='{INK}' stroke-width='.6'", role)
+        parts += _key(place, y, f"fill='{_fill(index, key)}' {PIECE}", role)
         place += 48 + axes.text_width(role)
     return svg(WHOLE, y + 10 if roles else bottom + 30, parts)
 
 
 def _stack(memory: Memory, roles: Sequence[str], key: str, x: Axis, y: float) -> list[str]:
     """One piece a role; what the roles do not explain of the peak stays empty."""
-    found, start = [], 0.0
+    parts, start = [], 0.0
     pieces = [(role, memory.roles_gib[role], _fill(roles.index(role), key)) for role in memory.roles_gib]
     rest = (memory.peak_gib or 0.0) - sum(memory.roles_gib.values())
     if rest > 0:
         pieces.append(("not told apart", rest, "#ffffff" if pieces else SHADE))
     for role, size, fill in pieces:
-        place = f"x='{x.at(start):.2f}' y='{y - THICK / 2:.1f}' width='{x.at(start + size) - x.at(start):.2f}'"
-        title = f"<title>{escape(f'{role}: {wording.gib(size)} GiB')}</title>"
-        found.append(
-            f"<rect class='bar' {place} height='{THICK}' fill='{fill}' stroke='{INK}' stroke-width='.6'>{title}</rect>"
-        )
+        wide, paint = x.at(start + size) - x.at(start), f"class='bar' fill='{fill}' {PIECE}"
+        parts.append(rect(x.at(start), y - THICK / 2, wide, THICK, paint, f"{role}: {wording.gib(size)} GiB"))
         start += size
-    return found
+    return parts
 
 
 def _patterns(key: str) -> str:
-    found = []
-    for index, (ground, over) in enumerate(FILLS):
-        fill = f"<rect width='6' height='6' fill='{ground}'/>{over}"
-        found.append(
-            f"<pattern id='role{index}-{key}' width='6' height='6' patternUnits='userSpaceOnUse'>{fill}</pattern>"
-        )
-    return f"<defs>{''.join(found)}</defs>"
+    patterns = [pattern(f"role{i}-{key}", f"fill='{ground}'", over) for i, (ground, over) in enumerate(FILLS)]
+    return f"<defs>{''.join(patterns)}</defs>"
 
 
 def _fill(index: int, key: str) -> str:
@@ -245,5 +235,5 @@ def _x_axis(x: Axis, bottom: float, unit: str) -> list[str]:
     return found
 
 
-def _key(x: float, y: float, paint: str, said: str) -> list[str]:
-    return [f"<rect x='{x:.1f}' y='{y - 10:.1f}' width='22' height='12' {paint}/>", text(x + 28, y, said)]
+def _key(x: float, y: float, paint: str, words: str) -> list[str]:
+    return [rect(x, y - 10, 22, 12, paint), text(x + 28, y, words)]

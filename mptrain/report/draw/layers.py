@@ -11,11 +11,12 @@ from mptrain.report import wording
 from mptrain.report.compare.comparison import Variant
 from mptrain.report.draw import axes
 from mptrain.report.draw.axes import Style
-from mptrain.report.draw.svg import BAD, BLUES, GREY, INK, svg, text
+from mptrain.report.draw.svg import BAD, GREY, INK, blue, rect, svg, text
 from mptrain.report.wording import percent
 
 LOWEST, HIGHEST = 1e-6, 1.0
 PITCH, MOST = 15.0, 40
+EDGE = "stroke='#cccccc' stroke-width='.5'"
 NAME = 34  # characters of a layer and role
 Place = tuple[str, str]  # layer, role
 
@@ -76,21 +77,17 @@ def shade(part: float) -> str:
     """White for 0; from light to dark blue over six decades, by the logarithm."""
     if part <= 0:
         return "#ffffff"
-    depth = 0.12 + 0.88 * min(1.0, max(0.0, 1 - math.log10(part) / math.log10(LOWEST)))
-    at = min(int(depth * (len(BLUES) - 1)), len(BLUES) - 2)
-    far = depth * (len(BLUES) - 1) - at
-    mixed = [round(a + far * (b - a)) for a, b in zip(BLUES[at], BLUES[at + 1], strict=True)]
-    return "#{:02x}{:02x}{:02x}".format(*mixed)
+    return blue(0.12 + 0.88 * min(1.0, max(0.0, 1 - math.log10(part) / math.log10(LOWEST))))
 
 
 def _cell(variant: Variant, place: Place, row: Mapping[str, Any] | None, x: float, y: float, wide: float) -> str:
-    frame = f"x='{x + 0.5:.1f}' y='{y + 0.5:.1f}' width='{wide - 1:.1f}' height='{PITCH - 1:.1f}'"
+    frame = x + 0.5, y + 0.5, wide - 1, PITCH - 1
     where = f"{variant.label}, {' '.join(place)}"
     if row is None:
         dot = text(x + wide / 2, y + 11, "·", anchor="middle", fill=GREY)
-        return axes.group_of([f"<rect {frame} fill='#f6f6f6'/>", dot], f"{where}: not cast")
+        return axes.group_of([rect(*frame, "fill='#f6f6f6'"), dot], f"{where}: not cast")
     part, over = _share(row), _overflow(row)
-    parts = [f"<rect class='cell' {frame} fill='{shade(part)}' stroke='#cccccc' stroke-width='.5'/>"]
+    parts = [rect(*frame, f"class='cell' fill='{shade(part)}' {EDGE}")]
     if over:
         parts.append(
             axes.marker("triangle", x + (10 if wide > 40 else wide / 2), y + PITCH / 2 + 1, 4.4, BAD, fill="#fff")
@@ -105,8 +102,7 @@ def _cell(variant: Variant, place: Place, row: Mapping[str, Any] | None, x: floa
 def _legend(left: float, y: float) -> list[str]:
     parts = []
     for index, power in enumerate(range(-6, 1)):
-        place = f"x='{left + 38 * index:.1f}' y='{y:.1f}' width='38' height='10' stroke='#cccccc' stroke-width='.5'"
-        parts.append(f"<rect {place} fill='{shade(10.0**power)}'/>")
+        parts.append(rect(left + 38 * index, y, 38, 10, f"fill='{shade(10.0**power)}' {EDGE}"))
         name = f"{100 * 10.0**power:g} %" if power > -5 else f"{100 * 10.0**power:.0e} %".replace("e-0", "e-")
         parts.append(text(left + 38 * index + 19, y + 23, name, size=9, anchor="middle"))
     after = left + 38 * 7 + 16

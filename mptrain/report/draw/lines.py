@@ -13,13 +13,13 @@ from typing import NamedTuple
 from mptrain.report.compare.comparison import Curve
 from mptrain.report.draw import axes
 from mptrain.report.draw.axes import Axis, Style
-from mptrain.report.draw.svg import GREY, INK, line, svg, text
+from mptrain.report.draw.svg import GREY, INK, line, rect, svg, text
 
 LEFT, TOP, HEIGHT, WHOLE = 62.0, 26.0, 290.0, 960.0  # the plot and its labels are WHOLE pixels wide
 PITCH = 15.0  # of the labels
 BAND_REACH = 0.5  # times the span of the curves: what a band may add to a plot on either side
 MOST_SHADED = 6  # curves whose own extremes are shaded: more of them would be mud
-BAND = "#b9b9b9"
+SHADED = "fill='#b9b9b9' fill-opacity='.55'"  # the band
 Point = tuple[float, float]
 
 
@@ -84,8 +84,8 @@ def _plot(
     parts = [text(LEFT - 6, 13, name, fill=GREY), *axes.y_grid(y, LEFT, right, form)]
     legend: list[tuple[str, str]] = []
     if band and band.low and _finite(band.low):
-        parts.append(_area(band, x, y, f"fill='{BAND}' fill-opacity='.55' class='band'"))
-        legend.append((f"<rect x='0' y='-9' width='22' height='10' fill='{BAND}' fill-opacity='.55'/>", band_name))
+        parts.append(_area(band, x, y, f"{SHADED} class='band'"))
+        legend.append((rect(0, -9, 22, 10, SHADED), band_name))
     if zero:
         parts.append(line(LEFT, y.at(0.0), right, y.at(0.0), INK, 1.1))
     parts += [_curve(one, index, len(series), x, y) for index, one in reversed(list(enumerate(series)))]
@@ -106,8 +106,7 @@ def _curve(one: Series, index: int, count: int, x: Axis, y: Axis) -> str:
         parts.append(_area(curve, x, y, f"fill='{drawn.colour}' fill-opacity='.13' class='extremes'"))
     pieces = clipped(_points(curve, x, y), y.end, y.start)
     path = "".join(_path(piece) for piece in pieces)
-    stroke = f"stroke='{drawn.colour}' stroke-width='{drawn.width}' stroke-dasharray='{drawn.dashes or 'none'}'"
-    parts.append(f"<path class='curve' d='{path}' fill='none' {stroke} stroke-linejoin='round'/>")
+    parts.append(axes.curve(path, drawn))
     inside = [p for p in _points(curve, x, y) if p and y.end <= p[1] <= y.start]
     many = 5 if count <= 6 else 3
     for place in range(many if len(inside) >= 2 * many else 0):
@@ -145,15 +144,14 @@ def _end_labels(series: list[Series], x: Axis, y: Axis) -> list[str]:
     ends = [[p for p in _points(one.curve, x, y) if p][-1] for one in series]
     wanted = [min(max(end[1], y.end), y.start) for end in ends]
     places = axes.spread(wanted, PITCH, y.end, y.start)
-    found = []
+    labels = []
     for one, end, at, place in zip(series, ends, wanted, places, strict=True):
         parts = []
         if end[0] > right - 8 and y.end <= end[1] <= y.start:
             parts.append(line(end[0], at, right + 18, place, one.style.colour, 0.7))
-        parts.append(axes.sample(right + 20, place, one.style))
-        parts.append(axes.marked(text(right + 52, place + 4, one.style.name), "end"))
-        found.append(axes.group_of(parts, one.label))
-    return found
+        label = axes.group_of([*parts, *axes.end_label(right, place, one.style)], one.label)
+        labels.append(label)
+    return labels
 
 
 def _legend(entries: list[tuple[str, str]], y: float) -> list[str]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import NamedTuple
 
 from mptrain.formats import Format
 from mptrain.kernels.bins import INF, N_MAGNITUDES, NAN, ZERO, edges
-from mptrain.report.draw.svg import BAD, COLOURS, GREY, INK, blue, line, superscript, svg, text
+from mptrain.report.draw.svg import BAD, COLOURS, GREY, INK, blue, line, rect, superscript, svg, text
 from mptrain.telemetry.histogram import Histogram, Histograms
 
 MOST_OCTAVES = 44  # drawn below the largest magnitude: FP16 normal and subnormal are 40
@@ -28,6 +27,10 @@ class Band(NamedTuple):
     scale: float
     figures: Sequence[str] = ()
     used: bool = False
+
+    @property
+    def colour(self) -> str:
+        return COLOURS.get(self.format.name, INK)
 
 
 class Box(NamedTuple):
@@ -133,8 +136,7 @@ def _cells(plot: Box, y: float, height: float, row: list[float], label: str) -> 
 
 
 def _cell(x: float, y: float, width: float, height: float, share: float, tip: str) -> str:
-    place = f"x='{x:.1f}' y='{y:.1f}' width='{width:.1f}' height='{height:.1f}'"
-    return f"<rect {place} fill='{blue(share)}'><title>{escape(tip)}</title></rect>"
+    return rect(x, y, width, height, f"fill='{blue(math.sqrt(share / 0.5))}'", tip)
 
 
 def _marks(plot: Box, y: float, height: float, ends: tuple[float, float] | None) -> list[str]:
@@ -192,17 +194,14 @@ def _x_axis(plot: Box, y: float) -> list[str]:
 
 def _lost(plot: Box, band: Band) -> list[str]:
     """Hatched regions outside the range of the format in use, with a line at either end."""
-    found = []
+    parts = []
     for start, end, at in ((plot.low, lower(band), lower(band)), (upper(band), plot.high, upper(band))):
         left, right = plot.x(start), plot.x(end)
         if right > left:
-            place = f"x='{left:.1f}' y='{plot.top}' width='{right - left:.1f}' height='{plot.height}'"
-            found.append(f"<rect {place} fill='url(#hatch)'/>")
+            parts.append(rect(left, plot.top, right - left, plot.height, "fill='url(#hatch)'"))
         if plot.low < at < plot.high:
-            found.append(
-                line(plot.x(at), plot.top - 4, plot.x(at), plot.bottom, COLOURS.get(band.format.name, INK), 1.6)
-            )
-    return found
+            parts.append(line(plot.x(at), plot.top - 4, plot.x(at), plot.bottom, band.colour, 1.6))
+    return parts
 
 
 def _guide(plot: Box, band: Band) -> list[str]:
@@ -210,29 +209,26 @@ def _guide(plot: Box, band: Band) -> list[str]:
     at = lower(band)
     if not plot.low < at < plot.high:
         return []
-    return [line(plot.x(at), plot.top, plot.x(at), plot.bottom, COLOURS.get(band.format.name, INK), 1.1, "4 3")]
+    return [line(plot.x(at), plot.top, plot.x(at), plot.bottom, band.colour, 1.1, "4 3")]
 
 
 def _band(plot: Box, band: Band, y: float) -> list[str]:
     """A bar over the format's range: dark where numbers are normal, light where they are subnormal."""
-    spec, colour = band.format.value, COLOURS.get(band.format.name, INK)
+    spec = band.format.value
     start, end = lower(band), upper(band)
     normal = start if spec.integer else math.log2(spec.min_normal / band.scale)
     thick = "bold" if band.used else "normal"
-    found = [text(plot.left - 8, y + 10, band.label, anchor="end", weight=thick)]
+    parts = [text(plot.left - 8, y + 10, band.label, anchor="end", weight=thick)]
     for a, b, opacity in ((start, normal, 0.35), (normal, end, 0.9)):
         left, right = plot.x(a), plot.x(b)
         if right > left:
-            place = f"x='{left:.1f}' y='{y + 1:.1f}' width='{right - left:.1f}' height='11'"
-            found.append(f"<rect {place} fill='{colour}' fill-opacity='{opacity}'/>")
+            parts.append(rect(left, y + 1, right - left, 11, f"fill='{band.colour}' fill-opacity='{opacity}'"))
     for at, arrow, shift in ((start, "◂", 4.0), (end, "▸", -4.0)):
         if not plot.low <= at <= plot.high:
-            edge = plot.x(at)
-            found.append(text(edge + shift, y + 10, arrow, anchor="middle", fill="#ffffff"))
-    found += [text(590 + 88 * i, y + 10, value, weight=thick) for i, value in enumerate(band.figures)]
-    return found
+            parts.append(text(plot.x(at) + shift, y + 10, arrow, anchor="middle", fill="#ffffff"))
+    parts += [text(590 + 88 * i, y + 10, value, weight=thick) for i, value in enumerate(band.figures)]
+    return parts
 
 
 def _outline(plot: Box) -> str:
-    place = f"x='{plot.left:.1f}' y='{plot.top}' width='{plot.width:.1f}' height='{plot.height:.1f}'"
-    return f"<rect {place} fill='none' stroke='#bbbbbb' stroke-width='.7'/>"
+    return rect(plot.left, plot.top, plot.width, plot.height, "fill='none' stroke='#bbbbbb' stroke-width='.7'")

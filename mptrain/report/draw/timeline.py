@@ -72,14 +72,8 @@ def _scales(scaled: Sequence[tuple[Variant, Style, Curve]], x: Axis) -> tuple[li
     wanted = [y.at(_logs(scale)[-1]) for _, _, scale in scaled]
     places = axes.spread(wanted, PITCH, TOP, bottom)
     for (variant, drawn, scale), place in zip(scaled, places, strict=True):
-        stroke = f"stroke='{drawn.colour}' stroke-width='{drawn.width}' stroke-dasharray='{drawn.dashes or 'none'}'"
-        path = f"<path class='curve' d='{_stairs(scale, x, y)}' fill='none' {stroke}/>"
-        said = [
-            path,
-            axes.sample(x.end + 20, place, drawn),
-            axes.marked(text(x.end + 52, place + 4, drawn.name), "end"),
-        ]
-        parts.append(axes.group_of(said, f"loss scale of {variant.label}", f"data-series='{escape(variant.label)}'"))
+        shapes = [axes.curve(_stairs(scale, x, y), drawn), *axes.end_label(x.end, place, drawn)]
+        parts.append(axes.group_of(shapes, f"loss scale of {variant.label}", f"data-series='{escape(variant.label)}'"))
     return parts, bottom + 12
 
 
