@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 
+from mptrain.cli.arguments import command_parser
 from mptrain.report.compare import compare as comparing
 from mptrain.report.compare import files, watch
 from mptrain.report.compare.terminal import print_comparison_table
 from mptrain.report.deploy import matrix
 from mptrain.tools.settings import require
 
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
-
 
 def run(argv: list[str]) -> int:
     """Compare runs or whole sweeps, print the verdicts, write the reports that are asked for."""
-    parser = argparse.ArgumentParser(prog="mptrain compare", description=DESCRIPTION)
+    parser = command_parser(__doc__)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs (a sweep)"
     )

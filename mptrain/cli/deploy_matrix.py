@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mptrain.cli.arguments import command_parser
 from mptrain.quantization import matrix
 from mptrain.quantization.methods import METHODS
 from mptrain.report.compare.compare import compare
@@ -17,8 +18,6 @@ from mptrain.runs.read import is_run
 from mptrain.tools.files import json_text, write_whole
 from mptrain.tools.machine import pick_device
 from mptrain.tools.settings import to_plain
-
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
@@ -57,7 +56,7 @@ def _reported(folder: Path) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mptrain deploy-matrix", description=DESCRIPTION)
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs, or one folder of them (a sweep)")
     known = ", ".join(name for name, method in METHODS.items() if not method.calibrated)
     what = f"formats to deploy in, of {known} (default: {' '.join(matrix.FORMATS)})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mptrain import kernels
+from mptrain.cli.arguments import command_parser
 from mptrain.config import RunConfig, composed, parse_open
 from mptrain.precision import Precision
 from mptrain.precision.backends import all_backends, resolve
@@ -21,12 +21,11 @@ from mptrain.tools import machine
 
 ROWS = 128  # of every matrix product: enough for every FP8 GEMM
 SIZES = {"vocab_size": 256, "image_size": 8, "channels": 1, "classes": 10}  # where neither model nor data names one
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
     """Which backends this machine has; with ``--audit precision=fp8 ...``: what every GEMM of a step runs in."""
-    parser = argparse.ArgumentParser(prog="mptrain doctor", description=DESCRIPTION)
+    parser = command_parser(__doc__)
     parser.add_argument("--audit", nargs="*", metavar="SETTING=VALUE", help="audit one step, e.g. precision=fp8")
     asked = parser.parse_args(argv)
     if asked.audit is not None:

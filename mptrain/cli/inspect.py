@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 
+from mptrain.cli.arguments import command_parser
 from mptrain.report.inspect import page, tensors
 from mptrain.report.inspect import terminal as tables
 from mptrain.telemetry.histogram import JUDGED
 from mptrain.tools.files import json_text
 
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
-
 
 def run(argv: list[str]) -> int:
     """Print what each format makes of the tensors. ValueError for what cannot be read."""
-    parser = argparse.ArgumentParser(prog="mptrain inspect", description=DESCRIPTION)
+    parser = command_parser(__doc__)
     what = "a run's folder, a checkpoint in one, or FILE.safetensors"
     parser.add_argument("path", type=Path, metavar="RUN", help=what)
     parser.add_argument("--step", type=int, help="a recorded step (default: the last)")

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mptrain.build.preflight import require_consistent
 from mptrain.cli import plan_inference
+from mptrain.cli.arguments import command_parser
 from mptrain.config import RunConfig, composed, parse_open
 from mptrain.distributed.layout import Layout
 from mptrain.formats import Format
@@ -27,7 +28,6 @@ from mptrain.tools.files import json_text, write_whole
 from mptrain.tools.settings import require
 
 BESIDE = ("fp32", "tf32", "bf16", "fp16", "fp8")
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
@@ -69,7 +69,7 @@ def run(argv: list[str]) -> int:
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="mptrain plan", description=DESCRIPTION)
+    parser = command_parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE", help="as for train.py, e.g. model=gpt-small")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes, for dist=ddp, fsdp, dist.tp=2")
     parser.add_argument("--gpu", default="", metavar="NAME", help="plan for this GPU (names: --inference --list)")

@@ -1,4 +1,4 @@
-"""``plan --inference``: what a model takes to be served, in each format, and on how many GPUs."""
+"""``mptrain plan --inference``: what a model takes to be served, in each format, and on how many GPUs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mptrain.cli.arguments import command_parser
 from mptrain.memory.inference import catalogue, huggingface
 from mptrain.memory.inference import table as inference_table
 from mptrain.memory.inference.plan import KV_FORMATS, Request
@@ -20,7 +21,6 @@ from mptrain.tools.settings import require
 DEFAULT_FORMATS = ("bf16", "fp8", "int4")
 MOST_GPUS = 100_000
 EPILOG = "Sizes need a unit: 80GiB is 2^30 bytes each, 80GB 10^9."
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
@@ -30,9 +30,7 @@ def run(argv: list[str]) -> int:
     if asked.list:
         models, gpus = catalogue.models(), catalogue.gpus()
         if asked.json:
-            print(
-                json_text({"models": [asdict(one) for one in models], "gpus": [asdict(one) for one in gpus]}, indent=1)
-            )
+            print(json_text({"models": [*map(asdict, models)], "gpus": [*map(asdict, gpus)]}, indent=1))
         else:
             inference_table.print_catalogue(console, models, gpus)
         return 0
@@ -49,9 +47,7 @@ def run(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mptrain plan --inference", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False
-    )
+    parser = command_parser(__doc__, epilog=EPILOG, allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="NAME|PATH", help="of the catalogue, or a config.json, or its folder")
     what.add_argument("--parameters", metavar="N", help="only a number of parameters: 1e9, 7B")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mptrain.cli.arguments import command_parser
 from mptrain.quantization import artifact, qat
 from mptrain.quantization.apply import quantize_model
 from mptrain.quantization.judging import BATCHES, Judge
@@ -32,7 +33,6 @@ TUNING_SEED = 1 << 20
 """Of the order of fine-tuning's samples: that of no run."""
 CALIBRATION_ROWS = 8
 """Samples of a batch that a calibrated method sees."""
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
@@ -83,7 +83,7 @@ def _judge(source: Source, asked: argparse.Namespace) -> Judge:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mptrain quantize", description=DESCRIPTION)
+    parser = command_parser(__doc__)
     what = "a run's folder, a checkpoint in one, a Hugging Face model's folder, or a .safetensors file in one"
     parser.add_argument("source", type=Path, metavar="SOURCE", help=what)
     words = "; ".join(f"{name}: {method.what}" for name, method in METHODS.items() if name != "fp32")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from mptrain.bench import resume
-
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
+from mptrain.cli.arguments import command_parser
 
 
 def run(argv: list[str]) -> int:
     """Kill runs and compare the resumed ones, bit for bit, with uninterrupted runs."""
-    parser = argparse.ArgumentParser(prog="mptrain verify-resume", description=DESCRIPTION)
+    parser = command_parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE", help="as for train.py, e.g. dist=fsdp")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "fp16", "fp8", "fp8-delayed"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="numbers of processes (default: 1 2)")

@@ -256,6 +256,14 @@ class ImageDataset(Dataset):
         return self.held_out.at(samples)
 
 
+def require_share(kind: str, validation_frac: float, usual: float) -> None:
+    """Raise ValueError unless both splits get some of the data."""
+    if not 0.0 < validation_frac < 1.0:
+        raise ValueError(
+            f"{kind}: validation_frac={validation_frac} must be in (0, 1); try data.validation_frac={usual}"
+        )
+
+
 def kinds() -> list[str]:
     """Names that ``kind:`` may take in conf/data."""
     return registry.kinds(__name__)

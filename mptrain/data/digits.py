@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mptrain.data import ImageDataset, Images
+from mptrain.data import ImageDataset, Images, require_share
 
 INPUT = "images"
 SIZE, CLASSES = 8, 10
@@ -25,10 +25,7 @@ class Config:
     validation_frac: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.validation_frac < 1.0:
-            raise ValueError(
-                f"digits: validation_frac={self.validation_frac} must be in (0, 1); try data.validation_frac=0.2"
-            )
+        require_share("digits", self.validation_frac, 0.2)
 
 
 def build(config: Config) -> ImageDataset:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mptrain.data import TokenDataset
+from mptrain.data import TokenDataset, require_share
 from mptrain.tools.files import write_whole
 
 INPUT = "tokens"
@@ -40,10 +40,7 @@ class Config:
     root: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.validation_frac < 1.0:
-            raise ValueError(
-                f"stdlib: validation_frac={self.validation_frac} must be in (0, 1); try data.validation_frac=0.1"
-            )
+        require_share("stdlib", self.validation_frac, 0.1)
 
 
 def build(config: Config) -> TokenDataset:

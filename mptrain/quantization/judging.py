@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 from rich.console import Console
 from torch import nn
@@ -14,7 +13,7 @@ from mptrain.quantization.matrix import validation_batches
 from mptrain.quantization.methods import Method
 from mptrain.quantization.report import Report
 from mptrain.quantization.source import Source
-from mptrain.report.compare.comparison import Interval
+from mptrain.report import wording
 from mptrain.report.deploy.matrix import Evaluation
 from mptrain.report.deploy.terminal import print_evaluation
 
@@ -55,13 +54,9 @@ class Judge:
 def regained(at_once: Evaluation, tuned: Evaluation) -> str:
     """Say in a sentence how much of the loss fine-tuning gave back."""
     gain = loss_delta(tuned.losses, at_once.losses)
-    said = f"fine-tuning changes the loss by {gain.mean:+.5f} nats{_ends(gain)} on the same samples"
+    said = f"fine-tuning changes the loss by {wording.interval(gain, '+.5f', ' nats')} on the same samples"
     lost = at_once.loss_delta
     if not lost.low > 0:
         return f"{said}; quantized at once the model loses too little to say what part of it came back"
     share = f"{-gain.mean / lost.mean:.0%} of what quantization at once loses ({lost.mean:+.5f})"
     return f"{said}, {share}; of that, further training alone gives a part"
-
-
-def _ends(interval: Interval) -> str:
-    return "" if math.isnan(interval.low) else f" [{interval.low:+.5f}, {interval.high:+.5f}]"

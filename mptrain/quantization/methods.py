@@ -7,6 +7,7 @@ clips by half a step; the zero points of symmetric codes are zeros, kept because
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -74,11 +75,9 @@ class Method:
             return None
         if importlib.util.find_spec("torchao") is None:
             return f'{self.name} needs torchao, which is not installed: pip install "mptrain[native]"'
-        version = importlib.metadata.version("torchao")
+        version, needed = importlib.metadata.version("torchao"), ".".join(map(str, NEEDS))
         if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < NEEDS:
-            return (
-                f"{self.name} needs torchao {'.'.join(map(str, NEEDS))} or newer, not {version}: pip install -U torchao"
-            )
+            return f"{self.name} needs torchao {needed} or newer, not {version}: pip install -U torchao"
         if self.name == "fp8-dynamic" and not _has_fp8(device):
             where = "a CPU has none" if device.type == "cpu" else "this GPU is older than Ada (compute capability 8.9)"
             return f"fp8-dynamic multiplies in FP8 units and {where}: use --to fp8 (weights only) or int8-dynamic"
@@ -101,60 +100,39 @@ def _has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _rows_or_groups(size: int | None) -> Any:
-    from torchao.quantization import PerGroup, PerRow
+def _config(name: str, **options: Any) -> Callable[[int | None], Any]:
+    """Return what makes torchao's configuration ``name`` for a group size; an option may be a function of both."""
 
-    return PerRow() if size is None else PerGroup(size)
+    def make(size: int | None) -> Any:
+        torchao = importlib.import_module("torchao.quantization")
+        fixed = {key: option(torchao, size) if callable(option) else option for key, option in options.items()}
+        return getattr(torchao, name)(**fixed)
 
-
-def _int8(size: int | None) -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return Int8WeightOnlyConfig(granularity=_rows_or_groups(size), set_inductor_config=False)
-
-
-def _int8_dynamic(size: int | None) -> Any:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-
-    return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    return make
 
 
-def _int8_static(size: int | None) -> Any:
-    from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor
-
-    granularity = [PerTensor(), PerRow()]  # of activations, whose scale is fixed, and of weights
-    return Int8StaticActivationInt8WeightConfig(granularity=granularity, set_inductor_config=False)
+def _group(torchao: Any, size: int | None) -> Any:
+    return torchao.PerGroup(size)
 
 
-def _int4(size: int | None) -> Any:
-    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
-
-    return IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(size))
+def _row_or_group(torchao: Any, size: int | None) -> Any:
+    return torchao.PerRow() if size is None else torchao.PerGroup(size)
 
 
-def _int2(size: int | None) -> Any:
-    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
-
-    return IntxWeightOnlyConfig(weight_dtype=INT2, granularity=PerGroup(size))
-
-
-def _int4_dynamic(size: int | None) -> Any:
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
-
-    return Int8DynamicActivationIntxWeightConfig(weight_dtype=INT4, weight_granularity=PerGroup(size))
+def _tensor_and_row(torchao: Any, _: int | None) -> list[Any]:
+    """The scale of activations is fixed; weights have one for each row."""
+    return [torchao.PerTensor(), torchao.PerRow()]
 
 
-def _fp8(size: int | None) -> Any:
-    from torchao.quantization import Float8WeightOnlyConfig
-
-    return Float8WeightOnlyConfig(granularity=_rows_or_groups(size), set_inductor_config=False)
-
-
-def _fp8_dynamic(size: int | None) -> Any:
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
-
-    return Float8DynamicActivationFloat8WeightConfig(set_inductor_config=False)
-
+ALONE = {"set_inductor_config": False}
+_int8 = _config("Int8WeightOnlyConfig", granularity=_row_or_group, **ALONE)
+_int8_dynamic = _config("Int8DynamicActivationInt8WeightConfig", **ALONE)
+_int8_static = _config("Int8StaticActivationInt8WeightConfig", granularity=_tensor_and_row, **ALONE)
+_int4 = _config("IntxWeightOnlyConfig", weight_dtype=INT4, granularity=_group)
+_int2 = _config("IntxWeightOnlyConfig", weight_dtype=INT2, granularity=_group)
+_int4_dynamic = _config("Int8DynamicActivationIntxWeightConfig", weight_dtype=INT4, weight_granularity=_group)
+_fp8 = _config("Float8WeightOnlyConfig", granularity=_row_or_group, **ALONE)
+_fp8_dynamic = _config("Float8DynamicActivationFloat8WeightConfig", **ALONE)
 
 INT8, INTX, FLOAT8 = "Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"
 METHODS: dict[str, Method] = {

@@ -65,6 +65,12 @@ def delta(interval: Interval | None, unit: str = "%") -> str:
     return f"{mean} [{signed(100 * interval.low)}, {signed(100 * interval.high)}]"
 
 
+def interval(mean: Interval, form: str, ending: str = "") -> str:
+    """``2.31 [2.28, 2.34]`` by a format of numbers; without the ends where one value gives none."""
+    ends = "" if math.isnan(mean.low) else f" [{mean.low:{form}}, {mean.high:{form}}]"
+    return f"{mean.mean:{form}}{ending}{ends}"
+
+
 def signed(value: float) -> str:
     """Two decimals with a sign; never ``-0.00``."""
     return f"{round(value, 2) + 0.0:+.2f}"

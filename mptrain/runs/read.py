@@ -106,17 +106,17 @@ def expand(paths: Iterable[Path]) -> list[Path]:
         if is_run(path):
             found.setdefault(path.resolve(), path)
             continue
-        inside = sorted((p for p in path.iterdir() if is_run(p)), key=_natural) if path.is_dir() else []
+        inside = [inner for inner in path.iterdir() if is_run(inner)] if path.is_dir() else []
         if not inside:
             raise ValueError(f"{path} is not a run and holds none{_nearest(path)}")
-        for folder in inside:
+        for folder in sorted(inside, key=lambda inner: natural(inner.name)):
             found.setdefault(folder.resolve(), folder)
     return list(found.values())
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Numbers in a name by their size: history=16 before history=1024."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+def natural(name: str) -> list[tuple[int, str]]:
+    """Key that sorts numbers in a name by their size: history=16 before history=1024."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def is_run(folder: Path) -> bool:

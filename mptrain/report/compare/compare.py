@@ -99,13 +99,18 @@ class Side:
 
     @cached_property
     def astray(self) -> dict[int, Divergence]:
-        found = {seed: divergence(run) for seed, run in self.runs.items()}
-        return {seed: one for seed, one in found.items() if one is not None}
+        """Seed -> where its run diverged, for those that did."""
+        return {seed: where for seed, run in self.runs.items() if (where := divergence(run)) is not None}
+
+    @property
+    def sound(self) -> list[int]:
+        """The seeds that did not diverge."""
+        return [seed for seed in self.runs if seed not in self.astray]
 
     def values(self, figure: str) -> dict[int, float]:
         """Seed -> figure of the summary (``train``: mean loss of the last tenth), where it is finite."""
-        found = {seed: last_tenth(run) if figure == "train" else run.figure(figure) for seed, run in self.runs.items()}
-        return {seed: value for seed, value in found.items() if math.isfinite(value)}
+        read = last_tenth if figure == "train" else lambda run: run.figure(figure)
+        return {seed: value for seed, run in self.runs.items() if math.isfinite(value := read(run))}
 
     def mean(self, figure: str) -> float | None:
         values = self.values(figure)
@@ -131,18 +136,17 @@ def _group(matched: MatchedGroup, label: str, chosen: str | None, names: dict[st
     base_side, base_rows = _side(base, None, window, plan) if base else (Side({}, window, plan), [])
     metric = _metric([run for variant in ordered for run in variant.runs])
     variants = []
-    for variant in ordered:
-        side, rows = (base_side, base_rows) if variant is base else _side(variant, base_side, window, plan)
-        made = aggregates.variant(variant, names[variant.key], side.runs, base_side.runs if base else {})
-        made = replace(made, runs=rows, curve=_curve(side), difference=_difference(side, base_side))
-        if variant is base:
+    for matched_variant in ordered:
+        if matched_variant is base:
+            side, rows, loss = base_side, base_rows, _levels(base_side, base_side)
             verdict = Verdict(Kind.baseline, "baseline", _baseline_why(side))
-            variants.append(replace(made, verdict=verdict, loss=_levels(side, base_side)))
         else:
+            side, rows = _side(matched_variant, base_side, window, plan)
             loss = _loss(side, base_side)
-            variants.append(
-                replace(made, loss=loss, verdict=_verdict(side, base_side, loss, metric, margin, base is not None))
-            )
+            verdict = _verdict(side, base_side, loss, metric, margin, base is not None)
+        variant = aggregates.variant(matched_variant, names[matched_variant.key], side.runs, base_side.runs)
+        curve, apart = _curve(side), _difference(side, base_side)
+        variants.append(replace(variant, verdict=verdict, loss=loss, runs=rows, curve=curve, difference=apart))
     band, noise = _band(base_side)
     any_run = ordered[0].runs[0]
     task, unit = aggregates.task(any_run, matched.settings), aggregates.unit(ordered)
@@ -219,12 +223,13 @@ def _delta(side: Side, base: Side, figure: str, *, relative: bool = True) -> Int
     if plan.last or ours.keys() & theirs.keys():  # several looks are for pairs alone
         return paired([(ours[s] - theirs[s]) / (theirs[s] if relative else 1.0) for s in shared], plan.last)
     sound = [value for seed, value in theirs.items() if seed not in base.astray]
-    found = welch(list(ours.values()), sound)
-    if found is None or not relative:
-        return found
+    interval = welch(list(ours.values()), sound)
+    if interval is None or not relative:
+        return interval
     level = float(np.mean(sound))
-    mean, low, high, *spreads = (value / level for value in (found.mean, found.low, found.high, *found.spreads))
-    return replace(found, mean=mean, low=low, high=high, spreads=tuple(spreads))
+    values = (interval.mean, interval.low, interval.high, *interval.spreads)
+    mean, low, high, *spreads = (value / level for value in values)
+    return replace(interval, mean=mean, low=low, high=high, spreads=tuple(spreads))
 
 
 def _verdict(side: Side, base: Side, loss: Loss, metric: str, margin: float, has_base: bool) -> Verdict:
@@ -237,7 +242,7 @@ def _verdict(side: Side, base: Side, loss: Loss, metric: str, margin: float, has
         return Verdict(Kind.none, "the baseline has no finished run")
     if base.astray.keys() == base.runs.keys():
         return Verdict(Kind.none, f"the baseline itself diverged at step {min(d.step for d in base.astray.values())}")
-    alone = [(seed, found) for seed, found in side.astray.items() if seed not in base.astray]
+    alone = [(seed, where) for seed, where in side.astray.items() if seed not in base.astray]
     if alone:
         return diverged(alone, len(side.runs))
     steps, seeds, last = next(iter(side.runs.values())).max_steps or 0, len(side.runs), base.plan.last
@@ -277,15 +282,14 @@ def _difference(side: Side, base: Side) -> Curve | None:
 
 
 def _half_band(base: Side) -> Floats | None:
-    sound = [seed for seed in base.runs if seed not in base.astray]
-    return prediction_half_width(_stack(base, sound), base.window) if len(sound) > 1 else None
+    return prediction_half_width(_stack(base, base.sound), base.window) if len(base.sound) > 1 else None
 
 
 def _band(base: Side) -> tuple[Curve | None, Curve | None]:
     half = _half_band(base)
     if half is None:
         return None, None
-    mean = _stack(base, [seed for seed in base.runs if seed not in base.astray]).mean(0)
+    mean = _stack(base, base.sound).mean(0)
     part = half / mean
     return _thinned(mean, mean - half, mean + half), _thinned(np.zeros_like(part), -part, part)
 
@@ -295,10 +299,9 @@ def _outside(side: Side, base: Side) -> int | None:
     half = _half_band(base)
     if half is None or not side.runs:
         return None
-    sound = [seed for seed in base.runs if seed not in base.astray]
-    away = np.abs(_stack(side).mean(0) - _stack(base, sound).mean(0)) > half
-    found = first_lasting(away, base.window)
-    return None if found is None else found + 1
+    away = np.abs(_stack(side).mean(0) - _stack(base, base.sound).mean(0)) > half
+    index = first_lasting(away, base.window)
+    return None if index is None else index + 1
 
 
 def _tokens(side: Side, base: Side) -> tuple[int | None, float | None]:
@@ -315,8 +318,8 @@ def _tokens(side: Side, base: Side) -> tuple[int | None, float | None]:
 
 def _reached(curve: Floats, target: float) -> int | None:
     with np.errstate(invalid="ignore"):
-        found = np.flatnonzero(curve <= target)
-    return int(found[0]) + 1 if len(found) else None
+        indices = np.flatnonzero(curve <= target)
+    return int(indices[0]) + 1 if len(indices) else None
 
 
 def _thinned(values: Floats, low: Floats, high: Floats) -> Curve:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from mptrain.report import wording
 from mptrain.report.compare.comparison import Interval
 from mptrain.report.deploy.matrix import Deployed, Matrix
@@ -53,17 +51,13 @@ def no_gpu(device: str) -> str:
     return "; it says nothing about a GPU's" if device == "cpu" else ""
 
 
-def _perplexity(interval: Interval) -> str:
-    return f"{interval.mean:.3f}{_ends(interval, '.3f')}"
+def _perplexity(mean: Interval) -> str:
+    return wording.interval(mean, ".3f")
 
 
-def _percent(interval: Interval) -> str:
-    share = Interval(100 * interval.mean, 100 * interval.low, 100 * interval.high, interval.n, interval.method)
-    return f"{share.mean:.2f} %{_ends(share, '.2f')}"
-
-
-def _ends(interval: Interval, form: str) -> str:
-    return "" if math.isnan(interval.low) else f" [{interval.low:{form}}, {interval.high:{form}}]"
+def _percent(mean: Interval) -> str:
+    share = Interval(100 * mean.mean, 100 * mean.low, 100 * mean.high, mean.n, mean.method)
+    return wording.interval(share, ".2f", " %")
 
 
 def _tenths(value: float | None) -> str:

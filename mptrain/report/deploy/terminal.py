@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -59,7 +57,7 @@ def print_evaluation(console: Console, evaluation: Evaluation, name: str) -> Non
         f"the same answer first in {100 * evaluation.same_frac:.2f} % of {evaluation.predictions:,} {evaluation.unit}"
     )
     kl, worst = evaluation.kl_nats, evaluation.kl_worst
-    console.print(Text(f"KL(before || after) {_put(kl, '.2e')} nats, worst {worst:.2e}; {same}"))
+    console.print(Text(f"KL(before || after) {wording.interval(kl, '.2e')} nats, worst {worst:.2e}; {same}"))
     for row in evaluation.latencies:
         speed = f"{row.units_per_s:,.0f} {evaluation.unit}/s, {wording.ratio(row.speed_ratio)}"
         ends = wording.span(row.low, row.high)
@@ -75,20 +73,19 @@ def print_evaluation(console: Console, evaluation: Evaluation, name: str) -> Non
 
 def _figures(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     before, after, delta = evaluation.reference_loss, evaluation.loss, evaluation.loss_delta
-    rows = [("loss (nats)", _put(before, ".4f"), _put(after, ".4f"), _put(delta, "+.5f"))]
+    rows = [("loss (nats)", *_both(before, after, ".4f"), wording.interval(delta, "+.5f"))]
     if evaluation.unit == "tokens":
         first, second, ratio = (perplexity(interval) for interval in (before, after, delta))
         change = Interval(ratio.mean - 1, ratio.low - 1, ratio.high - 1, ratio.n, ratio.method)
-        rows.append(("perplexity", _put(first, ".3f"), _put(second, ".3f"), wording.delta(change)))
+        rows.append(("perplexity", *_both(first, second, ".3f"), wording.delta(change)))
     if evaluation.top1 and evaluation.reference_top1:
-        share = (_put(evaluation.reference_top1, ".2%"), _put(evaluation.top1, ".2%"))
-        rows.append(("top-1", *share, wording.delta(evaluation.top1_delta, "pt")))
+        shares = _both(evaluation.reference_top1, evaluation.top1, ".2%")
+        rows.append(("top-1", *shares, wording.delta(evaluation.top1_delta, "pt")))
     return rows
 
 
-def _put(interval: Interval, form: str) -> str:
-    ends = "" if math.isnan(interval.low) else f" [{interval.low:{form}}, {interval.high:{form}}]"
-    return f"{interval.mean:{form}}{ends}"
+def _both(before: Interval, after: Interval, form: str) -> tuple[str, str]:
+    return wording.interval(before, form), wording.interval(after, form)
 
 
 def _layers(evaluation: Evaluation) -> Table:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mptrain.checkpoint import checkpoints
 from mptrain.formats import Format
+from mptrain.runs.read import natural
 from mptrain.telemetry import record
 from mptrain.telemetry.histogram import JUDGED, Histogram, Histograms, Share
 from mptrain.tools.settings import did_you_mean
@@ -169,15 +170,11 @@ def _of_file(path: Path) -> Tensors:
         dtypes[dtype] += 1
     if not found:
         raise ValueError(f"{path} holds no floating-point weights ({sum(skipped.values())} other tensors)")
-    found.sort(key=lambda one: _natural(one[0][0]))  # files are in alphabetical order, layer 10 before layer 2
+    found.sort(key=lambda one: natural(one[0][0]))  # files are in alphabetical order, layer 10 before layer 2
     notes = [f"other tensors, left out: {_listed(skipped)}"] if skipped else []
     amax = torch.tensor([histogram.amax for _, histogram in found])
     tables = {"histogram": torch.stack([histogram.counts for _, histogram in found]), "amax": amax}
     return Tensors(f"{path}: {_listed(dtypes)}", [(*place, "") for place, _ in found], tables, notes)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _listed(found: Counter[str]) -> str:
