@@ -82,9 +82,9 @@ class Sweep(Callback):
             print(f"error: sweep_dir={config.sweep_dir} cannot be used: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         console = Console()
-        told = [word.partition("=")[2] for word in _given(config) if word.startswith("trainer.max_steps=")]
-        if told and told[-1].isdigit() and int(told[-1]) < FEW_STEPS:
-            few = f"{told[-1]} steps a run are too few for a verdict"
+        given_steps = [word.partition("=")[2] for word in _given(config) if word.startswith("trainer.max_steps=")]
+        if given_steps and given_steps[-1].isdigit() and int(given_steps[-1]) < FEW_STEPS:
+            few = f"{given_steps[-1]} steps a run are too few for a verdict"
             console.print(f"{few}: trainer.max_steps={FEW_STEPS} or more gives one", highlight=False)
         _watch = watch.Watch(folder, console)
         _watch.start()
@@ -118,7 +118,7 @@ def _plan(composed: DictConfig) -> Path:
         "holds_fp32": "fp32" in varied.get("precision", []),
         "wandb_project": composed.logger.project if composed.logger.wandb else None,
     }
-    write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
+    _write(folder / PLAN, plan)
     return folder
 
 
@@ -136,15 +136,15 @@ def _given(composed: DictConfig) -> list[str]:
 
 def _varied(overrides: Sequence[str]) -> dict[str, list[str]]:
     """The settings that a sweep varies, with their values where they are a list; of one given twice the last counts."""
-    found: dict[str, list[str]] = {}
+    varied: dict[str, list[str]] = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.get_key_element()
-        found.pop(key, None)
+        varied.pop(key, None)
         if override.is_discrete_sweep():
-            found[key] = [str(value) for value in override.sweep_string_iterator()]
+            varied[key] = [str(value) for value in override.sweep_string_iterator()]
         elif override.is_sweep_override():
-            found[key] = []
-    return found
+            varied[key] = []
+    return varied
 
 
 @contextmanager
@@ -169,8 +169,8 @@ def report(folder: Path, console: Console) -> int:
 
     Returns the number of jobs that failed.
     """
-    found = [runs.glance(path) for path in sorted(folder.iterdir()) if runs.is_run(path)]
-    failed = [run for run in found if run.status is Status.failed]
+    all_runs = [runs.glance(path) for path in sorted(folder.iterdir()) if runs.is_run(path)]
+    failed = [run for run in all_runs if run.status is Status.failed]
     try:
         comparison = compare([folder])
     except ValueError as error:
@@ -183,7 +183,7 @@ def report(folder: Path, console: Console) -> int:
         log_comparison(comparison, folder, console, project)
     for run in failed:
         console.print(f"{run.name} failed: {run.why} ({folder / run.name / ERROR})", highlight=False, soft_wrap=True)
-    if any(run.status is not Status.finished for run in found):
+    if any(run.status is not Status.finished for run in all_runs):
         console.print("not every run is finished: the same command continues with what is missing", highlight=False)
     others = ", ".join(path.name for path in written[1:])
     console.print(f"report: {written[0]} (and {others})", highlight=False, soft_wrap=True)
@@ -256,10 +256,10 @@ def _joined(settings: RunConfig) -> Ranks:
 def folder_name(overrides: list[str], varied: list[str]) -> str:
     """``precision=fp8,seed=1``: what tells this job from the others (all it was given, where that is not known)."""
     pairs = [override.partition("=") for override in overrides]
-    told = [(key, value) for key, _, value in pairs if key in varied] or [
+    shown = [(key, value) for key, _, value in pairs if key in varied] or [
         (key, value) for key, _, value in pairs if key not in UNNAMED
     ]
-    words = [f"{key.rpartition('.')[2]}={re.sub(r'[^a-zA-Z0-9.+-]+', '_', value).strip('_')}" for key, value in told]
+    words = [f"{key.rpartition('.')[2]}={re.sub(r'[^a-zA-Z0-9.+-]+', '_', value).strip('_')}" for key, value in shown]
     name = ",".join(words).replace("/", "_") or "run"
     return name if len(name) <= 100 else f"{name[:90]}-{short_hash(name)[:8]}"
 
@@ -271,13 +271,13 @@ def _folder(sweep: Path, name: str, mark: str) -> Path:
             known = object_in(path)
             if known.get("mark") == mark:
                 names = dict.fromkeys([*known["names"], name])
-                write_whole(path, json.dumps({"mark": mark, "names": [*names]}) + "\n")
+                _write(path, {"mark": mark, "names": [*names]})
                 return path.parent
         folder, number = sweep / name, 2
         while folder.exists():  # of other settings: an edited YAML, or another model in the same folder
             folder, number = sweep / f"{name}-{number}", number + 1
         folder.mkdir()
-        write_whole(folder / JOB, json.dumps({"mark": mark, "names": [name]}) + "\n")
+        _write(folder / JOB, {"mark": mark, "names": [name]})
         return folder
 
 
@@ -295,9 +295,7 @@ def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
         baseline="none" if known else settings.baseline,
         logger=replace(settings.logger, group=settings.logger.group or folder.parent.name),
     )
-    write_whole(
-        folder / "config.json", json.dumps(to_plain(settings), indent=2) + "\n"
-    )  # known even if it cannot begin
+    _write(folder / "config.json", to_plain(settings))  # known even if it cannot begin
     with (folder / "console.log").open("a") as log:
         try:
             run = build.build(settings, Console(file=log, width=120))
@@ -329,7 +327,11 @@ def _set_aside(folder: Path) -> None:
 def _fail(folder: Path, error: Exception) -> None:
     """Leave the error where the report finds it."""
     text = "".join(traceback.format_exception(error))
-    write_whole(folder / ERROR, json.dumps({"error": explain(error), "traceback": text}, indent=2) + "\n")
+    _write(folder / ERROR, {"error": explain(error), "traceback": text})
+
+
+def _write(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager

@@ -83,11 +83,11 @@ def variants(dry_run: bool) -> list[Variant]:
     if dry_run:
         quantized += [("fp8", "emulated"), ("fp8-delayed", "emulated")]
     rest = [(name, "auto") for name in ("fp16", "tf32", "fp32")]
-    made = []
+    listed = []
     for compiled in (True, False):
-        made += [Variant("bf16", compiled=compiled), Variant("bf16", compiled=compiled, twin=True)]
-        made += [Variant(precision, backend, compiled) for precision, backend in quantized + rest]
-    return made
+        listed += [Variant("bf16", compiled=compiled), Variant("bf16", compiled=compiled, twin=True)]
+        listed += [Variant(precision, backend, compiled) for precision, backend in quantized + rest]
+    return listed
 
 
 @dataclass

@@ -95,7 +95,7 @@ class Recorded(Training):
 
 def shares(training: Recorded, repeats: int) -> tuple[float, float]:
     """(sampled, unsampled): time inside the calls as a share of the rest of the step, median over the repetitions."""
-    found = []
+    medians = []
     for step in (training.step, training.unsampled):
         ratios = []
         for _ in range(repeats + 1):
@@ -104,9 +104,9 @@ def shares(training: Recorded, repeats: int) -> tuple[float, float]:
             step()
             whole = time.thread_time() - start
             ratios.append(training.clock.seconds / (whole - training.clock.seconds))
-        found.append(statistics.median(ratios[1:]))
+        medians.append(statistics.median(ratios[1:]))
         training.monitor._config = TelemetryConfig(record_every=1 << 30)
-    return found[0], found[1]
+    return medians[0], medians[1]
 
 
 def look_at(x: Tensor) -> list[Tensor]:

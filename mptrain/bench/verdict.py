@@ -82,8 +82,8 @@ OUTSIDE: dict[str, Draw] = {
 def t_of(draws: Floats) -> Floats:
     """Return Student's t of each column of ``draws`` [seeds, runs], whose true mean is 0."""
     n = len(draws)
-    found: Floats = draws.mean(0) / (draws.std(0, ddof=1) / math.sqrt(n))
-    return found
+    t: Floats = draws.mean(0) / (draws.std(0, ddof=1) / math.sqrt(n))
+    return t
 
 
 def welch_t(ours: tuple[Floats, Floats], theirs: tuple[Floats, Floats], n: int, m: int, ratio: float) -> Floats:
@@ -95,8 +95,8 @@ def welch_t(ours: tuple[Floats, Floats], theirs: tuple[Floats, Floats], n: int, 
     error = parts[0] + parts[1]
     freedom = np.minimum(error**2 / (parts[0] ** 2 / (n - 1) + parts[1] ** 2 / (m - 1)), 2.0 * (n - 1))
     grid = np.linspace(1, 2.0 * n, 4000)  # of degrees of freedom: the quantile itself takes 10 times as long
-    found: Floats = (ratio * ours[0] - theirs[0]) / np.sqrt(error) / np.interp(freedom, grid, stdtrit(grid, TAIL))
-    return found
+    t: Floats = (ratio * ours[0] - theirs[0]) / np.sqrt(error) / np.interp(freedom, grid, stdtrit(grid, TAIL))
+    return t
 
 
 def unpaired_cases(rng: np.random.Generator, n: int, runs: int) -> Iterator[tuple[str, Floats]]:
@@ -234,13 +234,13 @@ def run(argv: list[str]) -> int:
         return 0
     rows = []
     for what, rate, limit in rates(rng, asked.runs):
-        said, missed = "", False
+        bound, missed = "", False
         if limit is not None:
             sign, word = (1, "at most") if limit == ALPHA else (-1, "at least")
             missed = sign * (rate - limit) > 5 * math.sqrt(limit * (1 - limit) / (asked.runs // 4))
-            said = f"{word} {limit:.1%}{'  MISSED' if missed else ''}"
+            bound = f"{word} {limit:.1%}{'  MISSED' if missed else ''}"
         rows.append({"what": what, "rate": rate, "limit": limit, "missed": missed})
-        print(f"{what:96}{rate:8.2%}  {said}", flush=True)
+        print(f"{what:96}{rate:8.2%}  {bound}", flush=True)
     if asked.json:
         command = " ".join(["mptrain bench verdict", *argv])
         write_whole(asked.json, json_text({"command": command, "rows": rows}, indent=1))

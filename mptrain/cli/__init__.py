@@ -40,14 +40,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def commands() -> dict[str, str]:
     """Return every command and what it does in a line, read off the files without importing them."""
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for module in pkgutil.iter_modules(__path__):
         source = (Path(__path__[0]) / f"{module.name}.py").read_text()
         name, text = module.name.replace("_", "-"), ast.get_docstring(ast.parse(source)) or ""
         if text.startswith(f"``mptrain {name}``"):
-            found[name] = text.splitlines()[0].partition(": ")[2]
+            descriptions[name] = text.splitlines()[0].partition(": ")[2]
     return dict(
-        sorted(found.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item))
+        sorted(descriptions.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item))
     )
 
 

@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     """Measure and print; of one folder also write ``deploy.json`` into it, and write its report again."""
     asked = _parser().parse_args(argv)
     console = Console()
-    made = matrix.deploy(
+    result = matrix.deploy(
         asked.runs,
         asked.to,
         batches=asked.batches,
@@ -34,8 +34,8 @@ def run(argv: list[str]) -> int:
         device=pick_device(asked.device),
         say=lambda text: console.print(text, style="dim", highlight=False),
     )
-    print_matrix(console, made)
-    text = json_text(to_plain(made), indent=1) + "\n"
+    print_matrix(console, result)
+    text = json_text(to_plain(result), indent=1) + "\n"
     if asked.json:
         write_whole(asked.json, text)
     if len(asked.runs) == 1:

@@ -53,9 +53,9 @@ def run(argv: list[str]) -> int:
 def _audit(overrides: list[str]) -> int:
     """Exit code 1 if less than audit.min_coverage ran in what the policy asks (claims of a backend count)."""
     config = composed(overrides)
-    audit, said = audited_step(config)
+    audit, what = audited_step(config)
     console = Console()
-    console.print(said, highlight=False, soft_wrap=True)
+    console.print(what, highlight=False, soft_wrap=True)
     print_audit(console, audit)
     console.print("attention's share grows with the length of the sequences", highlight=False)
     try:
@@ -88,5 +88,5 @@ def audited_step(config: RunConfig) -> tuple[Audit, str]:
         precision.backward(loss)
     assert step.result is not None
     shape = " x ".join(str(size) for size in next(iter(batch.values())).shape)
-    said = f"random {module.INPUT} ({shape}), backend {precision.backend.name} ({precision.backend.carrier})"
-    return step.result, f"{machine.describe(device)}: {said}"
+    what = f"random {module.INPUT} ({shape}), backend {precision.backend.name} ({precision.backend.carrier})"
+    return step.result, f"{machine.describe(device)}: {what}"

@@ -48,20 +48,20 @@ def run(argv: list[str]) -> int:
     device = asked.gpu or ("a CUDA GPU" if gpu else "this CPU")
     title = f"training {_name(config)} on {device}, {where}: {_sizes(job)}"
     print_plans(console, title, plans)
-    said: dict[str, Any] = {"title": title, "plans": [_plain(one) for one in plans]}
+    figures: dict[str, Any] = {"title": title, "plans": [_plain(one) for one in plans]}
     tried: list[Remedy] = []
     if capacity:
-        said |= _fitted(console, job, plans, capacity)
+        figures |= _fitted(console, job, plans, capacity)
         with console.status("looking for what would save memory"):
             tried = remedies(job, mine) if mine.total > capacity else []
         if tried:
             print_remedies(console, tried, capacity)
-        said["remedies"] = [asdict(one) | {"plan": _plain(one.plan)} for one in tried]
+        figures["remedies"] = [asdict(one) | {"plan": _plain(one.plan)} for one in tried]
     if asked.json:
-        write_whole(asked.json, json_text(said, indent=1) + "\n")
+        write_whole(asked.json, json_text(figures, indent=1) + "\n")
     if asked.html:
         write_whole(asked.html, page(title, plans, capacity))
-    if capacity and not any(said["largest_batch"].values()):
+    if capacity and not any(figures["largest_batch"].values()):
         rest = any(one.plan.total <= capacity for one in tried)
         more = "see above what would make it fit" if rest else "take more or larger devices: --ranks, dist=fsdp"
         raise ValueError(f"no batch fits {told(capacity)}: one sample needs more in every precision; {more}")
@@ -118,8 +118,8 @@ def _name(config: RunConfig) -> str:
     """The kind and what tells its sizes apart."""
     if "config" in config.model:
         return f"{config.model['kind']} {config.model['config']}"
-    told = [f"{key}={config.model[key]}" for key in ("n_layer", "n_embd") if key in config.model]
-    return " ".join([str(config.model["kind"]), *told])
+    sizes = [f"{key}={config.model[key]}" for key in ("n_layer", "n_embd") if key in config.model]
+    return " ".join([str(config.model["kind"]), *sizes])
 
 
 def _sizes(job: Job) -> str:
@@ -129,5 +129,5 @@ def _sizes(job: Job) -> str:
     return f"batch {job.batch_size}{unit}{rounds}{', checkpointing' if job.checkpointing else ''}"
 
 
-def _plain(made: TrainingPlan) -> dict[str, Any]:
-    return asdict(made) | {"live": made.live, "total": made.total}
+def _plain(training_plan: TrainingPlan) -> dict[str, Any]:
+    return asdict(training_plan) | {"live": training_plan.live, "total": training_plan.total}

@@ -88,12 +88,12 @@ def _subject(asked: argparse.Namespace) -> Subject:
         return Subject(f"{count:,} parameters", "", count)
     path, named = Path(asked.model), asked.model.lower() in catalogue.model_names()
     if path.suffix == ".json" or len(path.parts) > 1 or (path.exists() and not named):
-        made = huggingface.read(path)
-        return Subject(made.name, str(path), made.parameters, made.activated, made)
+        architecture = huggingface.read(path)
+        return Subject(architecture.name, str(path), architecture.parameters, architecture.activated, architecture)
     model = catalogue.model(asked.model)
-    made = model.architecture
-    active = catalogue.parse_count(model.activated) if model.activated else made.activated
-    return Subject(model.name, model.source, catalogue.parse_count(model.parameters), active, made)
+    architecture = model.architecture
+    active = catalogue.parse_count(model.activated) if model.activated else architecture.activated
+    return Subject(model.name, model.source, catalogue.parse_count(model.parameters), active, architecture)
 
 
 def _request(asked: argparse.Namespace, subject: Subject) -> Request:

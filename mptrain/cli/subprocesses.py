@@ -25,11 +25,11 @@ def probe(argv: list[str]) -> None:
 def run(argv: list[str]) -> None:
     """Run from a JSON file of settings; ``mptrain verify-resume`` starts this, alone or under torchrun."""
     with left_cleanly():
-        made = build.build(from_plain(RunConfig, json.loads(Path(argv[0]).read_text()), "config"))
-        if made is None:
+        training = build.build(from_plain(RunConfig, json.loads(Path(argv[0]).read_text()), "config"))
+        if training is None:
             raise SystemExit(0)
-        made.train()
-        stopped = made.trainer.interrupts.stopped_by
+        training.train()
+        stopped = training.trainer.interrupts.stopped_by
         raise SystemExit(0 if stopped is None else 128 + stopped)
 
 

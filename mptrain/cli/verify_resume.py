@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/verify-resume"), help="default: %(default)s")
     asked = parser.parse_args(argv)
     console = Console()
-    found = resume.main(
+    verdicts = resume.main(
         asked.overrides,
         asked.folder,
         lambda text: console.print(text, highlight=False),
@@ -34,8 +34,8 @@ def run(argv: list[str]) -> int:
     table = Table(title="killed and resumed, against never killed")
     for name in ("run", "kills", "verdict", "seconds"):
         table.add_column(name, overflow="fold")
-    for one in found:
+    for one in verdicts:
         same = "the same bits" if one.worst == 0 else f"losses within {one.worst:.1g} nats"
         table.add_row(one.what, str(one.kills), "; ".join(one.differences[:3]) or same, f"{one.seconds:.0f}")
     console.print(table)
-    return 1 if any(one.differences for one in found) else 0
+    return 1 if any(one.differences for one in verdicts) else 0

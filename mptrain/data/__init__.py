@@ -12,7 +12,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -24,8 +23,6 @@ from torch import Tensor
 from mptrain.tools import registry
 
 Batch = dict[str, Tensor]
-ENTROPY_CHUNK = 1 << 22
-"""Tokens counted at a time: 8 MB of 2-byte tokens, so that the entropy of a corpus of any size needs little memory."""
 
 
 class Tokens(Protocol):
@@ -169,18 +166,6 @@ class TokenDataset(Dataset):
 
     def validation_at(self, samples: list[int]) -> Batch:
         return self._samples(self.validation_tokens, [sample * self.block_size for sample in samples])
-
-    @cached_property
-    def unigram_entropy_nats(self) -> float:
-        """Entropy of the training tokens' frequencies, nats a token: what a model that ignores context can reach.
-
-        Counted at first use: one pass over the training tokens.
-        """
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for first in range(0, len(self.train_tokens), ENTROPY_CHUNK):
-            counts += np.bincount(self.train_tokens[first : first + ENTROPY_CHUNK], minlength=self.vocab_size)
-        frequency = counts[counts > 0] / len(self.train_tokens)
-        return float(-(frequency * np.log(frequency)).sum())
 
     def _samples(self, tokens: Tokens, starts: list[int]) -> Batch:
         """Copy the samples at ``starts`` out of ``tokens``: targets are the tokens one position later."""

@@ -64,13 +64,13 @@ def build(config: Config) -> TokenDataset:
 
 def sources(root: Path) -> list[str]:
     """Paths of the corpus's files relative to ``root``, with slashes, sorted."""
-    found = []
+    paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED]
         # _sysconfigdata*.py records how this one interpreter was built: names of a machine's folders, not library text.
         kept = (name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata"))
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in kept]
-    return sorted(found)
+        paths += [(Path(folder) / name).relative_to(root).as_posix() for name in kept]
+    return sorted(paths)
 
 
 def in_validation(path: str, fraction: float) -> bool:

@@ -137,7 +137,7 @@ def open_split(split: str, pattern: str, dtype: str = "auto") -> list[tuple[str,
         raise ValueError(f"data.{split}={pattern}: there is no folder {folder}")
     present = sorted(os.listdir(folder or "."))
     near = difflib.get_close_matches(name, present, n=3, cutoff=0.5) or [p for p in present if p.endswith(".bin")][:3]
-    hint = f"; did you mean {', '.join(os.path.join(folder, found) for found in near)}?" if near else ""
+    hint = f"; did you mean {', '.join(os.path.join(folder, neighbour) for neighbour in near)}?" if near else ""
     raise ValueError(f"data.{split}={pattern}: no such file{hint}")
 
 

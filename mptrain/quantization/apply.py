@@ -58,13 +58,13 @@ def quantize_model(
     before = {name: layer.weight.detach() for name, layer in chosen.items()}
     _require_finite(before)
     _convert(model, method, size, chosen, batches)
-    made = {name: _verified(name, model.get_submodule(name), weight, method) for name, weight in before.items()}
-    if all(layer.sqnr_db == math.inf for layer in made.values()):
+    layers = {name: _verified(name, model.get_submodule(name), weight, method) for name, weight in before.items()}
+    if all(layer.sqnr_db == math.inf for layer in layers.values()):
         raise ValueError(
             f"{method.name} changed no weight by a bit: either it did not quantize, or the weights are what an earlier "
             "quantization left; start from the original"
         )
-    return _report(model, method, size, made, kept)
+    return _report(model, method, size, layers, kept)
 
 
 def load_quantized(
@@ -176,8 +176,8 @@ def _verified(name: str, layer: nn.Module, before: Tensor, method: Method) -> La
         )
     bits = BITS.get(getattr(weight, "target_dtype", None), 8 * weight.qdata.element_size())
     if weight.qdata.dtype is not method.dtype or bits != method.weight_bits or weight.qdata.shape != before.shape:
-        found = f"{bits} bits of {weight.qdata.dtype}, {list(weight.qdata.shape)}"
-        raise ValueError(f"{method.name} made {found} of {name}: mptrain does not know this torchao, install 0.18")
+        held = f"{bits} bits of {weight.qdata.dtype}, {list(weight.qdata.shape)}"
+        raise ValueError(f"{method.name} made {held} of {name}: mptrain does not know this torchao, install 0.18")
     now = weight.dequantize().float()
     pre_scale = getattr(weight, "act_pre_scale", None)
     factor = torch.ones(()) if pre_scale is None else pre_scale.float()  # activations are multiplied by it first
@@ -215,7 +215,7 @@ def _cast(model: nn.Module, method: Method, keep: str) -> Report:
     """Parameters and what is saved beside them; buffers that are not saved stay as the model made them."""
     if keep:
         raise ValueError(f"{method.name} is a change of the whole model: leave --keep out")
-    made = {}
+    layers = {}
     for name, owner, key, tensor in _tensors(model):
         if not tensor.is_floating_point():
             continue
@@ -225,35 +225,37 @@ def _cast(model: nn.Module, method: Method, keep: str) -> Report:
         if tensor.dim() > 1:
             error = sqnr_db(tensor.detach().float(), cast.float())
             label = name.removesuffix(".weight")
-            made[label] = Layer(label, method.name, cast.numel(), cast.nbytes, BYTES_FP32 * cast.numel(), error)
+            layers[label] = Layer(label, method.name, cast.numel(), cast.nbytes, BYTES_FP32 * cast.numel(), error)
         if key in owner._parameters:
             tensor.data = cast  # the same parameter: ties stay
         else:
             setattr(owner, key, cast)
-    return _report(model, method, None, made, {})
+    return _report(model, method, None, layers, {})
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
     """(name, module, name in it, tensor) of all that a state_dict holds; a tied one once."""
     saved = set(model.state_dict())
     seen: set[int] = set()
-    found = []
+    tensors = []
     for prefix, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             name = f"{prefix}.{key}" if prefix else key
             if tensor is not None and name in saved and id(tensor) not in seen:
                 seen.add(id(tensor))
-                found.append((name, module, key, tensor))
-    return found
+                tensors.append((name, module, key, tensor))
+    return tensors
 
 
-def _report(model: nn.Module, method: Method, size: int | None, made: dict[str, Layer], kept: dict[str, str]) -> Report:
+def _report(
+    model: nn.Module, method: Method, size: int | None, quantized: dict[str, Layer], kept: dict[str, str]
+) -> Report:
     report = Report(method.name, size)
     multiplied = {id(module.weight): at for at, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, module, key, tensor in _tensors(model):
         label = name.removesuffix(".weight")
-        if label in made:
-            report.layers.append(made[label])
+        if label in quantized:
+            report.layers.append(quantized[label])
         elif tensor.dim() < 2:
             report.rest_elements += tensor.numel()
             report.rest_bytes += tensor.nbytes

@@ -82,9 +82,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
         state |= {name: state[first] for name, first in described["ties"].items()}
         model.load_state_dict(state, assign=True)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        made = f"torch {described.get('torch')} and torchao {described.get('torchao')}"
+        versions = f"torch {described.get('torch')} and torchao {described.get('torchao')}"
         raise ValueError(
-            f"{folder} does not fit together ({str(error).splitlines()[0]}); it was made by {made}"
+            f"{folder} does not fit together ({str(error).splitlines()[0]}); it was made by {versions}"
         ) from error
     return model.eval().to(device)
 

@@ -64,8 +64,8 @@ def evaluate(
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """[samples, predictions, choices]; a model that classifies makes one prediction a sample."""
-    found = model(**inputs_of(model, batch))
-    logits: Tensor = getattr(found, "logits", found)  # transformers wraps them
+    output = model(**inputs_of(model, batch))
+    logits: Tensor = getattr(output, "logits", output)  # transformers wraps them
     return logits if logits.ndim == 3 else logits.unsqueeze(1)
 
 
@@ -222,12 +222,12 @@ def layer_errors(
     right: dict[str, Tensor] = {}
     inherited: dict[str, float] = {}
 
-    def judge(name: str, found: tuple[Tensor, ...], out: Tensor) -> None:
+    def judge(name: str, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         twin = model.get_submodule(name)
         right[name] = out
-        own[name] = sqnr_db(out, twin(found[0].to(_dtype(twin, found[0]))))
+        own[name] = sqnr_db(out, twin(inputs[0].to(_dtype(twin, inputs[0]))))
 
-    def compare(name: str, found: tuple[Tensor, ...], out: Tensor) -> None:
+    def compare(name: str, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         inherited[name] = sqnr_db(right[name], out)
 
     names = [name for name, layer in reference.named_modules() if isinstance(layer, nn.Linear)]
@@ -249,7 +249,7 @@ Watch = Callable[[str, tuple[Tensor, ...], Tensor], None]
 def _watched(model: nn.Module, names: Sequence[str], watch: Watch, batch: Batch) -> None:
     """One forward in which every one of the named layers is looked at."""
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda layer, found, out, name=name: watch(name, found, out))
+        model.get_submodule(name).register_forward_hook(lambda layer, inputs, out, name=name: watch(name, inputs, out))
         for name in names
     ]
     try:
@@ -259,10 +259,10 @@ def _watched(model: nn.Module, names: Sequence[str], watch: Watch, batch: Batch)
             handle.remove()
 
 
-def sqnr_db(right: Tensor, found: Tensor) -> float:
+def sqnr_db(right: Tensor, output: Tensor) -> float:
     """10 log10 of the signal's power over the error's; inf if equal, -inf for an error around a signal of zeros."""
     signal = float(right.double().square().sum())
-    error = float((found.double() - right.double()).square().sum())
+    error = float((output.double() - right.double()).square().sum())
     if error == 0:
         return math.inf
     return 10 * math.log10(signal / error) if signal else -math.inf

@@ -45,8 +45,8 @@ def opened(folder: Path, file: Path | None = None) -> nn.Module:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{file or folder} lacks {missing[0]}{more}: it is not of the model in {folder}/config.json")
-    made: nn.Module = model.eval()
-    return made
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def shell(folder: Path) -> nn.Module:
@@ -99,14 +99,14 @@ def _class_of(folder: Path, config: Any) -> Any:
         import transformers
 
         named = (config.architectures or [""])[0]
-        found = getattr(transformers, named, None) if named else None
+        architecture = getattr(transformers, named, None) if named else None
         automatic = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING)
     if named:
-        if found is None:
+        if architecture is None:
             raise ValueError(
                 f"{folder}/config.json: transformers {transformers.__version__} has no architecture {named}"
             )
-        return found
+        return architecture
     for auto in automatic:
         if type(config) in auto:
             return auto[type(config)]

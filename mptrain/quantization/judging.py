@@ -54,9 +54,9 @@ class Judge:
 def regained(at_once: Evaluation, tuned: Evaluation) -> str:
     """Say in a sentence how much of the loss fine-tuning gave back."""
     gain = loss_delta(tuned.losses, at_once.losses)
-    said = f"fine-tuning changes the loss by {wording.interval(gain, '+.5f', ' nats')} on the same samples"
+    change = f"fine-tuning changes the loss by {wording.interval(gain, '+.5f', ' nats')} on the same samples"
     lost = at_once.loss_delta
     if not lost.low > 0:
-        return f"{said}; quantized at once the model loses too little to say what part of it came back"
+        return f"{change}; quantized at once the model loses too little to say what part of it came back"
     share = f"{-gain.mean / lost.mean:.0%} of what quantization at once loses ({lost.mean:+.5f})"
-    return f"{said}, {share}; of that, further training alone gives a part"
+    return f"{change}, {share}; of that, further training alone gives a part"

@@ -87,27 +87,27 @@ def deploy(
     calibrated = [name for name in formats if named(name).calibrated]
     if calibrated:
         raise ValueError(f"{calibrated[0]} must see activations first, which is not done here: leave it out of --to")
-    found, chosen, runs = Found(), list[Batch](), list[Trained]()
+    results, chosen, runs = Found(), list[Batch](), list[Trained]()
     for run in trained_at(paths):
         try:
             source = open_source(run.folder)
         except ValueError as error:  # a run of the sweep that is still at work
-            found.left_out.append(f"left out: {error}")
+            results.left_out.append(f"left out: {error}")
             continue
         data = source.dataset()
-        if found.fingerprint not in ("", data.fingerprint):
+        if results.fingerprint not in ("", data.fingerprint):
             raise ValueError(f"{run.folder} was trained on other data than {runs[0].folder}: compare them apart")
-        found.fingerprint, chosen = data.fingerprint, validation_batches(data, batches)
+        results.fingerprint, chosen = data.fingerprint, validation_batches(data, batches)
         runs.append(run)
         model = source.model.to(device or torch.device("cpu"))
         for name, figure in _formats_of(run, model, formats, chosen, repeats, group_size, keep, say):
             if isinstance(figure, str):
-                found.why[run.precision, name] = figure
+                results.why[run.precision, name] = figure
             else:
-                found.figures.setdefault((run.precision, name), []).append(figure)
+                results.figures.setdefault((run.precision, name), []).append(figure)
     if not runs:
-        raise ValueError(found.left_out[0].removeprefix("left out: "))
-    return _matrix(paths, found, formats, runs, chosen)
+        raise ValueError(results.left_out[0].removeprefix("left out: "))
+    return _matrix(paths, results, formats, runs, chosen)
 
 
 def trained_at(paths: Sequence[Path]) -> list[Trained]:
@@ -131,12 +131,12 @@ def trained_at(paths: Sequence[Path]) -> list[Trained]:
     return sorted(runs.values(), key=lambda run: [run.precision.startswith(name) for name in ORDER], reverse=True)
 
 
-def validation_batches(data: Dataset, batches: int, size: int | None = None) -> list[Batch]:
-    """Evenly spaced validation samples: at most ``batches`` of ``size``, the last one smaller where the data ends."""
+def validation_batches(data: Dataset, batches: int) -> list[Batch]:
+    """Return evenly spaced validation samples in at most ``batches`` batches, the last smaller where the data ends."""
     if batches < 1:
         raise ValueError(f"--batches {batches} leaves nothing to judge by: ask for at least 1, e.g. {BATCHES}")
     available = data.validation_samples
-    size = size or SAMPLES[data.unit]
+    size = SAMPLES[data.unit]
     count = min(batches * size, available)
     samples = [i * available // count for i in range(count)]
     return [data.validation_at(samples[first : first + size]) for first in range(0, count, size)]
@@ -154,7 +154,7 @@ def _formats_of(
 ) -> list[tuple[str, Figure | str]]:
     """The model of one run in each format; a text where it cannot be had."""
     remembered = Remembered(reference, batches)
-    found: list[tuple[str, Figure | str]] = []
+    deployed: list[tuple[str, Figure | str]] = []
     for name in formats:
         say(f"{run.folder.name}: {name}")
         model, method = copy.deepcopy(reference), named(name)
@@ -166,13 +166,13 @@ def _formats_of(
                 keep="" if method.cast else keep,
             )
         except ValueError as error:
-            found.append((name, str(error)))
+            deployed.append((name, str(error)))
             continue
         weights = {layer.name: layer.sqnr_db for layer in report.quantized if layer.sqnr_db is not None}
         timed = 0 if name == "fp32" else repeats
         evaluation = evaluate(model, reference, batches, repeats=timed, weights_db=weights, reference_logits=remembered)
-        found.append((name, Figure(run.seed, evaluation, report)))
-    return found
+        deployed.append((name, Figure(run.seed, evaluation, report)))
+    return deployed
 
 
 class Remembered:
@@ -193,26 +193,26 @@ class Remembered:
 
 
 def _matrix(
-    paths: Sequence[Path], found: Found, formats: Sequence[str], runs: Sequence[Trained], batches: Sequence[Batch]
+    paths: Sequence[Path], results: Found, formats: Sequence[str], runs: Sequence[Trained], batches: Sequence[Batch]
 ) -> Matrix:
     trained = list(dict.fromkeys(run.precision for run in runs))
-    base = found.figures.get(("fp32", "fp32"), [])
-    cells = [_cell(found, name, other, base) for name in trained for other in formats]
-    some = next(iter(found.figures.values()))[0].evaluation
+    base = results.figures.get(("fp32", "fp32"), [])
+    cells = [_cell(results, name, other, base) for name in trained for other in formats]
+    some = next(iter(results.figures.values()))[0].evaluation
     notes = [] if base else ["No run was trained in FP32: each is compared with itself alone."]
     timed = any(cell.speed_ratio is not None for cell in cells)
-    notes += [*([CPU_SPEED] if some.device == "cpu" and timed else []), *found.left_out]
+    notes += [*([CPU_SPEED] if some.device == "cpu" and timed else []), *results.left_out]
     title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs"
     metric = "perplexity" if some.unit == "tokens" else "top-1"
     size = len(next(iter(batches[0].values())))
     return Matrix(title, metric, some.unit, some.samples, size, some.machine, cells, notes, some.device)
 
 
-def _cell(found: Found, trained: str, deployed: str, base: Sequence[Figure]) -> Deployed:
-    figures = found.figures.get((trained, deployed), [])
+def _cell(results: Found, trained: str, deployed: str, base: Sequence[Figure]) -> Deployed:
+    figures = results.figures.get((trained, deployed), [])
     if not figures:
-        return Deployed(trained, deployed, why=found.why[trained, deployed])
-    own = found.figures[trained, "fp32"]
+        return Deployed(trained, deployed, why=results.why[trained, deployed])
+    own = results.figures[trained, "fp32"]
     first = figures[0]
     worst = next(iter(first.evaluation.layers), None)
     speeds = [figure.evaluation.latencies[-1] for figure in figures if figure.evaluation.latencies]
@@ -235,7 +235,7 @@ def _cell(found: Found, trained: str, deployed: str, base: Sequence[Figure]) -> 
         speed_ratio=statistics.median(ratios) if ratios else None,
         speed_low=ends[0][0] if ratios else None,
         speed_high=ends[0][1] if ratios else None,
-        why=found.why.get((trained, deployed), ""),
+        why=results.why.get((trained, deployed), ""),
     )
 
 
@@ -262,16 +262,16 @@ def _delta(figures: Sequence[Figure], others: Sequence[Figure]) -> Interval | No
     images = pairs[0][0].unit == "images"
     if len(pairs) == 1:
         ours, other = pairs[0]
-        found = top1_delta(ours.hits, other.hits) if images else loss_delta(ours.losses, other.losses)
+        delta = top1_delta(ours.hits, other.hits) if images else loss_delta(ours.losses, other.losses)
     else:
         changes = [_mean(ours) - _mean(other) for ours, other in pairs]
-        found = mean_of(changes, f"paired {OVER_SEEDS}", seeds=True)
+        delta = mean_of(changes, f"paired {OVER_SEEDS}", seeds=True)
         if images and len(set(changes)) == 1:  # no spread to go by: of the images of all runs
             hits = [[hit for evaluation in side for hit in evaluation.hits] for side in zip(*pairs, strict=True)]
-            found = top1_delta(*hits)
+            delta = top1_delta(*hits)
     if images:
-        return found
-    ratio = perplexity(found)
+        return delta
+    ratio = perplexity(delta)
     return Interval(ratio.mean - 1, ratio.low - 1, ratio.high - 1, ratio.n, ratio.method)
 
 

@@ -75,7 +75,7 @@ def restored(name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> Te
     with quiet_import():
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
     module, _, leaf = name.rpartition(".")
-    found = {}
+    parts = {}
     for part in about["torchao"]["_tensor_data_names"]:
         key = f"{module}._{leaf}_{part}"
         shape = about.get("packed", {}).get(key)
@@ -83,8 +83,8 @@ def restored(name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> Te
         if stored not in tensors:
             raise ValueError(f"{stored} is not there")
         tensor = tensors.pop(stored)
-        found[key] = tensor if shape is None else unpack(tensor, tuple(shape), about.get("bits", 4))
+        parts[key] = tensor if shape is None else unpack(tensor, tuple(shape), about.get("bits", 4))
     metadata = {"tensor_names": json.dumps([name]), name: json.dumps(about["torchao"])}
-    made, _ = unflatten_tensor_state_dict(found, metadata)
-    weight: Tensor = made[name]
+    weights, _ = unflatten_tensor_state_dict(parts, metadata)
+    weight: Tensor = weights[name]
     return weight

@@ -49,8 +49,8 @@ def dataset(settings: dict[str, Any]) -> Dataset:
     fields = module.Config.__dataclass_fields__
     if "block_size" in fields and not asked.get("block_size"):
         asked["block_size"] = settings["model"]["block_size"]
-    found: Dataset = module.build(from_plain(module.Config, asked, "data"))
-    return found
+    corpus: Dataset = module.build(from_plain(module.Config, asked, "data"))
+    return corpus
 
 
 def open_source(path: str | Path, average: bool = False) -> Source:

@@ -36,12 +36,12 @@ def audit_rows(audit: Audit) -> list[tuple[Cells, float]]:
     for row in audit.rows:
         groups[kind_of(row.layer), _lines(row.asked), _lines(row.ran), _evidence(row)].append(row)
     order = list(dict.fromkeys(kind for kind, *_ in groups))
-    found = []
+    table_rows = []
     for key in sorted(groups, key=lambda key: order.index(key[0])):
         rows = groups[key]
         gemms = "\n".join(dict.fromkeys(_title(row) for row in rows))
-        found.append(((key[0], gemms, *key[1:]), sum(row.flops for row in rows) / max(1, audit.flops)))
-    return found
+        table_rows.append(((key[0], gemms, *key[1:]), sum(row.flops for row in rows) / max(1, audit.flops)))
+    return table_rows
 
 
 def _title(row: Row) -> str:

@@ -23,16 +23,16 @@ def render(template: str, /, **shown: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    made = Environment(
+    environment = Environment(
         loader=PackageLoader("mptrain.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"breakable": breakable, "exact": exact, "joined": joined}
-    made.globals["ONE_LINE"] = ONE_LINE
-    return made
+    environment.filters |= {"breakable": breakable, "exact": exact, "joined": joined}
+    environment.globals["ONE_LINE"] = ONE_LINE
+    return environment
 
 
 def breakable(label: str) -> Markup:

@@ -52,12 +52,12 @@ class Figures:
 
 def find(folders: list[Path], wanted: str) -> Figures | None:
     """The longest, then newest, FP32 run of the fingerprint ``wanted`` in the folders of runs, or None."""
-    found: list[tuple[int, float, Path]] = []
+    candidates: list[tuple[int, float, Path]] = []
     for path in {path for folder in folders for path in folder.glob("*/summary.json")}:
         summary = object_in(path)
         if summary.get("precision") == "fp32" and summary.get("fingerprint") == wanted:
-            found.append((int(summary["steps"]), path.stat().st_mtime, path.parent))
-    return read_run(max(found)[2]) if found else None
+            candidates.append((int(summary["steps"]), path.stat().st_mtime, path.parent))
+    return read_run(max(candidates)[2]) if candidates else None
 
 
 def named(folder: Path, config: Any, wanted: str) -> Figures:

@@ -49,8 +49,8 @@ def _translated(run: Path, state: dict[str, Tensor]) -> tuple[dict[str, Any], di
         raise ValueError(
             f"model.kind={kind} has no twin in Hugging Face's transformers; these have: {', '.join(having)}"
         )
-    found: tuple[dict[str, Any], dict[str, Tensor]] = module.hugging_face(trained.model_config(run, state), state)
-    return found
+    translated: tuple[dict[str, Any], dict[str, Tensor]] = module.hugging_face(trained.model_config(run, state), state)
+    return translated
 
 
 def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:

@@ -59,8 +59,8 @@ class Run:
         for attempt in self.attempts:
             changes = attempt.get("changes", {})
             changed = [name for name in attempt.get("mixed", ()) if name in changes]
-            told = [f"{name} {' -> '.join(map(str, changes[name]))}" for name in changed]
-            parts += [f"{', '.join(told)} at step {attempt.get('step')}"] if told else []
+            described = [f"{name} {' -> '.join(map(str, changes[name]))}" for name in changed]
+            parts += [f"{', '.join(described)} at step {attempt.get('step')}"] if described else []
         return f"mixed: {'; '.join(parts)}" if parts else ""
 
     @property
@@ -74,13 +74,13 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        found: int | None = self.config.get("seed")
-        return found
+        seed: int | None = self.config.get("seed")
+        return seed
 
     @property
     def max_steps(self) -> int | None:
-        found: int | None = self.config.get("trainer", {}).get("max_steps")
-        return found
+        max_steps: int | None = self.config.get("trainer", {}).get("max_steps")
+        return max_steps
 
     @property
     def steps(self) -> int:
@@ -92,26 +92,26 @@ class Run:
 
     def curve(self) -> Floats:
         """Training loss of steps 1 to ``max_steps``, NaN where none was read."""
-        found = np.full(self.max_steps or self.steps, math.nan)
+        curve = np.full(self.max_steps or self.steps, math.nan)
         for step, loss in self.losses.items():
-            if 1 <= step <= len(found):
-                found[step - 1] = loss
-        return found
+            if 1 <= step <= len(curve):
+                curve[step - 1] = loss
+        return curve
 
 
 def expand(paths: Iterable[Path]) -> list[Path]:
     """Run folders: those given, and those inside a given folder of runs (a sweep). ValueError for anything else."""
-    found: dict[Path, Path] = {}  # by where they really are: one run given in two ways is one
+    folders: dict[Path, Path] = {}  # by where they really are: one run given in two ways is one
     for path in paths:
         if is_run(path):
-            found.setdefault(path.resolve(), path)
+            folders.setdefault(path.resolve(), path)
             continue
         inside = [inner for inner in path.iterdir() if is_run(inner)] if path.is_dir() else []
         if not inside:
             raise ValueError(f"{path} is not a run and holds none{_nearest(path)}")
         for folder in sorted(inside, key=lambda inner: natural(inner.name)):
-            found.setdefault(folder.resolve(), folder)
-    return list(found.values())
+            folders.setdefault(folder.resolve(), folder)
+    return list(folders.values())
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -158,7 +158,7 @@ def glance(folder: Path) -> Run:
     speeds = [row["speed/tokens_per_s"] for row in rows if "speed/tokens_per_s" in row]
     skipped = [row["scale/skipped_total"] for row in rows if "scale/skipped_total" in row]
     latest = {"tokens_per_s": speeds[-1:], "skipped_steps": skipped[-1:]}
-    summary = {key: found[0] for key, found in latest.items() if found} | summary
+    summary = {key: values[0] for key, values in latest.items() if values} | summary
     return Run(folder, status, why, config, {}, summary, losses)
 
 
@@ -184,11 +184,11 @@ def _status(folder: Path, config: dict[str, Any], summary: dict[str, Any], step:
 
 def settings_in(folder: Path) -> dict[str, Any]:
     """``config.json`` if it holds the settings of a run, else empty."""
-    found = object_in(folder / "config.json")
-    groups = all(isinstance(found.get(name), dict) for name in ("model", "data", "optim", "trainer", "precision"))
-    policy = found.get("precision", {}) if groups else {}
+    settings = object_in(folder / "config.json")
+    groups = all(isinstance(settings.get(name), dict) for name in ("model", "data", "optim", "trainer", "precision"))
+    policy = settings.get("precision", {}) if groups else {}
     parts = all(isinstance(policy.get(name), dict) for name in ("quantization", "loss_scale"))
-    return found if groups and parts and isinstance(found.get("seed"), int) else {}
+    return settings if groups and parts and isinstance(settings.get("seed"), int) else {}
 
 
 def _damage(folder: Path) -> str:

@@ -64,12 +64,12 @@ class Resumed:
 
     def lines(self) -> list[str]:
         """List what to tell the user."""
-        told = [f"going on at step {self.step}: {name} was {a}, is {b}" for name, (a, b) in self.brief().items()]
+        lines = [f"going on at step {self.step}: {name} was {a}, is {b}" for name, (a, b) in self.brief().items()]
         if self.mixed:
-            told.append(f"a mixed run from here on ({', '.join(self.mixed)}): compare shows it and counts it nowhere")
+            lines.append(f"a mixed run from here on ({', '.join(self.mixed)}): compare shows it and counts it nowhere")
         if self.elsewhere:
-            told.append("on another machine than it was begun: its speed is compared with none")
-        return told
+            lines.append("on another machine than it was begun: its speed is compared with none")
+        return lines
 
 
 def settings(composed: DictConfig, typed: list[str]) -> RunConfig:
@@ -93,11 +93,11 @@ def settings(composed: DictConfig, typed: list[str]) -> RunConfig:
         _put(merged, path, None if deleted else _get(plain, path), deleted=deleted)
     merged |= {name: plain[name] for name in OWN}
     try:
-        made: RunConfig = from_plain(RunConfig, merged, "")
+        resumed: RunConfig = from_plain(RunConfig, merged, "")
     except ValueError as error:
         raise ValueError(f"with the settings of {folder}/config.json: {error}") from error
-    configuration.check_open(made)
-    return made
+    configuration.check_open(resumed)
+    return resumed
 
 
 def _base(run_dir: str, resume: str) -> Path | None:
@@ -164,8 +164,8 @@ class Earlier:
         done = object_in(folder / "summary.json").get("steps")
         if not isinstance(done, int) or done < max_steps or self.step < max_steps:
             return ""
-        told = f"{folder} is finished ({done} of {max_steps} steps) and stays as it is"
-        return f"{told}: trainer.max_steps={2 * done} continues it"
+        status = f"{folder} is finished ({done} of {max_steps} steps) and stays as it is"
+        return f"{status}: trainer.max_steps={2 * done} continues it"
 
     def resumed(self, config: RunConfig, about: dict[str, Any]) -> Resumed:
         """Compare with what is now. ``about``: ``run.json`` as it would be written of this attempt."""
@@ -194,13 +194,13 @@ def _differences(before: Any, now: Any, where: str = "") -> dict[str, list[Any]]
     """Dotted settings that differ -> [before, now]; those that change no number of a run apart."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return {where: [before, now]} if before != now else {}
-    found: dict[str, list[Any]] = {}
+    changes: dict[str, list[Any]] = {}
     for name in [*before, *(name for name in now if name not in before)]:
         if where or name not in (*ASIDE, *OWN):
             inner = f"{where}.{name}" if where else name
             if name in before and name in now:
-                found |= _differences(before[name], now[name], inner)
-    return found
+                changes |= _differences(before[name], now[name], inner)
+    return changes
 
 
 def remember(folder: Path, earlier: Earlier, resumed: Resumed) -> None:
@@ -217,6 +217,6 @@ def command(folder: Path) -> str:
         nodes = int(os.environ["WORLD_SIZE"]) // each
         start = ["torchrun", *([f"--nnodes={nodes}"] if nodes > 1 else []), f"--nproc-per-node={each}", script]
     else:
-        found = shutil.which("python")
-        start = ["python" if found and Path(found).samefile(sys.executable) else sys.executable, script]
+        python = shutil.which("python")
+        start = ["python" if python and Path(python).samefile(sys.executable) else sys.executable, script]
     return shlex.join([*start, configuration.readable([f"run_dir={folder}"])[0], "resume=auto"])

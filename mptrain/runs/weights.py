@@ -36,8 +36,8 @@ def weights(path: Path, average: bool) -> dict[str, Tensor]:
     state = checkpoints.load(path, torch.device("cpu"))
     if average and "average" not in state:
         raise ValueError(f"{path} has no running average (the run had optim.ema_decay=0): leave --average out")
-    found: dict[str, Tensor] = state["average" if average else "model"]
-    return found
+    tensors: dict[str, Tensor] = state["average" if average else "model"]
+    return tensors
 
 
 def model_kind(run: Path) -> str:

@@ -46,13 +46,13 @@ def compare(paths: Sequence[Path], baseline: Path | None = None, margin: float =
     groups.sort(key=lambda group: all(variant.key != chosen for variant in group.variants))  # without a baseline: last
     _require_two(groups, chosen)
     names = labels(groups)
-    made = [
+    compared = [
         _group(group, label, chosen, names, margin) for group, label in zip(groups, group_labels(groups), strict=True)
     ]
-    notes = _notes(runs, groups, made)
-    metric = made[0].metric
+    notes = _notes(runs, groups, compared)
+    metric = compared[0].metric
     last = max(_planned(group).last for group in groups)
-    return Comparison(_title(paths), margin, made, rules(margin, metric, last), notes)
+    return Comparison(_title(paths), margin, compared, rules(margin, metric, last), notes)
 
 
 def _title(paths: Sequence[Path]) -> str:
@@ -329,11 +329,11 @@ def _thinned(values: Floats, low: Floats, high: Floats) -> Curve:
     return Curve(*((kept + 1).tolist(), values[kept].tolist(), low[kept].tolist(), high[kept].tolist()))
 
 
-def _notes(runs: Sequence[Run], groups: list[MatchedGroup], made: list[Group]) -> list[str]:
+def _notes(runs: Sequence[Run], groups: list[MatchedGroup], compared: list[Group]) -> list[str]:
     notes = [f"{run.folder}: {run.why}" for run in runs if not run.config]
     notes += [f"{run.folder} counts nowhere, {run.mixed}" for run in runs if run.mixed]
-    based = next((group for group, one in zip(groups, made, strict=True) if one.baseline), None)
-    for group, one in zip(groups, made, strict=True):
+    based = next((group for group, one in zip(groups, compared, strict=True) if one.baseline), None)
+    for group, one in zip(groups, compared, strict=True):
         if one.baseline is None and based is not None:
             notes.append(f"{one.label}: no baseline ran with these settings ({difference(group, based)})")
     return notes

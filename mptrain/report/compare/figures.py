@@ -154,16 +154,16 @@ def _series(group: Group, styles: Sequence[Style], which: str) -> list[Series]:
 
 def _paired(group: Group, styles: Sequence[Style], which: str) -> tuple[list[Series], list[Variant]]:
     """The variants that have such a curve, as series."""
-    found: list[Series] = []
+    series: list[Series] = []
     owners: list[Variant] = []
     for variant, style in zip(group.variants, styles, strict=True):
         curve: Curve | None = getattr(variant, which)
         if curve is not None and _finite(curve):
             outside = variant.loss.outside_step if which == "difference" else None
             steady = variant.verdict.kind is not Kind.diverged
-            found.append(Series(variant.label, curve, style, outside, steady))
+            series.append(Series(variant.label, curve, style, outside, steady))
             owners.append(variant)
-    return found, owners
+    return series, owners
 
 
 def _band(group: Group, band: Curve | None) -> str:

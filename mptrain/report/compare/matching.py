@@ -55,24 +55,26 @@ def groups_of(runs: Iterable[Run]) -> list[MatchedGroup]:
     """
     known = [run for run in runs if run.config]
     corpora = {short_hash(run.config["data"]): run.about["corpus"] for run in known if "corpus" in run.about}
-    found: dict[str, list[tuple[dict[str, Any], Run]]] = defaultdict(list)
+    by_settings: dict[str, list[tuple[dict[str, Any], Run]]] = defaultdict(list)
     for run in known:
         corpus = run.about.get("corpus") or corpora.get(short_hash(run.config["data"]))
         settings = trial(run, corpus)
-        found[short_hash(settings)].append((settings, run))
-    return [MatchedGroup(flat(members[0][0]), _variants([run for _, run in members])) for members in found.values()]
+        by_settings[short_hash(settings)].append((settings, run))
+    return [
+        MatchedGroup(flat(members[0][0]), _variants([run for _, run in members])) for members in by_settings.values()
+    ]
 
 
 def _variants(runs: list[Run]) -> tuple[Matched, ...]:
-    found: dict[str, list[Run]] = defaultdict(list)
+    by_key: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        found[short_hash(variant(run))].append(run)
-    made = []
-    for key, members in found.items():
+        by_key[short_hash(variant(run))].append(run)
+    variants = []
+    for key, members in by_key.items():
         name = str(members[0].config["precision"].get("name", "?"))
         members.sort(key=lambda run: (run.seed or 0, run.folder.name))
-        made.append(Matched(key, name, flat(variant(members[0])), tuple(members)))
-    return tuple(made)
+        variants.append(Matched(key, name, flat(variant(members[0])), tuple(members)))
+    return tuple(variants)
 
 
 def trial(run: Run, corpus: str | None) -> dict[str, Any]:
@@ -99,10 +101,10 @@ def variant(run: Run) -> dict[str, Any]:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names."""
-    found: dict[str, Any] = {}
+    dotted: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        dotted |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return dotted
 
 
 def differing(settings: Iterable[dict[str, Any]]) -> list[str]:
@@ -118,14 +120,14 @@ def labels(groups: Iterable[MatchedGroup]) -> dict[str, str]:
     named: dict[str, list[Matched]] = defaultdict(list)
     for one in variants.values():
         named[one.name].append(one)
-    found = {}
+    by_key = {}
     for name, alike in named.items():
         leaves = leaf_names(differing([one.settings for one in alike]))
         for one in alike:
             values = {leaf: one.settings[key] for key, leaf in leaves.items() if key in one.settings}
-            told = [f"{leaf}={_brief(value)}" for leaf, value in values.items() if USUAL.get(leaf) != value]
-            found[one.key] = " ".join([name, *told])
-    return found
+            differences = [f"{leaf}={_brief(value)}" for leaf, value in values.items() if USUAL.get(leaf) != value]
+            by_key[one.key] = " ".join([name, *differences])
+    return by_key
 
 
 def group_labels(groups: list[MatchedGroup]) -> list[str]:

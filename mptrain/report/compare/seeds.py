@@ -35,9 +35,9 @@ class Planned:
 
     def counted(self, finished: Collection[int]) -> list[int]:
         """Return the ``finished`` seeds that a verdict goes by: of several looks, those of the largest reached."""
-        found = [seed for seed in self.seeds or sorted(finished) if seed in finished]
-        looks = [n for n in LOOKS.get(self.last, ()) if n <= len(found)]
-        return found[: max(looks)] if looks else found
+        seeds = [seed for seed in self.seeds or sorted(finished) if seed in finished]
+        looks = [n for n in LOOKS.get(self.last, ()) if n <= len(seeds)]
+        return seeds[: max(looks)] if looks else seeds
 
 
 def planned(folders: Iterable[Path]) -> Planned:

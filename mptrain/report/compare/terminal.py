@@ -70,8 +70,8 @@ def _line(variant: Variant) -> Table:
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    said = Text.assemble((variant.label, "bold"), f": {verdict.text or verdict.kind.value}")
+    words = Text.assemble((variant.label, "bold"), f": {verdict.text or verdict.kind.value}")
     if verdict.why:
-        said.append(f" ({verdict.why})")
-    grid.add_row(Text(wording.SIGNS[verdict.kind], COLOURS.get(verdict.kind, "")), said)
+        words.append(f" ({verdict.why})")
+    grid.add_row(Text(wording.SIGNS[verdict.kind], COLOURS.get(verdict.kind, "")), words)
     return grid

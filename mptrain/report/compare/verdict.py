@@ -93,12 +93,12 @@ def judge(
     ``last``: as in :func:`rules`; ``seeds`` counts the variant's.
     """
     unit = "points" if points else "%"
-    said = _why(delta, unit)
+    figures = _why(delta, unit)
     if delta is not None and points:
         delta = replace(delta, mean=-delta.mean, low=-delta.high, high=-delta.low)
     if steps < FEW_STEPS:
         more = f"undecided: {steps} steps are too few, use trainer.max_steps={FEW_STEPS} or more"
-        return Verdict(Kind.undecided, more, said)
+        return Verdict(Kind.undecided, more, figures)
     if delta is None:
         few = min(LOOKS[last]) - seeds if last else 2 if seeds == 1 else 0
         more = f"needs {few} more seed{'s' * (few > 1)}" if few > 0 else "needs the baseline's seeds"
@@ -106,10 +106,10 @@ def judge(
         return Verdict(Kind.undecided, f"undecided: {more}", why)
     if delta.high < margin:
         better = " (better)" if delta.high < 0 else ""
-        return Verdict(Kind.equivalent, f"equivalent{better}", said)
+        return Verdict(Kind.equivalent, f"equivalent{better}", figures)
     if delta.low > 0:
-        return Verdict(Kind.worse, f"worse by {100 * delta.mean:.2g} {unit}", said)
-    return Verdict(Kind.undecided, f"undecided: {_more(delta, margin, seeds, last)}", said)
+        return Verdict(Kind.worse, f"worse by {100 * delta.mean:.2g} {unit}", figures)
+    return Verdict(Kind.undecided, f"undecided: {_more(delta, margin, seeds, last)}", figures)
 
 
 def _more(delta: Interval, margin: float, seeds: int, last: int) -> str:
@@ -134,9 +134,9 @@ def _why(delta: Interval | None, unit: str) -> str:
 
 def divergence(run: Run) -> Divergence | None:
     """Whether and where the run came off; ``run`` has finished."""
-    for found in (_not_a_number(run), _skipped_to_the_end(run), _given_back(run)):
-        if found is not None:
-            step, what = found
+    for where in (_not_a_number(run), _skipped_to_the_end(run), _given_back(run)):
+        if where is not None:
+            step, what = where
             return Divergence(step, what + _cause(run, step))
     return None
 
@@ -180,8 +180,8 @@ def _given_back(run: Run) -> tuple[int, str] | None:
 
 def _cause(run: Run, step: int) -> str:
     """The last event in the steps up to ``step`` that may explain what happened there."""
-    told = [e for e in run.events if e.get("reason") and isinstance(e.get("step"), int)]
-    near = [e for e in told if step - EVENTS_BEFORE <= e["step"] <= step + 1]
+    explained = [e for e in run.events if e.get("reason") and isinstance(e.get("step"), int)]
+    near = [e for e in explained if step - EVENTS_BEFORE <= e["step"] <= step + 1]
     if not near:
         return ", with no event before it"
     event = max(near, key=lambda e: (e["step"] <= step, e["step"]))
@@ -189,8 +189,8 @@ def _cause(run: Run, step: int) -> str:
     return f" (step {event['step']}: {event['reason']}{layer})"
 
 
-def diverged(found: Sequence[tuple[int | None, Divergence]], seeds: int) -> Verdict:
+def diverged(where: Sequence[tuple[int | None, Divergence]], seeds: int) -> Verdict:
     """The verdict on a variant of which these (seed, divergence) came off, out of ``seeds``."""
-    seed, first = min(found, key=lambda pair: pair[1].step)
-    which = f"seed {seed}" if len(found) == 1 else f"{len(found)} of {seeds} seeds, the first {seed}"
+    seed, first = min(where, key=lambda pair: pair[1].step)
+    which = f"seed {seed}" if len(where) == 1 else f"{len(where)} of {seeds} seeds, the first {seed}"
     return Verdict(Kind.diverged, f"diverged at step {first.step} because {first.text}", f"{which}")

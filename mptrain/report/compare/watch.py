@@ -51,13 +51,13 @@ class Watch:
 
     def runs(self) -> list[Run]:
         """Every run there is by now, in the order in which they were begun."""
-        found = []
+        runs = []
         for folder in _folders(self.folder):
             run = self._finished.get(folder) or glance(folder)
             if run.status is Status.finished:
                 self._finished[folder] = run
-            found.append(run)
-        return found
+            runs.append(run)
+        return runs
 
     def table(self) -> Table:
         return table(self.runs(), jobs(self.folder), self.folder)
@@ -70,15 +70,15 @@ class Watch:
                 live.update(self.table(), refresh=True)
             return
         self.console.print(f"sweep in {self.folder}", highlight=False, soft_wrap=True)
-        told = {end for run in self.runs() if (end := _end(run))}
-        if told:
-            self.console.print(f"{len(told)} runs are there already", highlight=False)
+        printed = {end for run in self.runs() if (end := _end(run))}
+        if printed:
+            self.console.print(f"{len(printed)} runs are there already", highlight=False)
         while True:
             last = self._stop.wait(EVERY_S)
             for run in self.runs():
                 end = _end(run)
-                if end and end not in told:
-                    told.add(end)
+                if end and end not in printed:
+                    printed.add(end)
                     self.console.print(line(run), highlight=False, soft_wrap=True)
             if last:
                 return
@@ -123,14 +123,16 @@ def _end(run: Run) -> tuple[Path, int] | None:
 
 
 def _folders(sweep: Path) -> list[Path]:
-    found = [path for path in sweep.iterdir() if is_run(path)]
-    return sorted(found, key=lambda path: (path / "job.json").stat().st_mtime if (path / "job.json").exists() else 0.0)
+    folders = [path for path in sweep.iterdir() if is_run(path)]
+    return sorted(
+        folders, key=lambda path: (path / "job.json").stat().st_mtime if (path / "job.json").exists() else 0.0
+    )
 
 
 def jobs(sweep: Path) -> int | None:
     """How many jobs the sweep has, where that is known beforehand."""
-    found = object_in(sweep / "sweep.json").get("jobs")
-    return found if isinstance(found, int) else None
+    count = object_in(sweep / "sweep.json").get("jobs")
+    return count if isinstance(count, int) else None
 
 
 def _jobs_of(run: Run) -> int:

@@ -35,15 +35,15 @@ class Style(NamedTuple):
 
 def styles_of(labels: Sequence[str], baseline: int | None = None) -> list[Style]:
     """A style for every label; the one at the index ``baseline`` is black and solid."""
-    found, index = [], 0
+    styles, index = [], 0
     for place, name in enumerate(wording.brief(labels, LABEL)):
         if place == baseline:
-            found.append(Style(INK, "", "circle", name, 2.2))
+            styles.append(Style(INK, "", "circle", name, 2.2))
             continue
         colour, dashes, shape = (of[index % len(of)] for of in (PALETTE, DASHES, SHAPES))
-        found.append(Style(colour, dashes, shape, name))
+        styles.append(Style(colour, dashes, shape, name))
         index += 1
-    return found
+    return styles
 
 
 class Axis(NamedTuple):
@@ -69,10 +69,10 @@ class Axis(NamedTuple):
             return round_ticks(self.low, self.high, most)
         leads = (1, 2, 5) if octaves < 3 else (1,)
         every = max(1, math.ceil(octaves / most))
-        found = []
+        candidates = []
         for power in range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1):
-            found += [lead * 10.0**power for lead in leads if power % every == 0]
-        return [tick for tick in found if self.low <= tick <= self.high]
+            candidates += [lead * 10.0**power for lead in leads if power % every == 0]
+        return [tick for tick in candidates if self.low <= tick <= self.high]
 
     def holds(self, value: float) -> bool:
         return math.isfinite(value) and self.low <= value <= self.high
@@ -101,8 +101,8 @@ def value_axis(low: float, high: float, start: float, end: float, *, log: bool =
 
 def step_axis(steps: Iterable[int], start: float, end: float) -> Axis:
     """Make the axis from the first step of any series to the last; whole ticks."""
-    found = list(steps)
-    low, high = min(found), max(found)
+    all_steps = list(steps)
+    low, high = min(all_steps), max(all_steps)
     return Axis(float(low), float(high if high > low else low + 1), start, end)
 
 
@@ -121,23 +121,23 @@ def number(tick: float, step: float) -> str:
 def y_grid(axis: Axis, left: float, right: float, form: Callable[[float, float], str] = number) -> list[str]:
     """A thin line and its value for every tick; the value's x is ``left`` minus 6."""
     ticks = axis.ticks()
-    found = []
+    parts = []
     for index, tick in enumerate(ticks):
         near = ticks[index - 1] if index else ticks[1] if len(ticks) > 1 else 0.0
         y = axis.at(tick)
-        found.append(line(left, y, right, y, GRID, 0.8))
-        found.append(marked(text(left - 6, y + 4, form(tick, abs(tick - near) or 1.0), anchor="end"), "y-tick"))
-    return found
+        parts.append(line(left, y, right, y, GRID, 0.8))
+        parts.append(marked(text(left - 6, y + 4, form(tick, abs(tick - near) or 1.0), anchor="end"), "y-tick"))
+    return parts
 
 
-def x_grid(axis: Axis, y: float, name: str = "step") -> list[str]:
+def x_grid(axis: Axis, y: float) -> list[str]:
     """The steps under a plot whose bottom is ``y``."""
-    found = [line(axis.start, y, axis.end, y, INK, 0.8)]
+    parts = [line(axis.start, y, axis.end, y, INK, 0.8)]
     for tick in step_ticks(axis):
         x = axis.at(tick)
-        found.append(line(x, y, x, y + 4, INK, 0.8))
-        found.append(marked(text(x, y + 17, f"{tick:,}", anchor="middle"), "x-tick"))
-    return [*found, text((axis.start + axis.end) / 2, y + 32, name, anchor="middle", fill=GREY)]
+        parts.append(line(x, y, x, y + 4, INK, 0.8))
+        parts.append(marked(text(x, y + 17, f"{tick:,}", anchor="middle"), "x-tick"))
+    return [*parts, text((axis.start + axis.end) / 2, y + 32, "step", anchor="middle", fill=GREY)]
 
 
 def marked(element: str, name: str) -> str:
@@ -201,15 +201,15 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
         blocks.append((mean, size))
     top = max(low, high - gap * (len(wanted) - 1))
     flat = [min(max(mean, low), top) for mean, size in blocks for _ in range(size)]
-    found = [0.0] * len(wanted)
+    places = [0.0] * len(wanted)
     for place, index in enumerate(order):
-        found[index] = flat[place] + place * gap
-    return found
+        places[index] = flat[place] + place * gap
+    return places
 
 
-def text_width(said: str, size: float = 11) -> float:
-    """Pixels that the words may take, generously: which font a reader has is not known."""
-    return size * sum(_em(letter) for letter in said)
+def text_width(words: str) -> float:
+    """Pixels that the words may take at a size of 11, generously: which font a reader has is not known."""
+    return 11 * sum(_em(letter) for letter in words)
 
 
 def _em(letter: str) -> float:

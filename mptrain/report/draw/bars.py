@@ -41,11 +41,11 @@ def intervals_svg(variants: Sequence[Variant], styles: Sequence[Style], key: str
     """
     unit = "pt" if key == "top1_delta" else "%"
     rows = [(v, s, getattr(v.loss, key)) for v, s in zip(variants, styles, strict=True)]
-    rows = [(v, s, found) for v, s, found in rows if found is not None and math.isfinite(found.mean)]
+    rows = [(v, s, interval) for v, s, interval in rows if interval is not None and math.isfinite(interval.mean)]
     if not rows:
         raise ValueError(f"no variant has a {key}")
     left = _left([drawn for _, drawn, _ in rows])
-    reach = _reach([found for _, _, found in rows], margin)
+    reach = _reach([interval for _, _, interval in rows], margin)
     bottom = TOP + PITCH * len(rows)
     x = Axis(-reach, reach, left, WHOLE - SAID)
     parts = []
@@ -53,8 +53,8 @@ def intervals_svg(variants: Sequence[Variant], styles: Sequence[Style], key: str
         wide = x.at(100 * margin) - x.at(-100 * margin)
         parts.append(rect(x.at(-100 * margin), TOP, wide, bottom - TOP, f"{WITHIN} class='margin'"))
     parts += [*_x_axis(x, bottom, unit), line(x.at(0), TOP, x.at(0), bottom, INK, 1.1)]
-    for index, (variant, drawn, found) in enumerate(rows):
-        parts.append(_interval(variant, drawn, found, x, TOP + PITCH * (index + 0.5), unit))
+    for index, (variant, drawn, interval) in enumerate(rows):
+        parts.append(_interval(variant, drawn, interval, x, TOP + PITCH * (index + 0.5), unit))
     if margin:
         parts += _key(left, bottom + 46, WITHIN, f"margin: {100 * margin:g} {unit}")
     return svg(WHOLE, bottom + (56 if margin else 30), parts)
@@ -62,16 +62,16 @@ def intervals_svg(variants: Sequence[Variant], styles: Sequence[Style], key: str
 
 def _reach(intervals: Iterable[Interval], margin: float | None) -> float:
     """Half the axis in percent: all of the intervals, unless some are so wide that the others would be dots."""
-    found = list(intervals)
-    ends = [abs(100 * end) for i in found for end in (i.low, i.high) if math.isfinite(end)]
-    most = 8 * max([100 * (margin or 0), *(abs(100 * i.mean) for i in found)])
+    known = list(intervals)
+    ends = [abs(100 * end) for i in known for end in (i.low, i.high) if math.isfinite(end)]
+    most = 8 * max([100 * (margin or 0), *(abs(100 * i.mean) for i in known)])
     return 1.08 * (max([*(min(end, most) for end in ends), most / 8, 150 * (margin or 0)]) or 1.0)
 
 
-def _interval(variant: Variant, drawn: Style, found: Interval, x: Axis, y: float, unit: str) -> str:
-    mean = 100 * found.mean
+def _interval(variant: Variant, drawn: Style, interval: Interval, x: Axis, y: float, unit: str) -> str:
+    mean = 100 * interval.mean
     parts = [_name(drawn, x, y)]
-    ends = [100 * end for end in (found.low, found.high)]
+    ends = [100 * end for end in (interval.low, interval.high)]
     if all(map(math.isfinite, ends)):
         low, high = (min(max(x.at(end), x.start), x.end) for end in ends)
         parts.append(line(low, y, high, y, drawn.colour, 2.4))
@@ -82,8 +82,8 @@ def _interval(variant: Variant, drawn: Style, found: Interval, x: Axis, y: float
                 parts.append(text(place, y + 4, "◂" if end < 0 else "▸", anchor="middle", fill=drawn.colour))
     if x.holds(mean):
         parts.append(axes.marker(drawn.shape, x.at(mean), y, 4.6, drawn.colour))
-    parts.append(text(x.end + 10, y + 4, wording.delta(found, unit)))
-    return axes.group_of(parts, f"{variant.label}: {wording.delta(found, unit)}, {found.n} seeds", _row(variant))
+    parts.append(text(x.end + 10, y + 4, wording.delta(interval, unit)))
+    return axes.group_of(parts, f"{variant.label}: {wording.delta(interval, unit)}, {interval.n} seeds", _row(variant))
 
 
 def speed_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
@@ -120,10 +120,10 @@ def _speed(speed: Speed, emulated: bool, drawn: Style, x: Axis, y: float) -> lis
     return [*parts, text(x.end + 10, y + 4, words)]
 
 
-def _instead(said: str, x: Axis, y: float) -> str:
+def _instead(words: str, x: Axis, y: float) -> str:
     """Words in a bar's place, on a white ground."""
-    ground = rect(x.start + 4, y - 8, axes.text_width(said) + 6, 16, "fill='#fff'")
-    return ground + text(x.start + 8, y + 4, said, fill=GREY)
+    ground = rect(x.start + 4, y - 8, axes.text_width(words) + 6, 16, "fill='#fff'")
+    return ground + text(x.start + 8, y + 4, words, fill=GREY)
 
 
 def _speed_tip(variant: Variant) -> str:
@@ -218,21 +218,21 @@ def _row(variant: Variant) -> str:
 
 
 def _ratios(values: Iterable[float | None], left: float) -> Axis:
-    found = [value for value in values if value is not None and math.isfinite(value)]
-    return Axis(0.0, 1.05 * max([1.0, *found]), left, WHOLE - SAID)
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return Axis(0.0, 1.05 * max([1.0, *finite]), left, WHOLE - SAID)
 
 
 def _x_axis(x: Axis, bottom: float, unit: str) -> list[str]:
     ticks = x.ticks(5)
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
-    found = [line(x.start, bottom, x.end, bottom, INK, 0.8)]
+    parts = [line(x.start, bottom, x.end, bottom, INK, 0.8)]
     for tick in ticks:
-        found.append(line(x.at(tick), TOP, x.at(tick), bottom, axes.GRID, 0.8))
+        parts.append(line(x.at(tick), TOP, x.at(tick), bottom, axes.GRID, 0.8))
         sign = "+" if x.low < 0 and tick > step / 1e3 else ""
         gap = " " if unit in ("%", "pt") else ""
-        said = f"{sign}{axes.number(tick, step) if abs(tick) > step / 1e3 else '0'}{gap}{unit}"
-        found.append(axes.marked(text(x.at(tick), bottom + 17, said, anchor="middle"), "x-tick"))
-    return found
+        label = f"{sign}{axes.number(tick, step) if abs(tick) > step / 1e3 else '0'}{gap}{unit}"
+        parts.append(axes.marked(text(x.at(tick), bottom + 17, label, anchor="middle"), "x-tick"))
+    return parts
 
 
 def _key(x: float, y: float, paint: str, words: str) -> list[str]:

@@ -14,7 +14,7 @@ from mptrain.report.draw.axes import Style
 from mptrain.report.draw.svg import BAD, GREY, INK, blue, rect, svg, text
 from mptrain.report.wording import percent
 
-LOWEST, HIGHEST = 1e-6, 1.0
+LOWEST = 1e-6
 PITCH, MOST = 15.0, 40
 EDGE = "stroke='#cccccc' stroke-width='.5'"
 NAME = 34  # characters of a layer and role
@@ -95,8 +95,8 @@ def _cell(variant: Variant, place: Place, row: Mapping[str, Any] | None, x: floa
     if wide > 40:
         ink = "#ffffff" if part > 3e-3 else INK
         parts.append(text(x + wide - 5, y + 11, f"{percent(part)} %", size=10, anchor="end", fill=ink))
-    said = f"{where}: {percent(part)} % became zero ({part:.3g}), {over:,} overflows"
-    return axes.group_of(parts, said, f"data-place='{escape(' '.join(place))}'")
+    tip = f"{where}: {percent(part)} % became zero ({part:.3g}), {over:,} overflows"
+    return axes.group_of(parts, tip, f"data-place='{escape(' '.join(place))}'")
 
 
 def _legend(left: float, y: float) -> list[str]:

@@ -155,11 +155,11 @@ def _end_labels(series: list[Series], x: Axis, y: Axis) -> list[str]:
 
 
 def _legend(entries: list[tuple[str, str]], y: float) -> list[str]:
-    found, x = [], LEFT
-    for drawn, said in entries:
-        found.append(f"<g transform='translate({x:.1f} {y:.1f})'>{drawn}{text(28, 0, said)}</g>")
-        x += 52 + axes.text_width(said)
-    return found
+    parts, x = [], LEFT
+    for drawn, words in entries:
+        parts.append(f"<g transform='translate({x:.1f} {y:.1f})'>{drawn}{text(28, 0, words)}</g>")
+        x += 52 + axes.text_width(words)
+    return parts
 
 
 def clipped(points: Sequence[Point | None], top: float, bottom: float) -> list[list[Point]]:
@@ -216,12 +216,12 @@ def _area(curve: Curve, x: Axis, y: Axis, attributes: str) -> str:
             pieces[-1].append((x.at(step), bottom, top))
         elif pieces[-1]:
             pieces.append([])
-    found = []
+    outlines = []
     for piece in filter(None, pieces):
         there = "L".join(f"{px:.1f} {lo:.1f}" for px, lo, _ in piece)
         back = "L".join(f"{px:.1f} {hi:.1f}" for px, _, hi in reversed(piece))
-        found.append(f"M{there}L{back}Z")
-    return f"<path {attributes} d='{''.join(found)}' stroke='none'/>"
+        outlines.append(f"M{there}L{back}Z")
+    return f"<path {attributes} d='{''.join(outlines)}' stroke='none'/>"
 
 
 def _points(curve: Curve, x: Axis, y: Axis) -> list[Point | None]:
@@ -257,10 +257,10 @@ def _near(values: Sequence[float], band: Sequence[float]) -> list[float]:
 def _middle(series: Sequence[Series], band: Curve | None) -> list[float]:
     """0, where the curves end, and all but the 5 % furthest out on either side: the first steps would hide the rest."""
     steady = [one for one in series if one.steady] or series
-    found = [0.0, *(_finite(one.curve.values)[-1] for one in steady)]
+    values = [0.0, *(_finite(one.curve.values)[-1] for one in steady)]
     for one in steady:
-        found += _most(one.curve.values)
-    return found + (_near(found, [*_most(band.low), *_most(band.high)]) if band else [])
+        values += _most(one.curve.values)
+    return values + (_near(values, [*_most(band.low), *_most(band.high)]) if band else [])
 
 
 def _most(values: Sequence[float]) -> list[float]:

@@ -167,29 +167,29 @@ def _density(histogram: Histogram, plot: Box) -> list[str]:
 
 
 def _y_ticks(plot: Box, top: float, y: Callable[[float], float]) -> list[str]:
-    found = [_outline(plot)]
+    parts = [_outline(plot)]
     ticks = [tick for tick in (0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6) if 0.01 * top < tick <= top]
     for tick in ticks:
-        found.append(line(plot.left, y(tick), plot.left + plot.width, y(tick), "#dddddd", 0.7))
-        found.append(
+        parts.append(line(plot.left, y(tick), plot.left + plot.width, y(tick), "#dddddd", 0.7))
+        parts.append(
             text(plot.left - 6, y(tick) + 4, f"{tick:.3g}".lstrip("0") if tick < 1 else f"{tick}", anchor="end")
         )
     place = f"{plot.left - 44:.0f} {plot.top + plot.height / 2:.0f}"
     name = text(0, 0, "share per octave", anchor="middle", fill=GREY)
-    return [*found, f"<g transform='translate({place}) rotate(-90)'>{name}</g>"]
+    return [*parts, f"<g transform='translate({place}) rotate(-90)'>{name}</g>"]
 
 
 def _x_axis(plot: Box, y: float) -> list[str]:
     """Powers of two under a plot, every 1, 2, 4 or 8 octaves."""
     step = next(s for s in (1, 2, 4, 8, 16, 32) if (plot.high - plot.low) / s <= max(2.0, plot.width / 34))
-    found = []
+    parts = []
     exponent = math.ceil(plot.low / step) * step
     while exponent <= plot.high:
         x = plot.x(exponent)
-        found.append(line(x, y, x, y + 4, INK, 0.8))
-        found.append(text(x, y + 18, f"2{superscript(exponent)}", size=12, anchor="middle"))
+        parts.append(line(x, y, x, y + 4, INK, 0.8))
+        parts.append(text(x, y + 18, f"2{superscript(exponent)}", size=12, anchor="middle"))
         exponent += step
-    return found
+    return parts
 
 
 def _lost(plot: Box, band: Band) -> list[str]:

@@ -79,15 +79,15 @@ def _scales(scaled: Sequence[tuple[Variant, Style, Curve]], x: Axis) -> tuple[li
 
 def _stairs(scale: Curve, x: Axis, y: Axis) -> str:
     """A scale holds until the step that changes it; gaps where it is not known."""
-    found, open_ = [], False
+    path, open_ = [], False
     for step, value in zip(scale.steps, scale.values, strict=True):
         if not math.isfinite(value) or value <= 0:
             open_ = False
             continue
         at = y.at(math.log2(value))
-        found.append(f"H{x.at(step):.1f}V{at:.2f}" if open_ else f"M{x.at(step):.1f} {at:.2f}h1")
+        path.append(f"H{x.at(step):.1f}V{at:.2f}" if open_ else f"M{x.at(step):.1f} {at:.2f}h1")
         open_ = True
-    return "".join(found)
+    return "".join(path)
 
 
 def _lane(variant: Variant, name: str, kinds: Sequence[str], x: Axis, top: float) -> list[str]:
@@ -112,10 +112,10 @@ def _of_kind(variant: Variant, kind: str) -> list[dict[str, Any]]:
 
 def bunched(events: Iterable[dict[str, Any]], x: Axis) -> list[list[dict[str, Any]]]:
     """Runs of events so near each other that their marks would be one blot."""
-    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    bunches: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
-        found[int((x.at(int(event["step"])) - x.start) / NEAR)].append(event)
-    return list(found.values())
+        bunches[int((x.at(int(event["step"])) - x.start) / NEAR)].append(event)
+    return list(bunches.values())
 
 
 def _tip(variant: Variant, events: Sequence[dict[str, Any]]) -> str:
@@ -131,12 +131,12 @@ def _tip(variant: Variant, events: Sequence[dict[str, Any]]) -> str:
 
 
 def _legend(kinds: Sequence[str], y: float) -> list[str]:
-    found, left = [], LEFT
+    parts, left = [], LEFT
     for name in kinds:
         kind = KINDS.get(name, OTHER)
-        found += [axes.marker(kind.shape, left + 6, y - 4, 4.0, kind.colour), text(left + 16, y, kind.words)]
+        parts += [axes.marker(kind.shape, left + 6, y - 4, 4.0, kind.colour), text(left + 16, y, kind.words)]
         left += 40 + axes.text_width(kind.words)
-    return found
+    return parts
 
 
 def _logs(scale: Curve) -> list[float]:

@@ -152,13 +152,13 @@ def _of_run(folder: Path, step: int | None) -> Tensors:
             "this run sampled no histograms" if (folder / "config.json").exists() else "it is not the folder of a run"
         )
         raise ValueError(f"no {record.FILE} in {folder}: {what}{other}")
-    found = record.read_step(path, step)
-    about = "".join(f", {name} {value}" for name, value in found.about.items() if isinstance(value, int | float | str))
-    return Tensors(f"{folder}, step {found.step}{about}", found.rows, found.tables)
+    sample = record.read_step(path, step)
+    about = "".join(f", {name} {value}" for name, value in sample.about.items() if isinstance(value, int | float | str))
+    return Tensors(f"{folder}, step {sample.step}{about}", sample.rows, sample.tables)
 
 
 def _of_file(path: Path) -> Tensors:
-    found: list[tuple[tuple[str, str], Histogram]] = []
+    histograms: list[tuple[tuple[str, str], Histogram]] = []
     dtypes, skipped = Counter[str](), Counter[str]()
     ours = checkpoints.is_ours(path)
     for name, dtype, tensor in checkpoints.float_tensors(path):
@@ -166,19 +166,19 @@ def _of_file(path: Path) -> Tensors:
         if tensor is None or place is None or not tensor.numel():
             skipped[dtype] += 1
             continue
-        found.append((place, Histogram.of(tensor)))
+        histograms.append((place, Histogram.of(tensor)))
         dtypes[dtype] += 1
-    if not found:
+    if not histograms:
         raise ValueError(f"{path} holds no floating-point weights ({sum(skipped.values())} other tensors)")
-    found.sort(key=lambda one: natural(one[0][0]))  # files are in alphabetical order, layer 10 before layer 2
+    histograms.sort(key=lambda one: natural(one[0][0]))  # files are in alphabetical order, layer 10 before layer 2
     notes = [f"other tensors, left out: {_listed(skipped)}"] if skipped else []
-    amax = torch.tensor([histogram.amax for _, histogram in found])
-    tables = {"histogram": torch.stack([histogram.counts for _, histogram in found]), "amax": amax}
-    return Tensors(f"{path}: {_listed(dtypes)}", [(*place, "") for place, _ in found], tables, notes)
+    amax = torch.tensor([histogram.amax for _, histogram in histograms])
+    tables = {"histogram": torch.stack([histogram.counts for _, histogram in histograms]), "amax": amax}
+    return Tensors(f"{path}: {_listed(dtypes)}", [(*place, "") for place, _ in histograms], tables, notes)
 
 
-def _listed(found: Counter[str]) -> str:
-    return ", ".join(f"{n} {dtype}" for dtype, n in found.most_common())
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{n} {dtype}" for dtype, n in counts.most_common())
 
 
 def place_of(name: str, ours: bool) -> tuple[str, str] | None:
@@ -228,8 +228,8 @@ def figures(tensors: Tensors, formats: tuple[Format, ...] = JUDGED) -> list[Row]
     histograms = tensors.histograms
     judged = _judged(histograms, formats) if histograms else [{} for _ in tensors.rows]
     cast = _judged_as_cast(tensors, histograms) if histograms else {}
-    found = [_row(tensors, histograms, index, judged[index], cast.get(index)) for index in range(len(tensors.rows))]
-    return sorted(found, key=lambda row: row.severity, reverse=True)
+    rows = [_row(tensors, histograms, index, judged[index], cast.get(index)) for index in range(len(tensors.rows))]
+    return sorted(rows, key=lambda row: row.severity, reverse=True)
 
 
 def _judged(histograms: Histograms, formats: tuple[Format, ...]) -> list[dict[str, Judged]]:
@@ -244,16 +244,16 @@ def _judged(histograms: Histograms, formats: tuple[Format, ...]) -> list[dict[st
 
 def _judged_as_cast(tensors: Tensors, histograms: Histograms) -> dict[int, Judged]:
     """Row index -> the format of the run's cast, judged at the scale in use."""
-    found: dict[int, Judged] = {}
+    judged: dict[int, Judged] = {}
     if "scale" not in tensors.tables:
-        return found
+        return judged
     scale = tensors.tables["scale"].double()
     usable = (scale.isfinite() & (scale > 0)).tolist()
     for name in {row[2] for row in tensors.rows} & FORMATS.keys():
         keep = [index for index, row in enumerate(tensors.rows) if row[2] == name and usable[index]]
         some = Histograms(histograms.counts[keep], histograms.amax[keep])
-        found |= zip(keep, _at_scale(some, FORMATS[name], scale[keep]), strict=True)
-    return found
+        judged |= zip(keep, _at_scale(some, FORMATS[name], scale[keep]), strict=True)
+    return judged
 
 
 def _at_scale(histograms: Histograms, fmt: Format, scale: Tensor) -> list[Judged]:
@@ -281,17 +281,19 @@ def _row(
 
 def _used(name: str, recorded: dict[str, Tensor], cast: Judged | None) -> Used:
     scale = float(recorded.get("scale", math.nan))  # NaN: the tensor had many
-    found: dict[str, Any] = {"scale": scale} if math.isfinite(scale) else {}
+    figures: dict[str, Any] = {"scale": scale} if math.isfinite(scale) else {}
     if cast:
-        found |= {"subnormal": cast.subnormal, "headroom_bits": cast.headroom_bits}
+        figures |= {"subnormal": cast.subnormal, "headroom_bits": cast.headroom_bits}
     if "counts" in recorded:
-        found |= dict(zip(("elements", "saturated", "flushed", "inf", "nan"), recorded["counts"].tolist(), strict=True))
+        figures |= dict(
+            zip(("elements", "saturated", "flushed", "inf", "nan"), recorded["counts"].tolist(), strict=True)
+        )
     if "errors" in recorded:
         signal, noise = recorded["errors"].tolist()
-        found["sqnr_db"] = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+        figures["sqnr_db"] = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
         if signal > 0 and noise == 0:
-            found["sqnr_db"] = math.inf
-    return Used(name, **found)
+            figures["sqnr_db"] = math.inf
+    return Used(name, **figures)
 
 
 def _spread(recorded: dict[str, Tensor], amax: float | None) -> dict[str, Spread]:
@@ -299,15 +301,15 @@ def _spread(recorded: dict[str, Tensor], amax: float | None) -> dict[str, Spread
     if "blocks" not in recorded or not amax or not math.isfinite(amax):
         return {}
     top = math.frexp(amax)[1] + 126
-    found = {}
+    spreads = {}
     for size, counts in zip(BLOCKS, recorded["blocks"], strict=True):
         below = counts[1:255].cumsum(0)
         if below[-1]:
             median, first = (
                 top - 1 - int(torch.searchsorted(below, max(1, math.ceil(q * int(below[-1]))))) for q in (0.5, 0.01)
             )
-            found[str(size)] = Spread(median, first)
-    return found
+            spreads[str(size)] = Spread(median, first)
+    return spreads
 
 
 def plain(value: Any) -> Any:
