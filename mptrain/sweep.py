@@ -64,7 +64,7 @@ _held: TextIO | None = None  # its lock on the sweep's folder
 
 
 class Sweep(Callback):
-    """Hydra tells it when a sweep begins (see conf/config.yaml); :func:`reported` ends it, however it ended."""
+    """Hydra callback at the start of a sweep (see conf/config.yaml); :func:`reported` ends it."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Choose the sweep's folder, write its plan and start the live table."""
@@ -91,7 +91,7 @@ class Sweep(Callback):
 
 
 def _plan(composed: DictConfig) -> Path:
-    """Write ``sweep.json``; hand the folder to every job as an override like any other."""
+    """Write ``sweep.json``; pass the folder to every job as an override like any other."""
     given = _given(composed)
     varied = _varied(given)
     if not composed.sweep_dir:
@@ -123,19 +123,20 @@ def _plan(composed: DictConfig) -> Path:
 
 
 def _seeds(composed: DictConfig, varied: dict[str, list[str]]) -> list[int] | None:
-    """The seeds in the order they are given; None if a search or a pattern chooses them."""
+    """Return the seeds in the order they are given; None if a search or a pattern chooses them."""
     given = varied.get("seed", [str(composed.seed)])
     return [int(seed) for seed in given if seed.isdigit()] or None
 
 
 def _given(composed: DictConfig) -> list[str]:
-    """The overrides of the sweep: those of the configuration, then those of the command line, which count."""
+    """Return the overrides of the sweep: the configuration's, then the command line's, which take precedence."""
     params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
     return [*(f"{key}={value}" for key, value in params.items()), *composed.hydra.overrides.task]
 
 
 def _varied(overrides: Sequence[str]) -> dict[str, list[str]]:
-    """The settings that a sweep varies, with their values where they are a list; of one given twice the last counts."""
+    """Return the settings that a sweep varies, with their values if they are a list; the last of a setting given
+    twice."""
     varied: dict[str, list[str]] = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.get_key_element()
@@ -149,7 +150,8 @@ def _varied(overrides: Sequence[str]) -> dict[str, list[str]]:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Around ``main()``: at the end of a sweep the table, the verdicts and the report; nothing for a single run."""
+    """Wrap ``main()``: at the end of a sweep print the table and verdicts, write the report; nothing for a single
+    run."""
     global _watch, _held
     failed = 0
     try:
@@ -165,7 +167,7 @@ def reported() -> Iterator[None]:
 
 
 def report(folder: Path, console: Console) -> int:
-    """Compare the runs of a sweep: print, write report.html, report.md and report.json, tell W&B.
+    """Compare the runs of a sweep: print, write report.html, report.md and report.json, log to W&B.
 
     Returns the number of jobs that failed.
     """
@@ -191,12 +193,12 @@ def report(folder: Path, console: Console) -> int:
 
 
 def is_job() -> bool:
-    """Tell whether this is one of a sweep's jobs. (A job's own mode says RUN; only sweeps number their jobs.)"""
+    """Return whether this is one of a sweep's jobs. (A job's own mode says RUN; only sweeps number their jobs.)"""
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
 def require_single(composed: DictConfig) -> None:
-    """ValueError for a single run that is given what only sweeps have."""
+    """Raise ValueError for a single run with settings that only sweeps have."""
     ablation = HydraConfig.get().runtime.choices.get("ablation")
     given = {"sweep_dir": composed.sweep_dir, "sweep_seeds": composed.sweep_seeds, "ablation": ablation}
     for name in (name for name, value in given.items() if value):
@@ -204,7 +206,7 @@ def require_single(composed: DictConfig) -> None:
 
 
 def job(composed: DictConfig) -> float:
-    """Run one job of a sweep, unless it is done; returns the validation loss (nats), inf where there is none.
+    """Run one job of a sweep, unless it is finished; return the validation loss (nats), inf if there is none.
 
     submitit may start it as several tasks (``hydra.launcher.tasks_per_node``): they are the ranks of one run.
     """
@@ -229,7 +231,7 @@ def job(composed: DictConfig) -> float:
 
 
 def as_ranks() -> None:
-    """Tell torch which of its tasks this one is, where submitit starts several."""
+    """Export the rank of this task to torch, if submitit starts several."""
     if "SUBMITIT_EXECUTOR" in os.environ:
         from submitit.helpers import TorchDistributedEnvironment
 
@@ -239,7 +241,7 @@ def as_ranks() -> None:
 
 
 def _follow(composed: DictConfig) -> float:
-    """Train as the ranks of a job but the first do, who write nothing of the sweep's."""
+    """Train as one of the other ranks of a job, which write none of the sweep's files."""
     settings = config.parse(composed)
     with contextlib.suppress(Told):
         if _joined(settings).share(False):  # the first one knows
@@ -254,7 +256,8 @@ def _joined(settings: RunConfig) -> Ranks:
 
 
 def folder_name(overrides: list[str], varied: list[str]) -> str:
-    """``precision=fp8,seed=1``: what tells this job from the others (all it was given, where that is not known)."""
+    """Name a job's folder by its distinguishing settings (all given ones, if they are unknown):
+    ``precision=fp8,seed=1``."""
     pairs = [override.partition("=") for override in overrides]
     shown = [(key, value) for key, _, value in pairs if key in varied] or [
         (key, value) for key, _, value in pairs if key not in UNNAMED
@@ -265,7 +268,7 @@ def folder_name(overrides: list[str], varied: list[str]) -> str:
 
 
 def _folder(sweep: Path, name: str, mark: str) -> Path:
-    """The folder of the job with these settings: the one that holds it already, or a new one."""
+    """Return the folder of the job with these settings: an existing one, or a new one."""
     with locked(sweep / ".jobs.lock"):
         for path in sweep.glob(f"*/{JOB}"):
             known = object_in(path)
@@ -313,7 +316,7 @@ def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Keep what an attempt without a checkpoint left behind, out of the way of the next one."""
+    """Move the files of an attempt without a checkpoint out of the way of the next one."""
     left = [path for path in folder.iterdir() if path.name != JOB and not path.name.startswith((".", "attempt-"))]
     if not left:
         return
@@ -325,7 +328,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _fail(folder: Path, error: Exception) -> None:
-    """Leave the error where the report finds it."""
+    """Write the error where the report finds it."""
     text = "".join(traceback.format_exception(error))
     _write(folder / ERROR, {"error": explain(error), "traceback": text})
 
@@ -336,6 +339,6 @@ def _write(path: Path, value: Any) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a job: a second one with the same settings waits and finds it done."""
+    """Lock a job: a second process with the same settings waits and finds it finished."""
     with locked(folder / JOB_LOCK):
         yield

@@ -1,4 +1,4 @@
-"""``mptrain bench cpu``: what the emulation, the kernels and the trainer cost on this CPU.
+"""``mptrain bench cpu``: the cost of the emulation, the kernels and the trainer on this CPU.
 
 One torch thread. Figures are process CPU time; wall time stands beside them for information. Variants take turns
 within each repetition, and the reference runs twice in each (its A/A twin: what differs between the two is noise). A
@@ -40,7 +40,7 @@ LR = 1e-6  # learns nothing: gradients that vanish become subnormal, and arithme
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that are measured, and how often.
+    """The sizes to measure, and how often.
 
     ``steps``: of the null model, in one measurement: one of them is recorded.
     """
@@ -93,7 +93,7 @@ class Training:
 
 
 def gpt_step(policy: PrecisionPolicy, sizes: Sizes, implementation: str) -> Step:
-    """A whole training step of the GPT on one batch of random bytes."""
+    """Return a whole training step of the GPT on one batch of random bytes."""
     training = Training(sizes.gpt, sizes.batch, policy)
 
     def step() -> None:
@@ -105,7 +105,7 @@ def gpt_step(policy: PrecisionPolicy, sizes: Sizes, implementation: str) -> Step
 
 
 def measure_gpt(sizes: Sizes) -> list[Row]:
-    """Training steps of the GPT in every precision. What cannot run here is a row with its reason."""
+    """Measure training steps of the GPT in every precision. A row has the reason where one cannot run here."""
     variants: dict[str, Step] = {}
     why_not: dict[str, str] = {}
     for name, (policy, backend, implementation) in GPT_VARIANTS.items():
@@ -123,7 +123,7 @@ def measure_gpt(sizes: Sizes) -> list[Row]:
 
 
 def measure_kernels(sizes: Sizes) -> list[Row]:
-    """Quantize-dequantize in FP32 into a preallocated tensor, as a share of the rate of a copy."""
+    """Measure quantize-dequantize in FP32 into a preallocated tensor, as a share of the rate of a copy."""
     x = torch.randn(sizes.elements)
     out, scale, amax = torch.empty_like(x), torch.tensor(7.25), torch.zeros(())
 
@@ -140,7 +140,7 @@ def measure_kernels(sizes: Sizes) -> list[Row]:
 
 
 class NullModel(nn.Module):
-    """Four linear layers, 952 parameters: next to none of its step is arithmetic."""
+    """Four linear layers, 952 parameters: step time is almost pure host overhead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class NullModel(nn.Module):
 
 
 class NullData:
-    """The same batch for ever."""
+    """The same batch at every step."""
 
     only: ClassVar[dict[str, Tensor]] = {"x": torch.ones(8, 16), "targets": torch.ones(8, 8)}
 
@@ -163,7 +163,7 @@ class NullData:
 
 
 def trainer_steps(kind: LossScaleKind, sizes: Sizes) -> Step:
-    """``sizes.steps`` more steps of a :class:`Trainer` with everything that a run has but output."""
+    """Return ``sizes.steps`` more steps of a :class:`Trainer` with everything that a run has except output."""
     torch.manual_seed(0)
     model = NullModel()
     precision = Precision(PrecisionPolicy(loss_scale=LossScale(kind=kind))).prepare(model)
@@ -177,7 +177,7 @@ def trainer_steps(kind: LossScaleKind, sizes: Sizes) -> Step:
 
 
 def bare_steps(sizes: Sizes) -> Step:
-    """The same steps by hand: model, backward, clip, optimizer."""
+    """Return the same steps as a bare loop: model, backward, clip, optimizer."""
     torch.manual_seed(0)
     model, batch = NullModel(), NullData.only
     optimizer = AdamW(model.parameters(), lr=LR, fused=True)
@@ -194,7 +194,7 @@ def bare_steps(sizes: Sizes) -> Step:
 
 
 def measure_trainer(sizes: Sizes) -> list[Row]:
-    """Microseconds a step that the trainer adds to a bare loop."""
+    """Measure the microseconds per step that the trainer adds to a bare loop."""
     rows = {"none": Row("trainer, added to a bare loop's step", 50.0, unit="us")}
     rows |= {kind: Row(f"trainer with {kind} loss scaling, added", 100.0, unit="us") for kind in ("static", "dynamic")}
     variants = {"bare": bare_steps(sizes), "bare" + TWIN: bare_steps(sizes)}

@@ -1,4 +1,4 @@
-"""``mptrain bench dist``: what training on several ranks costs beside a loop written by hand in plain torch.
+"""``mptrain bench dist``: the cost of training on several ranks, relative to a hand-written loop in plain torch.
 
 Starts its own ranks on this machine: gloo on CPUs with one torch thread each, NCCL where every rank has a GPU. All
 variants live in one process group and take turns, in reverse order every other time. Times are wall time from barrier
@@ -46,7 +46,8 @@ SCALE = 2.0**10  # of the loss where gradients are compressed: FP16 is made for 
 
 
 def measure_steps(sizes: Sizes, device: str) -> Iterator[Row]:
-    """The trainer's step over the hand-written one: telemetry off; as it is by default, between recorded steps."""
+    """Measure the trainer's step over the hand-written one: telemetry off; then as it is by default, between
+    recorded steps."""
     quiet = TelemetryConfig(every=sizes.steps, record_every=0)  # each measurement reads the losses back once
     for wrapper in WRAPPERS:
         with ExitStack() as stack:
@@ -68,7 +69,7 @@ def measure_steps(sizes: Sizes, device: str) -> Iterator[Row]:
 
 
 def measure_compression(sizes: Sizes, device: str) -> Iterator[Row]:
-    """A step, the bytes a rank sends in it, and the accuracy of the mean gradient, by kind of compression."""
+    """Measure a step, the bytes a rank sends in it, and the accuracy of the mean gradient, by kind of compression."""
     prepared = prepare(settings("ddp", sizes, device, sizes.model, TelemetryConfig(record_every=0)))
     trainings: dict[str, tuple[ByHand, Compression]] = {}
     for name in (*KINDS, "none" + TWIN):
@@ -111,7 +112,7 @@ def report(sizes: Sizes, device: str, folder: Path, path: Path | None, argv: lis
 
 
 def _rank(rank: int, size: int, device: str, folder: str, *args: Any) -> None:
-    """One of the processes."""
+    """Join the process group and measure; the program of one process."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     where = pick_device(device)

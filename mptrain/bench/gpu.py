@@ -60,7 +60,10 @@ SIZES = {  # limits and ceilings: derived for one H100, FP8 on the linear layers
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: a precision of conf/precision on a backend, compiled or not. ``twin`` is measured again as a control."""
+    """One row: a precision of conf/precision on a backend, compiled or not.
+
+    A ``twin`` is measured again as a control.
+    """
 
     precision: str
     backend: str = "auto"
@@ -92,7 +95,7 @@ def variants(dry_run: bool) -> list[Variant]:
 
 @dataclass
 class Settings:
-    """``device`` cpu is the dry run."""
+    """The settings of the benchmark. ``device`` cpu is the dry run."""
 
     device: torch.device
     minutes: float
@@ -103,7 +106,7 @@ class Settings:
         return self.device.type == "cpu"
 
     def model(self, size: Size) -> nn.Module:
-        """The model of ``size`` on the device, the same weights for every variant."""
+        """Return the model of ``size`` on the device, the same weights for every variant."""
         values = yaml.safe_load((conf_dir() / "model" / f"{size.recipe}.yaml").read_text())
         module = models.load(values.pop("kind"))
         values |= {"vocab_size": VOCABULARY, "block_size": size.tokens} | size.changes
@@ -113,7 +116,7 @@ class Settings:
         return built
 
     def shrunk(self, size: Size) -> Size:
-        """The same way through the code in seconds: two layers, width 64, 32 tokens."""
+        """Return the size of the dry run, which takes seconds: two layers, width 64, 32 tokens."""
         tiny = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 256}
         return replace(size, batch=2, tokens=32, changes=tiny) if self.dry_run else size
 
@@ -170,18 +173,18 @@ def _allocated(device: torch.device) -> int:
 
 
 def fp8_share(runner: Runner, flops: float) -> float:
-    """Share of a token's FLOPs that the converted layers do: 6 a weight, as ``flops_per_token`` counts them."""
+    """Return share of a token's FLOPs that the converted layers do: 6 a weight, as ``flops_per_token`` counts them."""
     layers = [runner.model.get_submodule(name) for name in runner.precision.report.converted]
     return 6.0 * sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2) / flops
 
 
 def mfu(rate: float, flops: float, share: float, compute: str) -> float:
-    """Ideal over real time at ``rate`` tokens/s, each FLOP at the dense peak of its format."""
+    """Return ideal over real time at ``rate`` tokens/s, each FLOP at the dense peak of its format."""
     return rate * flops * (share / PEAK["fp8"] + (1 - share) / PEAK[compute])
 
 
 def fill(row: dict[str, Any], runner: Runner, size: Size, settings: Settings) -> None:
-    """Put what is known of ``runner`` into its row."""
+    """Write what is known of ``runner`` into its row."""
     policy, backend = runner.precision.policy, runner.precision.backend
     flops, compute = float(runner.model.flops_per_token()), str(policy.compute)  # type: ignore[operator]
     share, emulated = fp8_share(runner, flops), backend.emulated
@@ -208,7 +211,7 @@ def fill(row: dict[str, Any], runner: Runner, size: Size, settings: Settings) ->
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Each row's speed over BF16's, compiled against compiled."""
+    """Divide each row's speed by BF16's, compiled by compiled."""
     fast = [row for row in rows if row.get("tokens_per_s")]
     plain = [row for row in fast if row["precision"] == "bf16" and not row["twin"]]
     against = {(row["model"], row["compiled"]): row["tokens_per_s"] for row in plain}
@@ -218,7 +221,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 
 def why_not(variant: Variant, device: torch.device) -> str:
-    """Why a variant cannot run here; empty if it can."""
+    """Return why a variant cannot run here; empty if it can."""
     if variant.compiled and variant.precision == "fp8-delayed" and variant.backend == "te":
         return "Transformer Engine refuses delayed scaling under torch.compile"
     try:
@@ -277,7 +280,10 @@ def machine(settings: Settings) -> dict[str, str]:
 
 
 def measure(name: str, settings: Settings, report: Report) -> None:
-    """All variants of one model in rounds. Those that fit in memory together stay; the others are made again."""
+    """Measure all variants of one model in rounds.
+
+    Those that fit in memory together stay; the others are built again.
+    """
     size, deadline = settings.shrunk(SIZES[name]), time.monotonic() + settings.minutes * 60
     listed = variants(settings.dry_run)
     rows = {variant: report.add(name, variant, why_not(variant, settings.device)) for variant in listed}
@@ -299,13 +305,13 @@ def measure(name: str, settings: Settings, report: Report) -> None:
 
 
 def clean() -> None:
-    """Return what a variant left to the GPU, an exception's frames included, before the next is built."""
+    """Free the memory of a variant, an exception's frames included, before the next is built."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def visit(variant: Variant, row: dict[str, Any], size: Size, settings: Settings, kept: dict[Variant, Runner]) -> None:
-    """One turn of one variant. Out of memory, or any other failure, is a row with its reason."""
+    """Measure one variant once. Out of memory, or any other failure, becomes the reason in its row."""
     row["reason"] = ""
     try:
         runner = kept.get(variant) or Runner(variant, size, settings)

@@ -1,4 +1,4 @@
-"""``mptrain bench plan``: how far the plan of memory is from what a run then measures.
+"""``mptrain bench plan``: the memory plan of a run against its measured memory.
 
 Each cell is planned, then trained for two steps and measured: live tensor bytes on a CPU, by the same roles, the
 allocator's peak on a GPU. Precisions x activation checkpointing x AdamW's moments x architectures. A bound of 3 % on a
@@ -31,7 +31,7 @@ ON_GPU = ("model.n_embd=1024", "model.n_head=16", "model.block_size=1024")  # na
 
 @dataclass
 class Row(rows.Row):
-    """``measured``: percent between plan and measurement, either way; the peaks themselves in MiB."""
+    """``measured``: percent between plan and measurement, as an absolute value; the peaks themselves in MiB."""
 
     planned_mib: float = 0.0
     peak_mib: float = 0.0
@@ -44,7 +44,7 @@ class Row(rows.Row):
 
 
 def cells(dry_run: bool) -> Iterator[tuple[str, list[str]]]:
-    """A name and the settings of each."""
+    """Yield the name and the settings of each cell."""
     axes = MODELS, PRECISIONS, (False, True), ("adamw", "adamw-8bit")
     for model, precision, recompute, optim in itertools.product(*axes):
         if dry_run and (precision, recompute, optim) != ("fp8", True, "adamw"):

@@ -1,6 +1,4 @@
-"""Common parts of the benchmarks on several ranks: sizes, rows, clocks that all ranks stop together, and runs to
-measure.
-"""
+"""Common parts of the benchmarks on several ranks: sizes, rows, a timer across ranks, and runs to measure."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ WRAPPERS = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that are measured, and how often.
+    """The sizes to measure, and how often.
 
     ``steps``: in one measurement, ``micro_batches`` of each rank in a step. ``saved``: the model of the checkpoints.
     """
@@ -58,7 +56,7 @@ class Row(rows.Row):
 
 
 def timed(work: Step) -> tuple[float, float]:
-    """(wall, CPU) seconds of ``work`` on all ranks: the slowest one's, and of all together. A collective."""
+    """Return (wall, CPU) seconds of ``work`` on all ranks: the slowest one's, and of all together. A collective."""
     ranks = World()
     ranks.barrier()
     cpu_s, wall_s = time.process_time(), time.perf_counter()
@@ -70,7 +68,7 @@ def timed(work: Step) -> tuple[float, float]:
 
 
 def settings(wrapper: str, sizes: Sizes, device: str, model: gpt.Config, telemetry: TelemetryConfig) -> RunConfig:
-    """BF16 training that learns nothing, so that every step is like the first."""
+    """Return BF16 training with a learning rate near zero, so that every step is like the first."""
     accumulate = sizes.micro_batches * World().size
     return RunConfig(
         precision=PrecisionPolicy.named("bf16"),
@@ -94,7 +92,7 @@ def repeated(step: Step, times: int) -> Step:
 
 
 def trainer_of(prepared: Prepared) -> Trainer:
-    """Our trainer, ready to step."""
+    """Return our trainer, ready to step."""
     trainer = assemble(prepared, NullSink())
     trainer.model.train()
     return trainer

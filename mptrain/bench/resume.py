@@ -1,4 +1,4 @@
-"""Proof that a run that was killed and resumed is the same run: real processes, real SIGKILLs, every bit compared.
+"""End-to-end resume check: kill real runs with SIGKILL and verify that the resumed run is bit-identical.
 
 A whole run saves at the same steps as the one that is killed. Compared are the last checkpoints, tensor by tensor
 (weights, moments, loss scale, FP8 scales and histories, totals of the telemetry, what compression owes), all that is
@@ -45,8 +45,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Verdict:
-    """``differences``: what is not the same, empty for an exact resumption. ``worst``: largest difference of a loss
-    (nats)."""
+    """``differences``: those between the two runs, empty for an exact resumption.
+
+    ``worst``: largest difference of a loss (nats).
+    """
 
     what: str
     kills: int
@@ -175,7 +177,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _worst_loss(whole: Path, parts: Path) -> float:
-    """The largest difference of a training loss, in nats; inf if a step is missing in one."""
+    """Return the largest difference of a training loss, in nats; inf if a step is missing in one."""
     losses = [
         {row["step"]: row["train/loss_step"] for row in rows_in(path / "metrics.jsonl") if "train/loss_step" in row}
         for path in (whole, parts)

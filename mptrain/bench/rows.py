@@ -1,4 +1,4 @@
-"""Common parts of the benchmarks: rows of figures, variants that take turns, the report, and the command line."""
+"""Common parts of the benchmarks: rows of figures, alternating variants, the report, and the command line."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 def timed(work: Step) -> tuple[float, float]:
-    """(CPU, wall) seconds of ``work`` in this process."""
+    """Return (CPU, wall) seconds of ``work`` in this process."""
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     work()
     return time.process_time() - cpu_s, time.perf_counter() - wall_s
 
 
 def paired_median(ours: Iterable[float], theirs: Iterable[float], how: How = operator.truediv) -> float:
-    """Median of ``how(a, b)`` over the repetitions."""
+    """Return median of ``how(a, b)`` over the repetitions."""
     return statistics.median(how(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 class Turns:
-    """Seconds of variants that take turns, in reverse order every other time, by the two clocks of ``timer``."""
+    """Seconds of alternating variants, in reverse order every other time, by the two clocks of ``timer``."""
 
     def __init__(
         self, variants: dict[str, Step], repeats: int, timer: Callable[[Step], tuple[float, float]] = timed
@@ -85,7 +85,8 @@ class Turns:
             order.reverse()
 
     def fill(self, row: AnyRow, name: str, reference: str, how: How = operator.truediv) -> AnyRow:
-        """The row with ``how(variant, reference)`` by both clocks, and that of the reference's twin (the noise)."""
+        """Return the row with ``how(variant, reference)`` by both clocks, and with that of the reference's twin (the
+        noise)."""
         if not {name, reference} <= self.samples.keys():
             return row
         twin = reference + TWIN
@@ -99,7 +100,7 @@ class Turns:
         return paired_median(ours, theirs, how)
 
     def seconds(self, name: str) -> float:
-        """Median by the first clock."""
+        """Return median by the first clock."""
         return statistics.median(first for first, _ in self.samples[name])
 
 
@@ -149,7 +150,7 @@ def arguments(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Give torch one thread for a while."""
+    """Give torch one thread inside the context."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""The stall of training when it saves: the part of ``mptrain bench dist`` about checkpoints."""
+"""The checkpoints' part of ``mptrain bench dist``: how long training stalls when it saves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_STEPS = 100  # while a checkpoint is written; one that fails never ends
 
 
 def measure_checkpoints(sizes: Sizes, device: str, folder: Path) -> Iterator[Row]:
-    """Measure the stall of training when it saves."""
+    """Measure the stall of training when it saves, by wrapper."""
     small = replace(sizes, batch=1, micro_batches=1)
     for wrapper in reversed(WRAPPERS):
         prepared = prepare(settings(wrapper, small, device, sizes.saved, TelemetryConfig(record_every=0)))
@@ -38,7 +38,7 @@ def measure_checkpoints(sizes: Sizes, device: str, folder: Path) -> Iterator[Row
 
 
 class Saving:
-    """A trainer that saves now one way, now the other, each time after a step more."""
+    """A trainer that saves synchronously and in the background in turns, one step further each time."""
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self.trainer = trainer
@@ -51,11 +51,11 @@ class Saving:
             trainer.step()
 
     def save(self, background: bool) -> float:
-        """Seconds that training waits."""
+        """Save and return the seconds that training waits."""
         return timed(lambda: self.trainer.save(self.kinds[background]))[0]
 
     def repeat(self) -> None:
-        """Everything once."""
+        """Measure everything once."""
         for twin in ("", TWIN):
             self.add("step" + twin, timed(self.trainer.step)[0])
             self.add("synchronous" + twin, self.save(background=False))
@@ -63,7 +63,7 @@ class Saving:
         self.add("stall", self.background())
 
     def background(self) -> float:
-        """The stall of a background save; steps go on until it is on disk."""
+        """Return the stall of a background save; keep stepping until it is on disk."""
         stall, path = self.save(background=True), self.kinds[True].path(self.trainer.step_number)
         steps: list[float] = []
         while len(steps) < MOST_STEPS and self.trainer.ranks.share(not path.exists()):

@@ -1,4 +1,4 @@
-"""``mptrain bench telemetry``: what the flight recorder costs on this CPU, beside the ways people watch tensors today.
+"""``mptrain bench telemetry``: the cost of the flight recorder on this CPU, next to other ways of watching tensors.
 
 One torch thread, BF16 training steps of two GPTs. *Inside the calls* is thread CPU time spent in the recorder's own
 functions (hooks, passes over tensors, the record and its file) as a share of the step's: small shares cannot be told
@@ -41,7 +41,7 @@ STEPS = 3  # in one measurement of whole steps
 
 
 class Clock:
-    """Thread CPU seconds spent inside the functions it wraps; of calls within calls the outermost counts."""
+    """Thread CPU seconds spent inside the functions it wraps; only the outermost of nested calls counts."""
 
     def __init__(self) -> None:
         self.seconds, self._depth = 0.0, 0
@@ -61,7 +61,7 @@ class Clock:
 
 
 class Recorded(Training):
-    """Step under a monitor that samples every step and writes its records, with a clock on all it does."""
+    """Training under a monitor that samples every step and writes its records, with a clock on all it does."""
 
     def __init__(self, sizes: gpt.Config, batch: int, folder: Path) -> None:
         super().__init__(sizes, batch, PRECISION)
@@ -88,13 +88,14 @@ class Recorded(Training):
         record.append(self.file, sample.record)
 
     def unsampled(self) -> None:
-        """A step between two samples."""
+        """Run a step between two samples."""
         self.monitor.due(self.number)
         super().step()
 
 
 def shares(training: Recorded, repeats: int) -> tuple[float, float]:
-    """(sampled, unsampled): time inside the calls as a share of the rest of the step, median over the repetitions."""
+    """Return (sampled, unsampled): time inside the calls as a share of the rest of the step, median over the
+    repetitions."""
     medians = []
     for step in (training.step, training.unsampled):
         ratios = []
@@ -117,7 +118,7 @@ def look_at(x: Tensor) -> list[Tensor]:
 
 @contextmanager
 def hooks(training: Training, look: Callable[[Tensor], object]) -> Iterator[None]:
-    """``look`` at the input, the output and its gradient of every linear layer, weights and their gradients."""
+    """Call ``look`` on the input, the output and its gradient of every linear layer, on weights and their gradients."""
     handles = []
 
     def after(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
@@ -139,7 +140,7 @@ def hooks(training: Training, look: Callable[[Tensor], object]) -> Iterator[None
 
 
 def peers() -> dict[str, Callable[[Training], AbstractContextManager[object]]]:
-    """The ways people watch tensors today."""
+    """Return other ways of watching tensors."""
     kept: list[Tensor] = []
 
     def on_device(x: Tensor) -> bool:
@@ -156,14 +157,14 @@ def peers() -> dict[str, Callable[[Training], AbstractContextManager[object]]]:
 
 @functools.cache
 def compiled_look() -> Callable[[Tensor], object]:
-    """The same, fused by torch.compile."""
+    """Return :func:`look_at` compiled by torch."""
     torch._dynamo.config.recompile_limit = 32  # dtypes and states of autograd and autocast, each a graph
     return torch.compile(look_at, dynamic=True)
 
 
 @contextmanager
 def anomalies() -> Iterator[None]:
-    """Torch warns that this is slow, which is what is measured."""
+    """Detect anomalies without torch's warning that this is slow: that is what is measured."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.autograd.detect_anomaly(check_nan=True):
@@ -171,7 +172,7 @@ def anomalies() -> Iterator[None]:
 
 
 def measure(name: str, sizes: gpt.Config, batch: int, repeats: int, compile_peers: bool) -> Iterator[Row]:
-    """Shares inside the calls by interval, then whole steps against the unwatched one."""
+    """Measure the shares inside the calls by interval, then whole steps against the unwatched one."""
     with tempfile.TemporaryDirectory() as folder:
         recorded, plain = Recorded(sizes, batch, Path(folder)), Training(sizes, batch, PRECISION)
         sampled, between = shares(recorded, repeats * 2)

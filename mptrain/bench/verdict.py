@@ -1,4 +1,4 @@
-"""``mptrain bench verdict``: how often the verdict of ``mptrain compare`` is wrong, and how often it decides.
+"""``mptrain bench verdict``: error rates and power of the verdicts of ``mptrain compare``, by simulation.
 
 Simulated seeds, drawn from every distribution of the stated family and from some outside it, go through the rules of
 ``mptrain.report.compare.intervals``. A rate is the share of verdicts that are wrong where the truth is on the border:
@@ -221,7 +221,8 @@ def rates(rng: np.random.Generator, runs: int) -> Iterator[tuple[str, float, flo
 
 
 def run(argv: list[str]) -> int:
-    """Simulate and print; 1 if a rate is beyond what the rules promise (less what so many runs miss by chance)."""
+    """Simulate and print; return 1 if a rate is beyond what the rules promise (less what so many runs miss by
+    chance)."""
     parser = argparse.ArgumentParser(prog="mptrain bench verdict", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=100_000, help="simulated comparisons of a kind (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)

@@ -19,7 +19,7 @@ ORDER = ("doctor", "formats", "inspect", "compare", "export", "plan", "quantize"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; exit status 2 and a clear message for what the user can mend."""
+    """Run one command; exit with status 2 and a clear message for errors that the user can correct."""
     words = sys.argv[1:] if argv is None else argv
     with clear_errors():
         if not words or words[0] in ("-h", "--help"):

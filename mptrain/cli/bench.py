@@ -19,7 +19,7 @@ SUBJECTS = {
 
 
 def run(argv: list[str]) -> int:
-    """Measure one subject. ValueError if there is none of that name."""
+    """Measure one subject. ValueError for an unknown one."""
     if argv[:1] in (["-h"], ["--help"]):
         subjects = "\n".join(f"  {name:11}{text}" for name, text in SUBJECTS.items())
         options = {"usage": "mptrain bench SUBJECT [...]", "epilog": subjects}

@@ -15,7 +15,7 @@ from mptrain.tools.settings import require
 
 
 def run(argv: list[str]) -> int:
-    """Compare runs or whole sweeps, print the verdicts, write the reports that are asked for."""
+    """Compare runs or whole sweeps, print the verdicts, write the requested reports."""
     parser = command_parser(__doc__)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs (a sweep)"

@@ -21,7 +21,7 @@ from mptrain.tools.settings import to_plain
 
 
 def run(argv: list[str]) -> int:
-    """Measure and print; of one folder also write ``deploy.json`` into it, and write its report again."""
+    """Measure and print; for a single folder also write ``deploy.json`` into it, and its report again."""
     asked = _parser().parse_args(argv)
     console = Console()
     result = matrix.deploy(
@@ -47,7 +47,10 @@ def run(argv: list[str]) -> int:
 
 
 def _reported(folder: Path) -> bool:
-    """Tell whether the sweep's report was written, the matrix in it. (Runs may be deployed that cannot be compared.)"""
+    """Write the sweep's report with the matrix in it; return False if its runs cannot be compared.
+
+    (Runs may be deployed that cannot be compared.)
+    """
     try:
         write_all(compare([folder]), folder)
     except ValueError:

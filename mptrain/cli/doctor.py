@@ -24,7 +24,8 @@ SIZES = {"vocab_size": 256, "image_size": 8, "channels": 1, "classes": 10}  # wh
 
 
 def run(argv: list[str]) -> int:
-    """Which backends this machine has; with ``--audit precision=fp8 ...``: what every GEMM of a step runs in."""
+    """Print which backends this machine has; with ``--audit precision=fp8 ...``, the precision of every GEMM of a
+    step."""
     parser = command_parser(__doc__)
     parser.add_argument("--audit", nargs="*", metavar="SETTING=VALUE", help="audit one step, e.g. precision=fp8")
     asked = parser.parse_args(argv)
@@ -51,7 +52,8 @@ def run(argv: list[str]) -> int:
 
 
 def _audit(overrides: list[str]) -> int:
-    """Exit code 1 if less than audit.min_coverage ran in what the policy asks (claims of a backend count)."""
+    """Print the audit; return 1 if less than audit.min_coverage ran in what the policy asks (claims of a backend
+    count)."""
     config = composed(overrides)
     audit, what = audited_step(config)
     console = Console()
@@ -67,7 +69,7 @@ def _audit(overrides: list[str]) -> int:
 
 
 def audited_step(config: RunConfig) -> tuple[Audit, str]:
-    """The audit of one step on random samples, and what was run in a few words. No data, no run folder, no compiler.
+    """Audit one step on random samples, and describe it in a few words. No data, no run folder, no compiler.
 
     ValueError names the setting that cannot work here.
     """

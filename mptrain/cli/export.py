@@ -9,7 +9,7 @@ from mptrain.runs import export
 
 
 def run(argv: list[str]) -> int:
-    """A trained model as a folder that Hugging Face's transformers loads: ``mptrain export RUN OUT``."""
+    """Write a trained model as a folder that Hugging Face's transformers loads: ``mptrain export RUN OUT``."""
     parser = command_parser(__doc__)
     parser.add_argument("source", type=Path, metavar="RUN", help="a run's folder, or a checkpoint in one")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")

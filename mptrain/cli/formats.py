@@ -9,7 +9,8 @@ from mptrain.report.inspect import formats
 
 
 def run(argv: list[str]) -> int:
-    """The number formats: ranges and resolution; with numbers (``1e-3 2^-10 inf``), what each format makes of them."""
+    """Print ranges and resolution of the formats or, for given numbers (``1e-3 2^-10 inf``), how each represents
+    them."""
     if not {"-h", "--help"} & {*argv}:
         argv = ["--", *argv]  # so that -1e-3 is a number and no option
     parser = command_parser(__doc__)

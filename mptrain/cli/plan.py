@@ -85,7 +85,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
 
 
 def _job(config: RunConfig, ranks: int, *, gpu: bool) -> Job:
-    """The data is read only if the model takes sizes from it that the settings leave open."""
+    """Return the job to plan. Data is read only if the model takes a size from it that the settings leave open."""
     module, model_config = parse_open("mptrain.models", "model", config.model)
     names = ("vocab_size",) if module.INPUT == "tokens" else ("image_size", "channels", "classes")
     if not all(getattr(model_config, name, 1) for name in names):
@@ -98,7 +98,7 @@ def _job(config: RunConfig, ranks: int, *, gpu: bool) -> Job:
 
 
 def _side_by_side(job: Job) -> list[Job]:
-    """The precision asked for first. BF16 weights are only for precisions that multiply by BF16."""
+    """Return the job in several precisions, its own first; BF16 weights only with precisions that multiply in BF16."""
     policies = [PrecisionPolicy.named(name) for name in BESIDE if name != job.policy.name]
     if job.optim.weights != "fp32":
         policies = [policy for policy in policies if policy.compute is Format.bf16]
@@ -115,7 +115,7 @@ def _fitted(console: Console, job: Job, plans: list[TrainingPlan], capacity: int
 
 
 def _name(config: RunConfig) -> str:
-    """The kind and what tells its sizes apart."""
+    """Return the kind of the model and the settings that tell its sizes apart."""
     if "config" in config.model:
         return f"{config.model['kind']} {config.model['config']}"
     sizes = [f"{key}={config.model[key]}" for key in ("n_layer", "n_embd") if key in config.model]

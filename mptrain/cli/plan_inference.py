@@ -24,7 +24,7 @@ EPILOG = "Sizes need a unit: 80GiB is 2^30 bytes each, 80GB 10^9."
 
 
 def run(argv: list[str]) -> int:
-    """The command. ValueError for what cannot be planned or fits nowhere, naming the option to change."""
+    """Plan and print. ValueError for what cannot be planned or fits nowhere, naming the option to change."""
     asked = _parser().parse_args(argv)
     console = Console()
     if asked.list:
@@ -97,7 +97,7 @@ def _subject(asked: argparse.Namespace) -> Subject:
 
 
 def _request(asked: argparse.Namespace, subject: Subject) -> Request:
-    """The options that were given; ValueError for those that a bare count of parameters has no use for."""
+    """Return the given options. ValueError for those that mean nothing for a bare number of parameters."""
     names = ("batch", "input_tokens", "output_tokens", "prefill", "kv_format", "keep")
     given = {name: getattr(asked, name) for name in (*names, "keep_format", "group_size")}
     given = {name: value for name, value in given.items() if value is not None}

@@ -36,7 +36,7 @@ CALIBRATION_ROWS = 8
 
 
 def run(argv: list[str]) -> int:
-    """Quantize, verify, write. ValueError, naming what to change, if not all of it could be done."""
+    """Quantize, verify, write. ValueError, naming the option to change, if any of it fails."""
     asked = _parser().parse_args(argv)
     method = named(asked.to)
     if method.name == "fp32":
@@ -124,7 +124,7 @@ def _finetune(source: Source, method: Method, asked: argparse.Namespace) -> None
 
 
 def _calibration(source: Source, method: Method, batches: int) -> Iterator[dict[str, Tensor]]:
-    """Training samples of a run: what the model is judged by must not have set its scales."""
+    """Yield training samples of a run: validation data must not set the scales that it judges."""
     if source.data is None:
         raise ValueError(
             f"{method.name} must see activations and {source.description} comes without data: use --to int8-dynamic, "
@@ -136,7 +136,7 @@ def _calibration(source: Source, method: Method, batches: int) -> Iterator[dict[
 
 
 def print_report(console: Console, source: Source, report: Report, every: bool) -> None:
-    """The quantized layers worst first, what was kept and why, and the totals."""
+    """Print the quantized layers worst first, the others with the reason, and the totals."""
     worst = sorted(report.quantized, key=lambda layer: -math.inf if layer.sqnr_db is None else layer.sqnr_db)
     shown = worst if every else worst[:SHOWN]
     groups = f", groups of {report.group_size}" if report.group_size else ""

@@ -1,4 +1,4 @@
-"""Programs that a run or a command starts: ``python -m mptrain.cli.subprocesses probe|run SETTINGS ...``."""
+"""Programs started by a run or a command: ``python -m mptrain.cli.subprocesses probe|run SETTINGS ...``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mptrain.tools.settings import from_plain
 
 
 def probe(argv: list[str]) -> None:
-    """The FP32 probe of a run, started by it: settings (JSON file) in, figures (JSON file) out."""
+    """Probe FP32 for a run: read settings from one JSON file, write figures to another."""
     asked, answer = argv
     config = from_plain(RunConfig, json.loads(Path(asked).read_text()), "config")
     Path(answer).write_text(baseline.figures_json(fp32.probe(config)))

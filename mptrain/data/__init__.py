@@ -34,7 +34,7 @@ class Tokens(Protocol):
 
 
 class Dataset(ABC):
-    """The order of samples, written once; a subclass says what a sample is.
+    """The order of samples, in one place; a subclass defines a sample.
 
     ``unit``: what throughput counts; ``fingerprint``: SHA-256 (hex) of the content and its split, losses compare only
     within one.
@@ -69,11 +69,11 @@ class Dataset(ABC):
 
     @abstractmethod
     def train_at(self, positions: list[int]) -> Batch:
-        """The training samples at these positions, as the model's forward takes them."""
+        """Return the training samples at these positions, as the model's forward takes them."""
 
     @abstractmethod
     def validation_at(self, samples: list[int]) -> Batch:
-        """The validation samples with these numbers, likewise."""
+        """Return the validation samples with these numbers, likewise."""
 
     def batch(
         self,
@@ -86,7 +86,7 @@ class Dataset(ABC):
         rank: int = 0,
         world_size: int = 1,
     ) -> Batch:
-        """Samples of one micro-batch on one process.
+        """Return the samples of one micro-batch on one process.
 
         A step draws microbatches * world_size * batch_size positions from Philox keyed on (seed, step), and
         (micro, rank) takes its slice: the step's samples are the same however they are split.
@@ -102,7 +102,8 @@ class Dataset(ABC):
         return self.train_at(positions.tolist())
 
     def validation(self, batch_size: int, batches: int) -> Iterator[Batch]:
-        """Up to ``batches`` batches of evenly spaced samples without overlap: the same in every run, whatever the seed.
+        """Yield up to ``batches`` batches of evenly spaced samples without overlap: the same in every run, whatever
+        the seed.
 
         A split with fewer samples than asked for gives the whole batches it has, or one smaller batch of all.
         """
@@ -242,7 +243,7 @@ class ImageDataset(Dataset):
 
 
 def require_share(kind: str, validation_frac: float, usual: float) -> None:
-    """Raise ValueError unless both splits get some of the data."""
+    """Raise ValueError unless both splits get part of the data."""
     if not 0.0 < validation_frac < 1.0:
         raise ValueError(
             f"{kind}: validation_frac={validation_frac} must be in (0, 1); try data.validation_frac={usual}"
@@ -250,10 +251,13 @@ def require_share(kind: str, validation_frac: float, usual: float) -> None:
 
 
 def kinds() -> list[str]:
-    """Names that ``kind:`` may take in conf/data."""
+    """Return the names that ``kind:`` may take in conf/data."""
     return registry.kinds(__name__)
 
 
 def load(kind: str) -> ModuleType:
-    """The module of one kind, with its ``Config`` and ``build``. ValueError (did you mean ...) for an unknown one."""
+    """Return the module of one kind, with its ``Config`` and ``build``.
+
+    ValueError (did you mean ...) for an unknown one.
+    """
     return registry.load(__name__, kind)

@@ -1,4 +1,4 @@
-"""Recognition of token files: what a file says it is, and whether one that says nothing can be tokens at all.
+"""Recognition of token files: by their header, or by whether a file without one can hold tokens at all.
 
 A file with a header (llm.c's or numpy's, of either byte order) is read as the header says. A file without one is 2-byte
 tokens only if it looks like that; otherwise it is refused, for a wrong guess trains on noise without a word.
@@ -90,7 +90,7 @@ def _numpy(path: str) -> npt.NDArray[Any]:
 
 
 def _foreign(head: bytes, size: int) -> str:
-    """Say what a file is that begins with ``head``; empty if nothing speaks against tokens."""
+    """Name the kind of file that begins with ``head``; empty if it may hold tokens."""
     for magic, name in MAGIC:
         if head.startswith(magic):
             return name
@@ -108,7 +108,7 @@ def _foreign(head: bytes, size: int) -> str:
 
 
 def _require_plausible(path: str, tokens: npt.NDArray[Any]) -> None:
-    """ValueError if 2-byte values look like tokens of another width or byte order, or like noise."""
+    """Raise ValueError if 2-byte values look like tokens of another width or byte order, or like noise."""
     middle = len(tokens) // 2 & ~3  # at a boundary of 8 bytes
     sample = np.concatenate([tokens[:SAMPLE], tokens[middle : middle + SAMPLE]])
     sample = sample[: len(sample) & ~3]
@@ -139,7 +139,7 @@ def _require_plausible(path: str, tokens: npt.NDArray[Any]) -> None:
 
 
 def _spread(values: npt.NDArray[Any]) -> tuple[float, int]:
-    """Entropy in bits, and how many different values there are, of bytes."""
+    """Return the entropy in bits of bytes, and the number of different values."""
     counts = np.bincount(values, minlength=256)
     share = counts[counts > 0] / len(values)
     return float(-(share * np.log2(share)).sum()), len(share)

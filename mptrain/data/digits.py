@@ -1,4 +1,4 @@
-"""Handwritten digits: 1,797 grey images of 8 x 8 pixels in 10 classes, which scikit-learn carries; nothing to download.
+"""Handwritten digits: 1,797 grey images of 8 x 8 pixels in 10 classes, shipped with scikit-learn; nothing to download.
 
 The test half of UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), 13 writers. Every fifth
 image of each class is held out, so a writer's digits are in both splits: the accuracy is that for writers known.
@@ -29,7 +29,7 @@ class Config:
 
 
 def build(config: Config) -> ImageDataset:
-    """The images, their pixels 0 to 16 mapped to -1 to 1 in steps of 1/8, which every 16-bit format holds exactly."""
+    """Return the images, their pixels 0 to 16 mapped to -1 to 1 in steps of 1/8, exact in every 16-bit format."""
     from sklearn.datasets import load_digits  # a second, which runs on other data need not wait for
 
     pixels, labels = load_digits(return_X_y=True)
@@ -42,7 +42,7 @@ def build(config: Config) -> ImageDataset:
 
 
 def split(labels: npt.NDArray[np.integer], config: Config) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Indices of the training and of the validation images, evenly spaced within each class.
+    """Return indices of the training and of the validation images, evenly spaced within each class.
 
     Validation images come sorted by class, so that evenly spaced ones of them are of all classes alike.
     """

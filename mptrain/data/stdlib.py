@@ -63,7 +63,7 @@ def build(config: Config) -> TokenDataset:
 
 
 def sources(root: Path) -> list[str]:
-    """Paths of the corpus's files relative to ``root``, with slashes, sorted."""
+    """Return paths of the corpus's files relative to ``root``, with slashes, sorted."""
     paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED]
@@ -74,7 +74,10 @@ def sources(root: Path) -> list[str]:
 
 
 def in_validation(path: str, fraction: float) -> bool:
-    """Whether a file is held out. Only a hash of its relative path decides: a file more or less moves no other."""
+    """Return whether a file is held out.
+
+    Only a hash of its relative path decides: a file more or less moves no other.
+    """
     return int.from_bytes(hashlib.sha256((SALT + path).encode()).digest()[:8]) < fraction * 2**64
 
 
@@ -88,18 +91,20 @@ def collect(root: Path, files: list[str], fraction: float) -> tuple[Bytes, Bytes
 
 
 def digest(content: Bytes) -> str:
-    """SHA-256 (hex) of an array's bytes: 10 ms for this corpus with the processor's SHA instructions, 30 ms without."""
+    """Return SHA-256 (hex) of an array's bytes: 10 ms for this corpus with the processor's SHA instructions, 30 ms
+    without."""
     return hashlib.sha256(content.data).hexdigest()
 
 
 def cache_root(config: Config) -> Path:
-    """The folder that caches live in; it need not exist."""
+    """Return the folder that caches live in; it need not exist."""
     named = config.cache_dir or os.environ.get("MPTRAIN_CACHE") or os.environ.get("XDG_CACHE_HOME")
     return Path(os.path.expanduser(named or "~/.cache"))
 
 
 def read_cache(folder: Path) -> tuple[Bytes, Bytes] | None:
-    """The two splits, memory-mapped; None when anything is missing or is not what the manifest says (torn, damaged)."""
+    """Return the two splits, memory-mapped; None when anything is missing or is not what the manifest says (torn,
+    damaged)."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         train, validation = (np.memmap(folder / f"{split}.bin", np.uint8, "r") for split in SPLITS)
@@ -110,7 +115,8 @@ def read_cache(folder: Path) -> tuple[Bytes, Bytes] | None:
 
 
 def write_cache(folder: Path, arrays: tuple[Bytes, Bytes]) -> bool:
-    """Store both splits, then the manifest that vouches for them. False when the disk refuses: memory then does.
+    """Store both splits, then the manifest with their hashes. Return False if the disk refuses; the corpus stays in
+    memory.
 
     Each file appears whole or not at all, and two processes write the same bytes, so neither can break the other.
     """

@@ -1,4 +1,4 @@
-"""A model quantized in place, and proof that it was: some of torchao's conversions silently do nothing."""
+"""In-place quantization with verification: some of torchao's conversions silently do nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def quantize_model(
     keep: str = "",
     batches: Iterable[Mapping[str, Tensor]] = (),
 ) -> Report:
-    """Quantize the linear layers of ``model`` in place. The report says of every weight what became of it, and why.
+    """Quantize the linear layers of ``model`` in place. The report lists every weight, and why it was left as it is.
 
     ``keep``: full-match regex of module names left as they are; a head tied to its embedding always is. ``batches``:
     what a calibrated method sees, as the model's forward takes it. Conv1D layers of transformers become linear ones.
@@ -70,7 +70,7 @@ def quantize_model(
 def load_quantized(
     folder: str | Path, method: str = "int8", *, group_size: int | None = None, keep: str = "", device: str = "cpu"
 ) -> nn.Module:
-    """The model of a Hugging Face folder, quantized: ``load_quantized("folder", "int8")``. In eval mode.
+    """Return the model of a Hugging Face folder, quantized and in eval mode: ``load_quantized("folder", "int8")``.
 
     ValueError if the folder is not whole, its architecture unknown, or nothing can be quantized.
     """
@@ -82,7 +82,7 @@ def load_quantized(
 def selected(
     model: nn.Module, method: Method, size: int | None, keep: str
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The linear layers to quantize in groups of ``size`` (None: rows), and the kept ones with the reason."""
+    """Return the linear layers to quantize in groups of ``size`` (None: rows), and the kept ones with the reason."""
     try:
         linear, kept = select(model, keep, multiple=1, setting="--keep")
     except re.error as error:
@@ -104,7 +104,7 @@ def selected(
 
 
 def _misfit(layer: nn.Linear, method: Method, size: int | None) -> str:
-    """Why the method cannot have the layer; empty: it can."""
+    """Return why the method does not fit the layer; empty if it does."""
     inputs = layer.in_features
     if inputs < SHORTEST_ROW:
         return f"in_features={inputs} are too few for a scale: rows of {SHORTEST_ROW} and more are worth it"
@@ -132,7 +132,7 @@ def _convert(
     chosen: dict[str, nn.Linear],
     batches: Iterable[Mapping[str, Tensor]],
 ) -> None:
-    """torchao's conversion of the chosen layers and no others. A module in two places is converted once."""
+    """Convert the chosen layers, and no others, with torchao. A module in two places is converted once."""
     with quiet_import():
         from torchao.quantization import quantize_
 
@@ -162,7 +162,7 @@ def _convert(
 
 
 def _verified(name: str, layer: nn.Module, before: Tensor, method: Method) -> Layer:
-    """Return what the layer holds now.
+    """Return the layer's new format, size and error.
 
     ValueError unless it is the tensor and the codes that were asked for, and each weight is within half a step of what
     it was.
@@ -192,7 +192,7 @@ def _verified(name: str, layer: nn.Module, before: Tensor, method: Method) -> La
 
 
 def _half_step(weight: Any, was: Tensor) -> Tensor:
-    """How far rounding may move each weight: half a scale; in E4M3 half a last place, where it is subnormal 2^-10 of
+    """Return how far rounding may move each weight: half a scale; in E4M3 half a last place, for subnormals 2^-10 of
     the scale. The largest weight of a group clips by another half, which is within the same bound."""
     blocks: Tensor = weight.scale.float()
     if blocks.numel() == 1:
@@ -205,14 +205,14 @@ def _half_step(weight: Any, was: Tensor) -> Tensor:
 
 
 def sqnr_db(was: Tensor, now: Tensor) -> float:
-    """Signal over quantization noise, in dB; infinite for the same values."""
+    """Return signal over quantization noise, in dB; infinite for the same values."""
     with quiet_import():
         from torchao.quantization import compute_error
     return math.inf if torch.equal(was, now) else float(compute_error(was, now))
 
 
 def _cast(model: nn.Module, method: Method, keep: str) -> Report:
-    """Parameters and what is saved beside them; buffers that are not saved stay as the model made them."""
+    """Cast parameters and saved buffers; other buffers stay as the model made them."""
     if keep:
         raise ValueError(f"{method.name} is a change of the whole model: leave --keep out")
     layers = {}
@@ -234,7 +234,7 @@ def _cast(model: nn.Module, method: Method, keep: str) -> Report:
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
-    """(name, module, name in it, tensor) of all that a state_dict holds; a tied one once."""
+    """Return (name, module, name in it, tensor) for each entry of the state_dict; a tied one once."""
     saved = set(model.state_dict())
     seen: set[int] = set()
     tensors = []

@@ -1,4 +1,4 @@
-"""A quantized model as a folder: written whole or not at all, and loaded as the very model that was saved.
+"""The folder of a quantized model: written atomically, loaded bit for bit.
 
 ``quantized.safetensors`` holds codes (INT4 two to a byte), scales, zero points and the tensors that are as they were;
 ``quantization.json`` what it takes to put them together, with the file's checksum; ``config.json`` the model. The first
@@ -62,7 +62,8 @@ def save(out: str | Path, source: Source, report: Report) -> Path:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The model of a folder that :func:`save` wrote, in eval mode: its forward gives the same bits as the one saved.
+    """Return the model of a folder that :func:`save` wrote, in eval mode: its forward gives the same bits as the one
+    saved.
 
     ValueError if the folder is not one, is of another version, or a file of it is damaged.
     """
@@ -90,7 +91,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """``quantization.json``. ValueError if it is not there, torn, or of another version."""
+    """Read ``quantization.json``. ValueError if it is missing, incomplete, or of another version."""
     described = object_in(folder / MARK)
     if not (folder / MARK).is_file():
         raise ValueError(f"{folder} is not a quantized model: it has no {MARK}")
@@ -109,7 +110,7 @@ def size_bytes(folder: str | Path) -> int:
 
 
 def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """Plain tensors for the file, what quantized weights take beside them, and tied names -> the stored name."""
+    """Return plain tensors for the file, the metadata of the quantized ones, and tied names -> the stored name."""
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
     ties: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""A quantized model against the one it was made from: loss, agreement, speed, and which layer is to blame.
+"""Evaluation of a quantized model against its original: loss, agreement, speed, and the error of each layer.
 
 Both see the same validation samples, so every difference is paired: what makes a sample hard cancels out, and the
 interval of the difference is some ten times narrower than that of either loss. Intervals over samples are Student's t
@@ -40,7 +40,7 @@ def evaluate(
     weights_db: Mapping[str, float] | None = None,
     reference_logits: Callable[[int], Tensor] | None = None,
 ) -> Evaluation:
-    """``model`` beside ``reference`` on validation ``batches`` with their ``targets`` or ``labels``.
+    """Compare ``model`` with ``reference`` on validation ``batches`` with their ``targets`` or ``labels``.
 
     ``repeats``: timed forwards of each at one sample and at the batch, 0 for no latencies and no layers.
     ``weights_db``: SQNR of weights by layer, where known. ``reference_logits``: what :func:`logits_of` gives for the
@@ -63,7 +63,7 @@ def evaluate(
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """[samples, predictions, choices]; a model that classifies makes one prediction a sample."""
+    """Return [samples, predictions, choices]; a model that classifies makes one prediction a sample."""
     output = model(**inputs_of(model, batch))
     logits: Tensor = getattr(output, "logits", output)  # transformers wraps them
     return logits if logits.ndim == 3 else logits.unsqueeze(1)
@@ -80,7 +80,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def answer_of(batch: Batch) -> Tensor:
-    """int64 [samples] for images, [samples, predictions] for tokens."""
+    """Return the right answers: int64 [samples] for images, [samples, predictions] for tokens."""
     return next(batch[name] for name in ANSWERS if name in batch)
 
 
@@ -99,7 +99,7 @@ class Judged:
     images: bool = False
 
     def add(self, logits: Tensor, theirs: Tensor, answers: Tensor) -> None:
-        """``logits``, ``theirs`` (the reference's): [samples, predictions, choices]."""
+        """Add the figures of logits [samples, predictions, choices]; ``theirs``: the reference's."""
         self.images = answers.ndim == 1
         answers = answers.to(logits.device).reshape(logits.shape[:2])
         size = max(1, AT_A_TIME // math.prod(logits.shape[1:]))
@@ -148,7 +148,7 @@ class Judged:
 
 
 def loss_delta(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Mean of the paired differences of samples' losses, nats. Its exponential is the ratio of perplexities."""
+    """Return mean of the paired differences of samples' losses, nats. Its exponential is the ratio of perplexities."""
     return mean_of([a - b for a, b in zip(ours, theirs, strict=True)], PAIRED)
 
 
@@ -161,7 +161,7 @@ def top1_delta(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
 
 
 def sizes_to_time(batch: Batch) -> list[Batch]:
-    """The batch cut to one sample, and the whole of it."""
+    """Return the batch cut to one sample, and the whole of it."""
     one = {name: tensor[:1] for name, tensor in batch.items()}
     return [one, batch] if len(answer_of(batch)) > 1 else [one]
 
@@ -173,7 +173,7 @@ def latency(
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Latency:
-    """Time the two in turns, so that what else the machine does falls on both; the first turn warms up.
+    """Time the two in turns, so that other load on the machine affects both; the first turn warms up.
 
     ``clock``: seconds.
     """
@@ -197,7 +197,7 @@ def latency(
 
 
 def seconds_of(model: nn.Module, batch: Batch, clock: Callable[[], float]) -> float:
-    """Time one forward, the answer waited for."""
+    """Time one forward, up to its result."""
     inputs = inputs_of(model, batch)
     _wait(model)
     begin = clock()
@@ -214,7 +214,7 @@ def _wait(model: nn.Module) -> None:
 def layer_errors(
     model: nn.Module, reference: nn.Module, batch: Batch, weights_db: Mapping[str, float] | None = None
 ) -> list[LayerError]:
-    """The linear layers of ``reference`` by what their twins in ``model`` make of one batch, the worst first.
+    """Compare the linear layers of ``reference`` with those of ``model`` on one batch, the worst first.
 
     Worst is by ``own_db``: a layer that is given what the reference's was given cannot be blamed for those before it.
     """
@@ -239,7 +239,7 @@ def layer_errors(
 
 
 def _dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
-    """Return the type that the layer takes: that of its weight, as it shows it to others."""
+    """Return the dtype that the layer takes: that of its weight, as it shows it to others."""
     return next((p.dtype for p in layer.parameters() if p.is_floating_point()), x.dtype)
 
 
@@ -247,7 +247,7 @@ Watch = Callable[[str, tuple[Tensor, ...], Tensor], None]
 
 
 def _watched(model: nn.Module, names: Sequence[str], watch: Watch, batch: Batch) -> None:
-    """One forward in which every one of the named layers is looked at."""
+    """Run one forward with ``watch`` on every named layer."""
     handles = [
         model.get_submodule(name).register_forward_hook(lambda layer, inputs, out, name=name: watch(name, inputs, out))
         for name in names
@@ -260,7 +260,8 @@ def _watched(model: nn.Module, names: Sequence[str], watch: Watch, batch: Batch)
 
 
 def sqnr_db(right: Tensor, output: Tensor) -> float:
-    """10 log10 of the signal's power over the error's; inf if equal, -inf for an error around a signal of zeros."""
+    """Return 10 log10 of the signal's power over the error's; inf if equal, -inf for an error around a signal of
+    zeros."""
     signal = float(right.double().square().sum())
     error = float((output.double() - right.double()).square().sum())
     if error == 0:

@@ -1,4 +1,4 @@
-"""Model folders of Hugging Face: opened, built empty, their Conv1D layers made linear. transformers comes lazily."""
+"""Model folders of Hugging Face: loading, empty models, Conv1D layers made linear. transformers is imported lazily."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def is_one(folder: Path) -> bool:
-    """Tell whether it is a model's folder in Hugging Face's layout."""
+    """Return whether it is a model's folder in Hugging Face's layout."""
     return bool({"model_type", "architectures"} & object_in(folder / "config.json").keys())
 
 
 def opened(folder: Path, file: Path | None = None) -> nn.Module:
-    """The FP32 model of a folder in eval mode, its weights from ``file`` where one is named.
+    """Return the FP32 model of a folder in eval mode, its weights from ``file`` where one is named.
 
     ValueError for an unknown architecture, a missing or torn file, or weights that the model wants and are not there.
     """
@@ -50,7 +50,7 @@ def opened(folder: Path, file: Path | None = None) -> nn.Module:
 
 
 def shell(folder: Path) -> nn.Module:
-    """The model that ``config.json`` describes, with Conv1D layers made linear; its weights are on meta."""
+    """Return the model that ``config.json`` describes, with Conv1D layers made linear; its weights are on meta."""
     config = _config(folder)
     kind = _class_of(folder, config)
     with _silent(), weightless():
@@ -60,7 +60,10 @@ def shell(folder: Path) -> nn.Module:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder. ValueError if there are none, or one that the index names is not there."""
+    """Return the safetensors files of a folder.
+
+    ValueError if there are none, or one that the index names is not there.
+    """
     if (folder / INDEX).is_file():
         try:
             shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
@@ -86,7 +89,7 @@ def _require_whole(path: Path) -> None:
 
 
 def _config(folder: Path) -> Any:
-    """transformers' configuration. ValueError if its model_type is not one it knows."""
+    """Return transformers' configuration. ValueError for an unknown model_type."""
     require_installed(str(folder))
     settings = object_in(folder / "config.json")
     if "quantization_config" in settings:

@@ -1,4 +1,4 @@
-"""The words of ``mptrain quantize`` on accuracy: the model as it came beside the one it became."""
+"""The accuracy part of ``mptrain quantize``: the original model vs. the quantized one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPEATS = 5  # timed forwards
 
 
 class Judge:
-    """Keeps the model as it came, in FP32, and ``batches`` of the run's validation data; with 0 it does nothing.
+    """Evaluates against the original FP32 model, on ``batches`` of the run's validation data; with 0 it does nothing.
 
     ValueError if there is no data to judge by.
     """
@@ -33,7 +33,7 @@ class Judge:
         self._reference = copy.deepcopy(source.model) if batches else source.model
 
     def at_once(self, method: Method, group_size: int | None, keep: str) -> None:
-        """Judge what the method makes of the model without fine-tuning."""
+        """Evaluate the model quantized without fine-tuning."""
         model = copy.deepcopy(self._reference)
         report = quantize_model(model, method, group_size=group_size, keep=keep)
         self.add(f"{method.name} at once", model, report, repeats=0)
@@ -52,7 +52,7 @@ class Judge:
 
 
 def regained(at_once: Evaluation, tuned: Evaluation) -> str:
-    """Say in a sentence how much of the loss fine-tuning gave back."""
+    """Describe how much of the loss fine-tuning gave back."""
     gain = loss_delta(tuned.losses, at_once.losses)
     change = f"fine-tuning changes the loss by {wording.interval(gain, '+.5f', ' nats')} on the same samples"
     lost = at_once.loss_delta

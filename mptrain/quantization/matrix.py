@@ -1,4 +1,4 @@
-"""Trained in x deployed in: each run's model in each format, beside itself in FP32 and beside FP32 throughout.
+"""Training precision x deployment format: each run's model in each format, vs. itself in FP32 and vs. FP32 throughout.
 
 All cells see the same validation samples. Within a run a difference is paired by sample; where a precision has several
 runs (seeds), each gives one number, and the interval is over the runs, paired by seed: it holds what another training
@@ -41,7 +41,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """A run: what it was trained in, and its seed."""
+    """A run: its training precision and its seed."""
 
     folder: Path
     precision: str
@@ -78,7 +78,8 @@ def deploy(
     device: torch.device | None = None,
     say: Say = lambda text: None,
 ) -> Matrix:
-    """The matrix of the runs at ``paths`` (run folders, or folders of them) in the formats ``to``; FP32 is always one.
+    """Return the matrix of the runs at ``paths`` (run folders, or folders of them) in the formats ``to``, FP32
+    included.
 
     ``group_size``, ``keep``: as :func:`quantize_model` takes them, where the method has groups. A format that a model
     cannot be had in is a cell that says why. ValueError if the runs are not of one model and data.
@@ -111,7 +112,7 @@ def deploy(
 
 
 def trained_at(paths: Sequence[Path]) -> list[Trained]:
-    """The runs, FP32 first. ValueError if one has no settings, or two are alike in precision and seed."""
+    """Return the runs, FP32 first. ValueError if one has no settings, or two are alike in precision and seed."""
     runs: dict[tuple[str, int], Trained] = {}
     first: tuple[Path, dict[str, Any]] | None = None
     for folder in expand(paths):
@@ -152,7 +153,7 @@ def _formats_of(
     keep: str,
     say: Say,
 ) -> list[tuple[str, Figure | str]]:
-    """The model of one run in each format; a text where it cannot be had."""
+    """Evaluate the model of one run in each format; a text explains where that is impossible."""
     remembered = Remembered(reference, batches)
     deployed: list[tuple[str, Figure | str]] = []
     for name in formats:
@@ -240,7 +241,7 @@ def _cell(results: Found, trained: str, deployed: str, base: Sequence[Figure]) -
 
 
 def _metric(figures: Sequence[Figure]) -> Interval:
-    """Perplexity or accuracy, over the runs; of a single one over its samples."""
+    """Return perplexity or accuracy, over the runs; of a single one over its samples."""
     only = figures[0].evaluation
     if only.unit == "images":
         assert only.top1 is not None
@@ -251,7 +252,7 @@ def _metric(figures: Sequence[Figure]) -> Interval:
 
 
 def _delta(figures: Sequence[Figure], others: Sequence[Figure]) -> Interval | None:
-    """Difference of the runs that have one of the same seed among the others; None if there is no such pair.
+    """Return difference of the runs that have one of the same seed among the others; None if there is no such pair.
 
     The perplexity's is relative.
     """

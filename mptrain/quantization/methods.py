@@ -1,4 +1,4 @@
-"""The methods of quantization: a row for each method, with torchao's description of it.
+"""The quantization methods: one row each, with torchao's configuration.
 
 torchao's own choices stand: a scale is amax / 127.5 (INT8) or amax / 7.5 (INT4) in FP32, so the largest positive weight
 clips by half a step; the zero points of symmetric codes are zeros, kept because its tensors have them.
@@ -53,7 +53,7 @@ class Method:
         return self.make is None
 
     def group(self, asked: int | None) -> int | None:
-        """The size of the groups, from what was asked for. ValueError if the method cannot have it."""
+        """Return the group size for a requested one. ValueError if the method does not support it."""
         if asked is None:
             return self.group_default
         if not self.grouped:
@@ -63,14 +63,17 @@ class Method:
         return asked
 
     def config(self, group_size: int | None = None) -> Any:
-        """torchao's configuration. ValueError for a cast, which has none, and for a group size it cannot have."""
+        """Return torchao's configuration.
+
+        ValueError for a cast, which has none, and for a group size it cannot have.
+        """
         if self.make is None:
             raise ValueError(f"{self.name} is a cast and has no configuration in torchao")
         with quiet_import():
             return self.make(self.group(group_size))
 
     def missing(self, device: torch.device) -> str | None:
-        """Why this cannot be done on this device with what is installed; None: it can."""
+        """Return why this cannot be done on this device with what is installed; None if it can."""
         if self.cast:
             return None
         if importlib.util.find_spec("torchao") is None:
@@ -85,14 +88,14 @@ class Method:
 
 
 def named(name: str) -> Method:
-    """ValueError (did you mean ...) for an unknown one."""
+    """Return the method of this name. ValueError (did you mean ...) for an unknown one."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}{did_you_mean(name, [*METHODS])}")
     return METHODS[name]
 
 
 def missing(name: str, device: torch.device) -> str | None:
-    """Why the method of this name cannot be used on this device; None: it can."""
+    """Return why the method of this name cannot be used on this device; None if it can."""
     return named(name).missing(device)
 
 
@@ -101,7 +104,7 @@ def _has_fp8(device: torch.device) -> bool:
 
 
 def _config(name: str, **options: Any) -> Callable[[int | None], Any]:
-    """Return what makes torchao's configuration ``name`` for a group size; an option may be a function of both."""
+    """Return a function from group size to torchao's configuration ``name``; an option may be a function of both."""
 
     def make(size: int | None) -> Any:
         torchao = importlib.import_module("torchao.quantization")
@@ -120,7 +123,7 @@ def _row_or_group(torchao: Any, size: int | None) -> Any:
 
 
 def _tensor_and_row(torchao: Any, _: int | None) -> list[Any]:
-    """The scale of activations is fixed; weights have one for each row."""
+    """Return the granularities of activations, whose scale is fixed, and of weights."""
     return [torchao.PerTensor(), torchao.PerRow()]
 
 

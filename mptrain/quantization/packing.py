@@ -1,4 +1,4 @@
-"""torchao's tensors as plain ones for a file, and back; codes of four bits two to a byte, of two bits four.
+"""torchao's tensors as plain tensors for a file, and back; two 4-bit codes or four 2-bit codes to a byte.
 
 torchao's ``Intx`` tensors are the only INT4 and INT2 it runs on a CPU, and hold each code in a byte of its own.
 """
@@ -20,8 +20,8 @@ PACKED = ".packed"  # at the end of a name: several codes to a byte, the first i
 
 
 def pack(codes: Tensor, bits: int = 4) -> Tensor:
-    """Signed codes of 4 or 2 ``bits`` (int8, any shape) -> uint8 [ceil(count * bits / 8)], in order, the first in the
-    lowest bits of a byte."""
+    """Pack signed codes of 4 or 2 ``bits`` (int8, any shape) into uint8 [ceil(count * bits / 8)], in order, the
+    first in the lowest bits of a byte."""
     assert codes.dtype == torch.int8
     half, each = 1 << (bits - 1), 8 // bits
     assert not codes.numel() or (codes.min() >= -half and codes.max() < half), f"codes beyond {bits} bits"
@@ -48,14 +48,14 @@ def unpack(packed: Tensor, shape: tuple[int, ...], bits: int = 4) -> Tensor:
 
 
 def is_quantized(tensor: Tensor) -> bool:
-    """Tell whether it is one of torchao's."""
+    """Return whether it is one of torchao's tensors."""
     with quiet_import():
         from torchao.utils import TorchAOBaseTensor
     return isinstance(tensor, TorchAOBaseTensor)
 
 
 def flattened(name: str, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The plain tensors that a quantized weight is stored as, and what else it takes to make it again (JSON)."""
+    """Return the plain tensors that store a quantized weight, and the metadata to rebuild it (JSON)."""
     with quiet_import():
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     tensors, metadata = flatten_tensor_state_dict({name: weight.detach()})
@@ -70,8 +70,11 @@ def flattened(name: str, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def restored(name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> Tensor:
-    """The weight that :func:`flattened` took apart; its tensors are taken out of ``tensors``. ValueError if one is
-    missing."""
+    """Rebuild the weight that :func:`flattened` took apart, removing its parts from ``tensors``. ValueError if one
+    is missing.
+
+    ValueError if one is missing.
+    """
     with quiet_import():
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
     module, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Quantization-aware fine-tuning: some more steps in which the weights are rounded as they will be in deployment.
+"""Quantization-aware fine-tuning: further steps with the weights rounded as they will be deployed.
 
 torchao's QAT swaps layers for ones that round in the forward and let gradients pass as if they had not, but to weights
 that were clipped (Jacob et al. 2018). The swap is checked: a name that matches nothing would leave a model that was
@@ -28,8 +28,7 @@ RATE = 3e-4
 
 @dataclass(frozen=True)
 class Tuned:
-    """The course of fine-tuning: ``losses`` (nats) of its steps, with rounded weights; how many of them were
-    ``skipped``."""
+    """The course of fine-tuning: ``losses`` (nats) of its steps, with rounded weights; how many were ``skipped``."""
 
     layers: tuple[str, ...]
     losses: list[float]
@@ -109,7 +108,7 @@ def plain_again(model: nn.Module, names: Collection[str]) -> None:
 def train(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], steps: int, *, lr: float, precision: str = "fp32"
 ) -> tuple[list[float], int]:
-    """The loop: losses and the number of skipped steps."""
+    """Run the training loop; return losses and the number of skipped steps."""
     model.train()
     bound = Precision(precision).prepare(model)
     options = OptimConfig(lr=lr, weight_decay=0.0, min_lr_frac=0.0)  # what still moves hops between two codes

@@ -1,4 +1,4 @@
-"""The result of a quantization: each weight's format, bytes and error, and why others were left as they were."""
+"""The report of a quantization: format, bytes and error of each weight, and why others were left unquantized."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ class Layer:
 
 @dataclass
 class Report:
-    """``layers``: those quantized and those kept, in the order of the model. ``rest_``: biases and norms. A tied weight
-    counts once."""
+    """``layers``: quantized and not, in the order of the model.
+
+    ``rest_``: biases and norms. A tied weight counts once.
+    """
 
     method: str
     group_size: int | None
@@ -65,7 +67,7 @@ class Report:
 
 
 def reasons(kept: dict[str, str]) -> str:
-    """Name -> reason, grouped: ``a, b: why; c: why``."""
+    """Group names by their reason: ``a, b: why; c: why``."""
     groups: dict[str, list[str]] = {}
     for name, why in kept.items():
         groups.setdefault(why, []).append(name)

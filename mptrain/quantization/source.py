@@ -1,4 +1,4 @@
-"""Models that a user names to be quantized: a run, a checkpoint of one, a Hugging Face folder, or a file in one."""
+"""Models to quantize: a run, one of its checkpoints, a Hugging Face folder, or a file in one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ NOT_BESIDE = (huggingface.INDEX, MARK)
 
 @dataclass(frozen=True)
 class Source:
-    """``model``: FP32, in eval mode. ``kind``: RUN or HUGGING_FACE. ``settings``: config.json of what is written from
-    it. ``data``: the run's data settings, None without a run. ``out``: where it is written if nobody says."""
+    """``model``: FP32, in eval mode. ``kind``: RUN or HUGGING_FACE. ``settings``: the config.json to write.
+    ``data``: the run's data settings, None without a run. ``out``: the default output folder."""
 
     model: nn.Module
     kind: str
@@ -36,14 +36,14 @@ class Source:
     beside: tuple[Path, ...] = field(default=())
 
     def dataset(self) -> Dataset:
-        """The run's data. ValueError if there is none (a Hugging Face folder) or it is not where it was."""
+        """Return the run's data. ValueError if there is none (a Hugging Face folder) or it was moved."""
         if self.data is None:
             raise ValueError(f"{self.description} comes without data: name a run of mptrain")
         return dataset(self.settings)
 
 
 def dataset(settings: dict[str, Any]) -> Dataset:
-    """The data of a run with this config.json."""
+    """Return the data of a run with this config.json."""
     asked = dict(settings["data"])
     module = data.load(str(asked.pop("kind", "")))
     fields = module.Config.__dataclass_fields__
@@ -54,7 +54,7 @@ def dataset(settings: dict[str, Any]) -> Dataset:
 
 
 def open_source(path: str | Path, average: bool = False) -> Source:
-    """Open what is at ``path``; ``average``: of a run the running average of its weights.
+    """Open the model at ``path``; ``average``: the running average of a run's weights.
 
     ValueError for what is not there, not whole, of an unknown kind, or quantized already.
     """
@@ -108,21 +108,21 @@ def _run(path: Path, average: bool) -> Source:
 
 
 def built(kind: str, config: Any) -> nn.Module:
-    """A model of our own with no weights in it yet."""
+    """Return a model of our own without weights."""
     with torch.device("meta"):
         model: nn.Module = models.load(kind).build(config)
     return model
 
 
 def rebuilt(settings: dict[str, Any]) -> nn.Module:
-    """The same, from the ``model`` of a config.json."""
+    """Return a model without weights from the ``model`` of a config.json."""
     values = dict(settings["model"])
     kind = values.pop("kind")
     return built(kind, from_plain(models.load(kind).Config, values, "model"))
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], where: Path) -> None:
-    """FP32 weights from a state, in which a tied one may be there once. ValueError if they are of another model."""
+    """Fill in FP32 weights; of tied ones the state may hold only one. ValueError if they belong to another model."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in state:

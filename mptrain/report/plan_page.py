@@ -1,4 +1,4 @@
-"""The picture of a plan: one bar a precision, stacked by role, in one HTML file."""
+"""The memory plan as one HTML file: one bar per precision, stacked by role."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 class Planned(Protocol):
-    """The bars of a plan: bytes by role, those that are assumed apart."""
+    """The bars of a plan: bytes by role, the assumed ones separately."""
 
     @property
     def precision(self) -> str: ...

@@ -1,4 +1,4 @@
-"""The plan of a run and its final comparison with FP32, for the terminal."""
+"""The plan of a run and its final comparison with FP32, in the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mptrain.telemetry.coverage import SHOWN
 
 
 def print_lines(console: Console, rows: list[tuple[str, str]]) -> None:
-    """Aligned ``name  text`` rows; a row without a name continues the one before."""
+    """Print aligned ``name  text`` rows; a row without a name continues the previous one."""
     width = max(len(name) for name, _ in rows)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(min_width=width, no_wrap=True, style="bold")
@@ -27,7 +27,7 @@ def print_lines(console: Console, rows: list[tuple[str, str]]) -> None:
 
 
 def print_comparison(console: Console, summary: dict[str, Any]) -> None:
-    """This run, FP32 and their ratio; below it overflow, underflow, skipped steps and what needs a word."""
+    """Print this run, FP32 and their ratio, then overflow, underflow, skipped steps and other notes."""
     baseline = summary["baseline"]
     alone = baseline["source"] == "none"
     title = "result" if alone else f"compared with FP32 ({baseline['source']})"
@@ -44,7 +44,7 @@ def print_comparison(console: Console, summary: dict[str, Any]) -> None:
 
 
 def comparison_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The cells of the table: name, this run, FP32, ratio."""
+    """Return the cells of the table: name, this run, FP32, ratio."""
     base = summary["baseline"]
     step, few = base["step"], base["step"] < FEW_STEPS
     rows = []
@@ -67,7 +67,7 @@ def comparison_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Events, and why a figure may not mean what it seems to."""
+    """Return the event counts, and why a figure may mislead."""
     overflow, underflow = summary["overflow_events"], summary["underflow_frac"]
     uncounted = "FP32 casts nothing" if summary["precision"] == "fp32" else "not counted (telemetry.record_every=0)"
     rows = [
@@ -115,7 +115,7 @@ def _pair(form: str, run: float, fp32: float) -> tuple[str, str, str]:
 
 
 def print_end(say: Callable[[str], None], folder: Path, go_on: str) -> None:
-    """Where everything is; ``go_on``: the command that continues a run that was stopped, else empty."""
+    """Print where the files are; ``go_on``: the command that continues a stopped run, else empty."""
     say(f"run folder: {folder} (summary.json, metrics.jsonl, events.jsonl, checkpoints)")
     if go_on:
         say(f"stopped before the end; the state is saved. Continue with: {go_on}")

@@ -1,4 +1,4 @@
-"""Tables of every report: columns with their exact values, fitted to a terminal's width or written as Markdown."""
+"""Tables of all reports: columns with their exact values, fitted to a terminal's width or written as Markdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GAP = 2  # spaces between columns, one of them the box's
 
 @dataclass(frozen=True)
 class Cell:
-    """``value`` is what ``text`` rounds, None where it is not known; ``more``: further values of the same cell."""
+    """``value`` is what ``text`` rounds, None if unknown; ``more``: further values of the same cell."""
 
     text: str
     value: Any = None
@@ -60,12 +60,12 @@ def delta_cell(interval: Interval | None, unit: str = "%") -> Cell:
 
 
 def filled(columns: Iterable[Column[T]], rows: Sequence[T]) -> list[Column[T]]:
-    """Return the columns of which some row has something to show."""
+    """Return the columns that are not empty in every row."""
     return [column for column in columns if any(column.cell(row).text not in (wording.UNKNOWN, "") for row in rows)]
 
 
 def taken(columns: Iterable[Column[T]], rows: Sequence[T]) -> int:
-    """Characters of the columns in a terminal, with the gaps before them."""
+    """Return characters of the columns in a terminal, with the gaps before them."""
     return sum(GAP + max(map(cell_len, (column.brief, *(column.cell(row).text for row in rows)))) for column in columns)
 
 
@@ -82,7 +82,7 @@ def fitting(columns: Sequence[Column[T]], rows: Sequence[T], width: int, dropped
 
 
 def print_left_out(console: Console, columns: Iterable[Column[T]], shown: Sequence[Column[T]]) -> None:
-    """Name the columns that :func:`fitting` took away."""
+    """Name the columns that :func:`fitting` removed."""
     missing = [column.brief for column in columns if column not in shown]
     if missing:
         console.print(Text(f"left out at this width: {', '.join(missing)}", "dim"))
@@ -108,13 +108,13 @@ def compact_table(left: Sequence[str], columns: Iterable[Column[Any]] = ()) -> T
 
 
 def plain(text: str) -> str:
-    """The text in one line, with nothing in it that Markdown or HTML would take for markup."""
+    """Return the text in one line, with Markdown's and HTML's markup escaped."""
     flat = escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", flat)
 
 
 def markdown_table(heads: Sequence[str], columns: Sequence[Column[T]], rows: Iterable[tuple[Sequence[str], T]]) -> str:
-    """Return a Markdown table; a row is what stands under ``heads``, as Markdown, and what the columns read."""
+    """Return a Markdown table; a row is the Markdown under ``heads``, and the object that the columns read."""
     lines = [
         [*map(plain, heads), *(plain(column.head) for column in columns)],
         [*("---" for _ in heads), *("---:" if column.numeric else "---" for column in columns)],

@@ -1,4 +1,4 @@
-"""How a comparison puts its figures into words: the same in the terminal, in Markdown and in HTML; ``-``: not known."""
+"""Figures in words, the same in the terminal, in Markdown and in HTML; ``-``: unknown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def known(value: float | None) -> TypeGuard[float]:
 
 
 def put(form: str, value: float | None, times: float = 1.0) -> str:
-    """Write ``times`` the value, or that it is not known."""
+    """Write ``times`` the value; ``-`` if it is unknown."""
     return form.format(times * value) if known(value) else UNKNOWN
 
 
@@ -46,17 +46,17 @@ def count(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """``0.03 %``: two figures are enough for what is a symptom."""
+    """Write a share as ``0.03 %``: two figures are enough for a symptom."""
     return f"{percent(value)} %" if known(value) else UNKNOWN
 
 
 def top1(value: float | None) -> str:
-    """An accuracy in percent; two decimals, for that is what results are quoted with."""
+    """Write an accuracy in percent, with the two decimals that results are quoted with."""
     return put("{:.2f} %", value, 100)
 
 
 def delta(interval: Interval | None, unit: str = "%") -> str:
-    """``+0.21 % [-0.05, +0.47]``; without the interval where one seed gives none. ``unit``: ``pt`` for accuracies."""
+    """Write ``+0.21 % [-0.05, +0.47]``; no interval for a single seed. ``unit``: ``pt`` for accuracies."""
     if interval is None or math.isnan(interval.mean):
         return UNKNOWN
     mean = f"{signed(100 * interval.mean)} {unit}"
@@ -66,31 +66,31 @@ def delta(interval: Interval | None, unit: str = "%") -> str:
 
 
 def interval(mean: Interval, form: str, ending: str = "") -> str:
-    """``2.31 [2.28, 2.34]`` by a format of numbers; without the ends where one value gives none."""
+    """Write ``2.31 [2.28, 2.34]`` by a format of numbers; no ends for a single value."""
     ends = "" if math.isnan(mean.low) else f" [{mean.low:{form}}, {mean.high:{form}}]"
     return f"{mean.mean:{form}}{ending}{ends}"
 
 
 def signed(value: float) -> str:
-    """Two decimals with a sign; never ``-0.00``."""
+    """Write two decimals with a sign; never ``-0.00``."""
     return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def span(low: float | None, high: float | None) -> str:
-    """The ends of a range of ratios, in brackets; empty if they are not known or show no range."""
+    """Write the ends of a range of ratios in brackets; empty if they are unknown or equal."""
     if not known(low) or not known(high) or ratio(low) == ratio(high):
         return ""
     return f" [{low:.2f}, {high:.2f}]"
 
 
 def coverage(shares: Mapping[str, float]) -> str:
-    """``fp8_e4m3 92 %, bf16 8 %``, the largest first."""
+    """Write ``fp8_e4m3 92 %, bf16 8 %``, the largest first."""
     ordered = sorted(shares.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {percent(part)} %" for name, part in ordered) or UNKNOWN
 
 
 def brief(labels: Sequence[str], width: int) -> list[str]:
-    """Labels of at most ``width`` characters; those that would become equal are numbered."""
+    """Shorten labels to ``width`` characters; those that would become equal are numbered."""
     cut = [short(label, width) for label in labels]
     if len(set(cut)) == len(set(labels)):
         return cut
@@ -99,7 +99,7 @@ def brief(labels: Sequence[str], width: int) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """A share in percent with two figures at most: 0, <0.01, 0.03, 1.2, 34."""
+    """Write a share in percent with at most two figures: 0, <0.01, 0.03, 1.2, 34."""
     value = 100 * share
     if value == 0:
         return "0"
@@ -111,13 +111,13 @@ def percent(share: float) -> str:
 
 
 def scale_text(scale: float) -> str:
-    """``2^-12`` for powers of two, else three figures."""
+    """Write ``2^-12`` for powers of two, else three figures."""
     mantissa, exponent = math.frexp(scale)
     return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.3g}".replace("e+0", "e").replace("e-0", "e-")
 
 
 def short(layer: str, width: int = LAYER_WIDTH) -> str:
-    """The end of a long layer name says which it is: keep that, and where there is room its first letters."""
+    """Shorten a layer's name: keep its end, which identifies it, and its first letters if there is room."""
     if len(layer) <= width:
         return layer
     head = width // 4 if width > 16 else 0

@@ -1,4 +1,4 @@
-"""FP32 beside every run: an earlier FP32 run of the same fingerprint, else a probe of a few FP32 steps.
+"""The FP32 baseline of each run: a previous FP32 run with the same fingerprint, or a probe of a few FP32 steps.
 
 Runs of one fingerprint (:mod:`mptrain.runs.identity`) differ by precision alone, so their losses are compared at the
 same step. The probe runs in a process of its own, before this run allocates anything on the device, so neither takes
@@ -51,7 +51,7 @@ class Figures:
 
 
 def find(folders: list[Path], wanted: str) -> Figures | None:
-    """The longest, then newest, FP32 run of the fingerprint ``wanted`` in the folders of runs, or None."""
+    """Return the longest, then newest, FP32 run with the fingerprint ``wanted`` in the folders of runs, or None."""
     candidates: list[tuple[int, float, Path]] = []
     for path in {path for folder in folders for path in folder.glob("*/summary.json")}:
         summary = object_in(path)
@@ -61,7 +61,7 @@ def find(folders: list[Path], wanted: str) -> Figures | None:
 
 
 def named(folder: Path, config: Any, wanted: str) -> Figures:
-    """The FP32 run in ``folder``. ValueError, naming the settings that differ, if it cannot be compared."""
+    """Return the FP32 run in ``folder``. ValueError, naming the settings that differ, if it cannot be compared."""
     summary = object_in(folder / "summary.json")
     if not summary:
         raise ValueError(f"baseline={folder} holds no finished run (no summary.json): give the folder of an FP32 run")
@@ -76,7 +76,7 @@ def named(folder: Path, config: Any, wanted: str) -> Figures:
 
 
 def read_run(folder: Path) -> Figures:
-    """The figures of a finished run, from its folder."""
+    """Return the figures of a finished run, from its folder."""
     summary = object_in(folder / "summary.json")
     speed, memory = number(summary.get("tokens_per_s")), number(summary.get("peak_memory_gib"))
     val_loss, val_top1 = number(summary.get("val_loss")), number(summary.get("val_top1_frac"))
@@ -84,13 +84,16 @@ def read_run(folder: Path) -> Figures:
 
 
 def read_losses(folder: Path) -> dict[int, float]:
-    """Training loss by step from ``metrics.jsonl``; of a step done twice (resumed) the last."""
+    """Read training loss by step from ``metrics.jsonl``; of a step done twice (resumed) the last."""
     rows = rows_in(folder / "metrics.jsonl")
     return {row["step"]: row["train/loss_step"] for row in rows if isinstance(row.get("train/loss_step"), float)}
 
 
 def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> Figures:
-    """Measure FP32 for a few steps in another process, or take what such a probe left. A failure is a note."""
+    """Measure FP32 for a few steps in another process, or read the figures of an earlier probe.
+
+    A failure becomes a note.
+    """
     folder = runs / PROBES
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", lambda: say("waiting for the FP32 probe of another run")):
@@ -106,13 +109,13 @@ def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> F
 
 
 def kept(wanted: str, runs: Path) -> Figures | None:
-    """Read the figures that a probe of this fingerprint left."""
+    """Read the figures of an earlier probe with this fingerprint."""
     result = object_in(runs / PROBES / f"{wanted}.json")
     return _read(result) if result else None
 
 
 def keep(figures: Figures, wanted: str, runs: Path) -> None:
-    """Leave what a probe measured to later runs."""
+    """Store a probe's figures for later runs."""
     (runs / PROBES).mkdir(parents=True, exist_ok=True)
     write_whole(runs / PROBES / f"{wanted}.json", figures_json(figures))
 
@@ -138,13 +141,13 @@ def _run_probe(config: Any) -> dict[str, Any]:
 
 
 def figures_json(figures: Figures) -> str:
-    """Write the figures that the probe's process hands over."""
+    """Return the figures as the probe's process hands them over."""
     return json.dumps(asdict(figures))
 
 
 def compare(run: Figures, fp32: Figures, *, emulated: bool = False) -> dict[str, Any]:
-    """Ratios to FP32 (speed above 1: faster; memory below 1: smaller) and differences (nats, accuracy), NaN where
-    unknown.
+    """Return ratios to FP32 (speed above 1: faster; memory below 1: smaller) and differences (nats, accuracy), NaN
+    where unknown.
 
     Losses are those of the last step that both sides have, on the same batch. ``emulated``: the run's speed is that of
     an emulation, of which no ratio is a speed-up.

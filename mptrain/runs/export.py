@@ -1,4 +1,4 @@
-"""A trained model as a folder that Hugging Face's transformers loads: ``AutoModelForCausalLM.from_pretrained(OUT)``.
+"""Export to a folder that Hugging Face's transformers loads: ``AutoModelForCausalLM.from_pretrained(OUT)``.
 
 How an architecture is called and laid out there, its own module says (``hugging_face`` in mptrain/models/KIND.py).
 """
@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(source: Path, out: Path, dtype: str = "fp32", average: bool = False) -> str:
-    """Write ``config.json`` and ``model.safetensors`` into the new folder ``out``; returns what was written, in words.
+    """Write ``config.json`` and ``model.safetensors`` into the new folder ``out``; return a description of them.
 
     ``source``: a run's folder (its newest whole checkpoint is taken) or a checkpoint in one. ``average``: the running
     average of the weights in place of the weights (which are those the model computes with: BF16 if stored so, without
@@ -41,7 +41,7 @@ def export(source: Path, out: Path, dtype: str = "fp32", average: bool = False) 
 
 
 def _translated(run: Path, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors by Hugging Face's names."""
+    """Return config.json and tensors by Hugging Face's names."""
     kind = trained.model_kind(run)
     module = models.load(kind)
     if not hasattr(module, "hugging_face"):
@@ -54,7 +54,7 @@ def _translated(run: Path, state: dict[str, Tensor]) -> tuple[dict[str, Any], di
 
 
 def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """ValueError where a finite weight would become Inf: FP16 ends at 65504."""
+    """Cast; ValueError where a finite weight would become Inf: FP16 ends at 65504."""
     cast = tensor.to(DTYPES[dtype]).contiguous()
     if (cast.isinf() & tensor.isfinite()).any():
         raise ValueError(f"{name} holds {tensor.abs().max():.3g}, beyond {dtype}: use --dtype fp32")

@@ -1,4 +1,4 @@
-"""The identity of a run: written into its folder when it begins (``run.json``), so that others can be compared with it.
+"""The identity of a run, written when it begins (``run.json``), to decide which runs are comparable.
 
 Two runs of one fingerprint saw the same initial weights, batches and learning rates on the same machine, so they
 differ by precision alone. How weights and moments are stored is precision too: an FP32 run is the baseline of one that
@@ -36,7 +36,7 @@ MARKED = 1 << 16  # values of a parameter in the mark of the weights
 
 
 def fingerprint(config: Any, corpus: str, machine: str, torch_version: str, fp32_gemm: str) -> str:
-    """A hash (16 hex digits) of what must be equal for two runs to differ by precision alone."""
+    """Return a hash (16 hex digits) of all that must be equal for two runs to differ by precision alone."""
     plain = to_plain(config)
     same = {key: plain[key] for key in COMPARED if key != "data"}  # the corpus's hash says more than its path
     dist = plain["dist"]
@@ -47,18 +47,18 @@ def fingerprint(config: Any, corpus: str, machine: str, torch_version: str, fp32
 
 
 def short_hash(value: Any) -> str:
-    """16 hex digits of a JSON value's SHA-256; the order of keys does not matter."""
+    """Return 16 hex digits of a JSON value's SHA-256; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def job_mark(plain: dict[str, Any]) -> str:
-    """A hash of the settings (as plain values) that change a run: equal for two that would compute the same."""
+    """Return a hash of the settings (as plain values) that change a run: equal for two that would compute the same."""
     kept = {key: value for key, value in plain.items() if key not in ASIDE}
     return short_hash(kept | {"precision": numerics(kept["precision"])})
 
 
 def numerics(policy: dict[str, Any]) -> dict[str, Any]:
-    """A precision policy (plain values) without its name and without the settings that it does not use."""
+    """Return a precision policy (plain values) without its name and its unused settings."""
     policy = copy.deepcopy(policy)
     policy.pop("name", None)
     kept = policy["keep"], policy.pop("keep_default", "")  # of runs before it, `keep` was both
@@ -75,7 +75,7 @@ def numerics(policy: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_mark(model: nn.Module) -> str:
-    """A hash of the initial weights: name, shape and first values of every parameter.
+    """Return a hash of the initial weights: name, shape and first values of every parameter.
 
     Parameters are drawn from one random stream, so two initialisations differ in the first values already; all of them
     would take 0.4 s for 124 M parameters and half a minute for 8 G.
@@ -90,7 +90,7 @@ def weights_mark(model: nn.Module) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Where and by what code a run is made: host, version, commit (None outside a checkout)."""
+    """Return host, version and commit (None outside a checkout)."""
     return {"host": platform.node(), "mptrain": _version(), "commit": _commit()}
 
 
@@ -102,7 +102,7 @@ def _version() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package is in, with ``-dirty`` for uncommitted changes."""
+    """Return the commit of the checkout this package is in, with ``-dirty`` for uncommitted changes."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

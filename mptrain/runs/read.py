@@ -1,4 +1,4 @@
-"""Run folders, read as they are: finished, still at work, stopped, failed or damaged. Nothing here raises for one run.
+"""Reader of run folders in any state: finished, running, stopped, failed or damaged. A damaged run raises no error.
 
 A value that was not a number is null in the files and NaN here, so it can be told from one that was never written.
 """
@@ -87,11 +87,11 @@ class Run:
         return max(self.losses, default=0)
 
     def figure(self, name: str) -> float:
-        """A number of the summary; NaN where there is none."""
+        """Return a number of the summary; NaN where there is none."""
         return number(self.summary.get(name))
 
     def curve(self) -> Floats:
-        """Training loss of steps 1 to ``max_steps``, NaN where none was read."""
+        """Return training loss of steps 1 to ``max_steps``, NaN where none was read."""
         curve = np.full(self.max_steps or self.steps, math.nan)
         for step, loss in self.losses.items():
             if 1 <= step <= len(curve):
@@ -115,7 +115,7 @@ def expand(paths: Iterable[Path]) -> list[Path]:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Key that sorts numbers in a name by their size: history=16 before history=1024."""
+    """Return a sort key that orders numbers in a name by size: history=16 before history=1024."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -130,7 +130,7 @@ def _nearest(path: Path) -> str:
 
 
 def read(folder: Path) -> Run:
-    """Everything in the folder of one run."""
+    """Read everything in the folder of one run."""
     config, about, summary = settings_in(folder), object_in(folder / FILE), object_in(folder / "summary.json")
     losses: dict[int, float] = {}
     scales: dict[int, float] = {}
@@ -148,7 +148,7 @@ def read(folder: Path) -> Run:
 
 
 def glance(folder: Path) -> Run:
-    """The same from the end of ``metrics.jsonl`` alone: quick, for a table that is drawn every second."""
+    """Read the same from the end of ``metrics.jsonl`` only: fast enough for a table redrawn every second."""
     config, summary = settings_in(folder), object_in(folder / "summary.json")
     rows = [row for row in rows_in(folder / "metrics.jsonl", TAIL_BYTES) if isinstance(row.get("step"), int)]
     losses = {row["step"]: number(row["train/loss_step"]) for row in rows if "train/loss_step" in row}
@@ -183,7 +183,7 @@ def _status(folder: Path, config: dict[str, Any], summary: dict[str, Any], step:
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
-    """``config.json`` if it holds the settings of a run, else empty."""
+    """Return ``config.json`` if it holds the settings of a run, else an empty dict."""
     settings = object_in(folder / "config.json")
     groups = all(isinstance(settings.get(name), dict) for name in ("model", "data", "optim", "trainer", "precision"))
     policy = settings.get("precision", {}) if groups else {}
@@ -204,12 +204,12 @@ def _age(folder: Path) -> str:
 
 
 def in_use(folder: Path) -> bool:
-    """Tell whether a process is at work on the run in ``folder``, or prepares it as a job of a sweep."""
+    """Return whether a process is running or preparing the run in ``folder``."""
     return is_held(folder / LOCK) or is_held(folder / JOB_LOCK)
 
 
 def leaf_names(keys: Iterable[str]) -> dict[str, str]:
-    """Dotted settings -> their last part, or as many parts as tell them from each other."""
+    """Map dotted settings to their last part, or to as many parts as distinguish them."""
     keys = list(keys)
     names = {}
     for key in keys:

@@ -1,4 +1,4 @@
-"""Going on with a run: its own settings are the base, what is typed now overrides them, and what changed is kept.
+"""Resuming a run: its own settings are the base, the command line overrides them, and changes are recorded.
 
     python train.py run_dir=runs/a resume=auto                     as it was begun
     python train.py run_dir=runs/a resume=auto precision=bf16      the rest of it in another precision: a mixed run
@@ -41,7 +41,7 @@ CODE = ("mptrain", "commit")
 
 @dataclass(frozen=True)
 class Resumed:
-    """Describe an attempt after the first.
+    """An attempt after the first.
 
     ``changes``: setting or property -> [before, now]; ``mixed``: of them those that change numerics; ``elsewhere``:
     those after which speeds are no longer of one machine.
@@ -54,7 +54,7 @@ class Resumed:
     elsewhere: list[str] = field(default_factory=list)
 
     def brief(self) -> dict[str, list[Any]]:
-        """List the changes; of another precision its name, which says the rest."""
+        """List the changes; for another precision only its name, which implies the rest."""
         renamed = "precision.name" in self.changes
         return {
             name: both
@@ -63,7 +63,7 @@ class Resumed:
         }
 
     def lines(self) -> list[str]:
-        """List what to tell the user."""
+        """List the messages for the user."""
         lines = [f"going on at step {self.step}: {name} was {a}, is {b}" for name, (a, b) in self.brief().items()]
         if self.mixed:
             lines.append(f"a mixed run from here on ({', '.join(self.mixed)}): compare shows it and counts it nowhere")
@@ -73,7 +73,7 @@ class Resumed:
 
 
 def settings(composed: DictConfig, typed: list[str]) -> RunConfig:
-    """Settle the settings of a command: what Hydra composed, on the base of the run that it resumes, if it does.
+    """Return the settings of a command: Hydra's composition, based on the run to resume if there is one.
 
     ``typed``: the overrides of the command line. ValueError if the run's settings cannot be read, or do not fit.
     """
@@ -101,7 +101,7 @@ def settings(composed: DictConfig, typed: list[str]) -> RunConfig:
 
 
 def _base(run_dir: str, resume: str) -> Path | None:
-    """The folder of the run whose settings are the base; None where a run begins."""
+    """Return the folder of the run to resume; None for a new run."""
     if resume == "auto":
         folder = Path(run_dir)
         began = any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
@@ -128,7 +128,7 @@ def _put(values: dict[str, Any], path: str, value: Any, *, deleted: bool) -> Non
 
 @dataclass(frozen=True)
 class Earlier:
-    """Read what the folder of a checkpoint says of the run so far; empty where it is in none."""
+    """The run so far, from the folder of a checkpoint; empty if it is not in a run's folder."""
 
     checkpoint: Path
     step: int
@@ -143,7 +143,7 @@ class Earlier:
         return Earlier(checkpoint, step, object_in(folder / "config.json"), object_in(folder / FILE), history)
 
     def require_meant(self, config: RunConfig, corpus: str) -> None:
-        """Raise ValueError for another seed or other data, unless ``resume_anyway`` says that it is meant."""
+        """Raise ValueError for another seed or other data, unless ``resume_anyway`` is set."""
         if config.resume_anyway or not self.config:
             return
         before, now = self.config.get("seed"), config.seed
@@ -159,7 +159,7 @@ class Earlier:
             )
 
     def finished(self, max_steps: int) -> str:
-        """Say it of a run that has come to its end; empty while something is left to do."""
+        """Return a message if the run is complete; empty while steps are left."""
         folder = self.checkpoint.resolve().parent.parent
         done = object_in(folder / "summary.json").get("steps")
         if not isinstance(done, int) or done < max_steps or self.step < max_steps:
@@ -168,7 +168,7 @@ class Earlier:
         return f"{status}: trainer.max_steps={2 * done} continues it"
 
     def resumed(self, config: RunConfig, about: dict[str, Any]) -> Resumed:
-        """Compare with what is now. ``about``: ``run.json`` as it would be written of this attempt."""
+        """Compare with the present settings. ``about``: ``run.json`` as this attempt would write it."""
         if not self.config:
             return Resumed(self.step, str(self.checkpoint))
         changes = _differences(self.config, to_plain(config))
@@ -191,7 +191,7 @@ def _numerics(plain: dict[str, Any]) -> Any:
 
 
 def _differences(before: Any, now: Any, where: str = "") -> dict[str, list[Any]]:
-    """Dotted settings that differ -> [before, now]; those that change no number of a run apart."""
+    """Map dotted settings that differ to [before, now]; those that change no number of a run are ignored."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return {where: [before, now]} if before != now else {}
     changes: dict[str, list[Any]] = {}

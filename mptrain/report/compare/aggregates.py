@@ -19,7 +19,7 @@ MOST_EVENTS = 200
 
 
 def variant(matched: Matched, label: str, runs: Mapping[int, Run], base: Mapping[int, Run]) -> Variant:
-    """All but losses, curves and the verdict of the variant whose runs that count are ``runs`` (by seed)."""
+    """Return everything but losses, curves and the verdict of a variant; ``runs``: those that count, by seed."""
     any_run = next(iter(runs.values()), matched.runs[0])
     emulated = bool(any_run.about.get("emulated"))
     return Variant(
@@ -34,7 +34,7 @@ def variant(matched: Matched, label: str, runs: Mapping[int, Run], base: Mapping
 
 
 def speed(runs: Mapping[int, Run], base: Mapping[int, Run], *, emulated: bool) -> Speed:
-    """Ratios are of runs of the same seed on the same machine; an emulated precision has none."""
+    """Compare speeds of runs of the same seed on the same machine; an emulated precision has no ratio."""
     rates = _figures(runs, "tokens_per_s")
     if not rates:
         return Speed()
@@ -65,7 +65,7 @@ def _place(run: Run) -> tuple[Any, ...]:
 
 
 def _limit(run: Run, base: Run) -> float | None:
-    """Amdahl's: the baseline's step with its GEMMs, and nothing else, as fast as the formats of this run allow.
+    """Return Amdahl's limit: the speed-up if only the GEMMs ran as fast as the formats of this run allow.
 
     Both GEMM times are FLOPs over the rate of the format (a GPU's peak; on a CPU what one large product reached).
     """
@@ -90,7 +90,7 @@ def _overlapping(runs: Iterable[Run]) -> bool:
 
 
 def memory(runs: Mapping[int, Run], base: Mapping[int, Run]) -> Memory:
-    """Medians; the ratio only of peaks that were measured in the same way."""
+    """Return medians; the ratio only of peaks measured in the same way."""
     peaks, theirs = (_figures(side, "peak_memory_gib") for side in (runs, base))
     if not peaks:
         return Memory()
@@ -101,7 +101,7 @@ def memory(runs: Mapping[int, Run], base: Mapping[int, Run]) -> Memory:
 
 
 def health(runs: Mapping[int, Run]) -> Health:
-    """Counts are sums over the seeds, shares their means."""
+    """Aggregate over the seeds: counts are sums, shares are means."""
     overflow = [count for run in runs.values() if (count := run.summary.get("overflow_events")) is not None]
     underflow = _figures(runs, "underflow_frac")
     events = _events(runs)
@@ -156,7 +156,7 @@ def _layers(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 
 def row(run: Run, why: str) -> RunRow:
-    """One run for the table of runs."""
+    """Return one row of the table of runs."""
 
     def known(name: str) -> float | None:
         return value if math.isfinite(value := run.figure(name)) else None
@@ -179,7 +179,7 @@ def row(run: Run, why: str) -> RunRow:
 
 
 def task(run: Run, settings: Mapping[str, Any]) -> str:
-    """``gpt, 3.3 M parameters, stdlib, 300 steps of 1,024 tokens``: what the runs of a group do."""
+    """Describe what the runs of a group do: ``gpt, 3.3 M parameters, stdlib, 300 steps of 1,024 tokens``."""
     parts = [str(settings.get("model.kind"))]
     about = run.about
     if "parameters" in about:

@@ -1,4 +1,4 @@
-"""The columns of a comparison's tables, once for terminal, Markdown and HTML: what is shown, and its exact value."""
+"""The columns of a comparison's tables, shared by terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def detail_columns(group: Group) -> list[Column[Variant]]:
 
 
 def run_columns(group: Group) -> list[Column[RunRow]]:
-    """The figures of single runs; the columns for name, variant and reason are the table's own."""
+    """List the columns of single runs; those for name, variant and reason belong to the table."""
     columns: list[Column[RunRow]] = [
         figure("seed", "seed", "", wording.count, lambda r: r.seed),
         Column("status", "status", "", lambda r: Cell(r.status.value, r.status.value), numeric=False),

@@ -1,4 +1,4 @@
-"""From run folders to a :class:`Comparison`: match, pair by seed, measure differences, judge.
+"""Comparison of run folders: match, pair by seed, measure differences, judge.
 
 Everything is relative to the baseline's run of the same seed, which saw the same batches from the same weights, so
 that what all runs share (an easy or a hard batch) cancels out.
@@ -28,7 +28,7 @@ WINDOWS = 50  # a curve is averaged over a 50th of training
 
 
 class NothingToCompare(ValueError):
-    """No two runs that could be compared; the message says why."""
+    """No two runs are comparable; the message says why."""
 
 
 def compare(paths: Sequence[Path], baseline: Path | None = None, margin: float = MARGIN_FRAC) -> Comparison:
@@ -60,7 +60,7 @@ def _title(paths: Sequence[Path]) -> str:
 
 
 def _chosen(groups: list[MatchedGroup], baseline: Path | None) -> str | None:
-    """The key of the variant that is the baseline; None if there is none."""
+    """Return the key of the baseline's variant; None if there is none."""
     variants = [variant for group in groups for variant in group.variants]
     if baseline is None:
         stored = {variant.key for variant in variants if variant.stored_fp32}
@@ -73,7 +73,7 @@ def _chosen(groups: list[MatchedGroup], baseline: Path | None) -> str | None:
 
 
 def _require_two(groups: list[MatchedGroup], chosen: str | None) -> None:
-    """NothingToCompare if several groups were given and no baseline stands beside another variant in any of them."""
+    """Raise NothingToCompare for several groups without the baseline and another variant together in any of them."""
     together = any(len(g.variants) > 1 and any(v.key == chosen for v in g.variants) for g in groups)
     if together or len(groups) == 1:
         return
@@ -87,7 +87,8 @@ def _require_two(groups: list[MatchedGroup], chosen: str | None) -> None:
 
 @dataclass(frozen=True)
 class Side:
-    """The finished runs of one variant that count, one a seed, and their curves; ``plan``: of the sweep they are of."""
+    """The finished runs of one variant that count, one per seed, and their curves; ``plan``: the seeds of their
+    sweep."""
 
     runs: dict[int, Run]
     window: int
@@ -108,7 +109,7 @@ class Side:
         return [seed for seed in self.runs if seed not in self.astray]
 
     def values(self, figure: str) -> dict[int, float]:
-        """Seed -> figure of the summary (``train``: mean loss of the last tenth), where it is finite."""
+        """Map seeds to a finite figure of the summary (``train``: mean loss of the last tenth)."""
         read = last_tenth if figure == "train" else lambda run: run.figure(figure)
         return {seed: value for seed, run in self.runs.items() if math.isfinite(value := read(run))}
 
@@ -122,7 +123,7 @@ def _planned(matched: MatchedGroup) -> Planned:
 
 
 def last_tenth(run: Run) -> float:
-    """Mean training loss (nats) over the last tenth of the steps, NaN if one of them is not known."""
+    """Return mean training loss (nats) over the last tenth of the steps, NaN if one of them is not known."""
     curve = run.curve()
     return float(np.mean(curve[-max(1, len(curve) // 10) :])) if len(curve) else math.nan
 
@@ -163,7 +164,7 @@ def _metric(runs: Sequence[Run]) -> str:
 
 
 def _side(variant: Matched, base: Side | None, window: int, plan: Planned) -> tuple[Side, list[RunRow]]:
-    """The runs that count (of a seed the one finished last), and a row for each run, with why it does not."""
+    """Return the runs that count (of each seed the last finished one), and a row for each run, with why it does not."""
     counting: dict[int, Run] = {}
     reasons: dict[Path, str] = {}
     for run in sorted(variant.runs, key=lambda run: str(run.summary.get("ended", ""))):
@@ -181,7 +182,7 @@ def _side(variant: Matched, base: Side | None, window: int, plan: Planned) -> tu
 
 
 def _foreign(run: Run, base: Run | None) -> str:
-    """Why a run began otherwise than the baseline's run of the same seed, though its settings are the same."""
+    """Return why this run's initial weights differ from the baseline's despite equal seed and settings."""
     if base is None or run.about.get("initial_weights") == base.about.get("initial_weights"):
         return ""
     ours, theirs = run.about.get("torch"), base.about.get("torch")
@@ -190,7 +191,7 @@ def _foreign(run: Run, base: Run | None) -> str:
 
 
 def _levels(side: Side, base: Side) -> Loss:
-    """Describe a variant by itself."""
+    """Return the losses of a variant, without differences."""
     tokens, ratio = _tokens(side, base)
     return Loss(
         val=side.mean("val_loss"),
@@ -203,7 +204,7 @@ def _levels(side: Side, base: Side) -> Loss:
 
 
 def _loss(side: Side, base: Side) -> Loss:
-    """A variant beside the baseline. No difference is said of a variant of which one seed diverged."""
+    """Return the losses of a variant and their differences from the baseline's; no difference if any seed diverged."""
     levels = _levels(side, base)
     if side.astray or not base.runs:
         return levels
@@ -295,7 +296,7 @@ def _band(base: Side) -> tuple[Curve | None, Curve | None]:
 
 
 def _outside(side: Side, base: Side) -> int | None:
-    """The first of ``window`` steps in a row at which the variant's mean curve is outside the baseline's band."""
+    """Return the first of ``window`` steps in a row at which the mean curve is outside the baseline's band."""
     half = _half_band(base)
     if half is None or not side.runs:
         return None
@@ -305,7 +306,7 @@ def _outside(side: Side, base: Side) -> int | None:
 
 
 def _tokens(side: Side, base: Side) -> tuple[int | None, float | None]:
-    """Tokens to the baseline's final training loss, and their ratio to those of the baseline."""
+    """Return the tokens to the baseline's final training loss, and their ratio to those of the baseline."""
     target = base.mean("train")
     if target is None or not side.runs:
         return None, None
@@ -323,7 +324,7 @@ def _reached(curve: Floats, target: float) -> int | None:
 
 
 def _thinned(values: Floats, low: Floats, high: Floats) -> Curve:
-    """Choose at most ``POINTS`` of the steps, the last among them."""
+    """Choose at most ``POINTS`` of the steps, including the last."""
     stride = max(1, math.ceil(len(values) / POINTS))
     kept = np.arange(len(values) - 1, -1, -stride)[::-1]
     return Curve(*((kept + 1).tolist(), values[kept].tolist(), low[kept].tolist(), high[kept].tolist()))

@@ -52,7 +52,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``text`` is the verdict in words (``worse by 1.2 %``), ``why`` the figures that it follows from."""
+    """``text`` is the verdict in words (``worse by 1.2 %``), ``why`` the figures behind it."""
 
     kind: Kind
     text: str
@@ -61,7 +61,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Loss:
-    """Means over the seeds. ``train``: of the last tenth of training. ``masters``: evaluated with quantization off.
+    """Means over the seeds. ``train``: over the last tenth of training. ``masters``: evaluated with quantization off.
 
     ``val_delta``, ``train_delta``: relative to the baseline; ``top1_delta``: in accuracy, 0.01 is a point.
     ``outside_step``: from there on the mean curve is outside the baseline's band. ``tokens_ratio``: tokens to reach the
@@ -129,7 +129,7 @@ class Health:
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run: ``folder`` as it was given, ``why`` it is not finished or does not count."""
+    """One run: ``folder`` as it was given, ``why`` it is unfinished or does not count."""
 
     name: str
     folder: str
@@ -148,8 +148,11 @@ class RunRow:
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs alike in everything but the seed. ``curve``: smoothed training loss, mean over the seeds (band: the seeds'
-    extremes). ``difference``: the same minus the baseline's on the same seeds, relative."""
+    """Runs that differ only by seed.
+
+    ``curve``: smoothed training loss, mean over the seeds (band: the seeds' extremes). ``difference``: the same minus
+    the baseline's on the same seeds, relative.
+    """
 
     label: str
     verdict: Verdict
@@ -187,7 +190,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``rules``: how the verdicts follow from the figures, in sentences; ``notes``: what was left out, and why."""
+    """``rules``: how the verdicts follow from the figures, in sentences; ``notes``: exclusions and their reasons."""
 
     title: str
     margin_frac: float

@@ -1,5 +1,5 @@
-"""The figures of a group of runs for the HTML report: which can be drawn, what is said under each, and what is said
-instead of one that would be empty."""
+"""The figures of a group of runs for the HTML report, each with its caption, or the sentence that replaces an empty
+one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = {"training loss": "train_delta", "top-1": "top1_delta"}  # else val_delta
 
 
 class Figure(NamedTuple):
-    """A figure as SVG with its caption; without anything ``drawn``, ``said`` is the sentence in its place."""
+    """A figure as SVG with its caption; if ``drawn`` is empty, ``said`` is the sentence in its place."""
 
     name: str
     title: str
@@ -55,7 +55,7 @@ def _losses(group: Group, styles: Sequence[Style]) -> Figure:
 
 
 def _late_losses(group: Group, styles: Sequence[Style]) -> Figure | None:
-    """The last half again, where the first steps do not flatten it; nothing if it is too short to tell more."""
+    """Draw the second half again, without the steep first steps; None if it is too short."""
     series = _series(group, styles, "curve")
     last = max((one.curve.steps[-1] for one in series), default=0)
     first = min((one.curve.steps[0] for one in series), default=0)
@@ -153,7 +153,7 @@ def _series(group: Group, styles: Sequence[Style], which: str) -> list[Series]:
 
 
 def _paired(group: Group, styles: Sequence[Style], which: str) -> tuple[list[Series], list[Variant]]:
-    """The variants that have such a curve, as series."""
+    """Return the variants that have such a curve, as series."""
     series: list[Series] = []
     owners: list[Variant] = []
     for variant, style in zip(group.variants, styles, strict=True):
@@ -185,7 +185,7 @@ def _finite(curve: Curve) -> list[float]:
 
 
 def _listed(labels: Sequence[str]) -> str:
-    """Take as many as fit two lines, at least one."""
+    """Join as many labels as fit two lines, at least one."""
     shown = list(labels[:1])
     for label in labels[1:]:
         if sum(map(len, shown)) + len(label) > ROOM:

@@ -1,4 +1,4 @@
-"""Intervals of differences between runs, and the number of seeds that would decide a verdict.
+"""Confidence intervals of differences between runs, and the number of seeds that would decide a verdict.
 
 Seeds are few (3 is usual), so intervals are Student's t and not a bootstrap: resampling 3 pairs has 10 outcomes and
 covers the truth in some 75 % of cases instead of 95. The quantile is multiplied by a factor that holds 2.5 % on either
@@ -47,7 +47,7 @@ def quantile(probability: float, freedom: float) -> float:
 
 
 def factor(n: int, table: dict[int, float]) -> float:
-    """Return what the t quantile of ``n`` seeds is multiplied by; ``table``: :data:`PAIRED` or :data:`UNPAIRED`."""
+    """Return the factor on the t quantile of ``n`` seeds; ``table``: :data:`PAIRED` or :data:`UNPAIRED`."""
     last = max(table)
     return table[n] if n <= last else 1 + (table[last] - 1) * math.sqrt(last / n)
 
@@ -165,14 +165,14 @@ def next_look(interval: Interval, margin: float, last: int) -> int | None:
 
 
 def _spreads(interval: Interval) -> tuple[float, ...]:
-    """Those that it carries; of one without them, what its width makes of paired seeds."""
+    """Return the interval's spreads; without them, the spread that its width implies for paired seeds."""
     half = interval.high - interval.mean
     implied = half / (factor(interval.n, PAIRED) * quantile(TAIL, interval.n - 1)) * math.sqrt(interval.n)
     return interval.spreads or (implied,)
 
 
 def _distance(interval: Interval, margin: float) -> float:
-    """The larger of the mean's distances: below the margin (equivalent is within reach) or above 0 (worse is)."""
+    """Return the larger distance of the mean: below the margin (to be equivalent) or above 0 (to be worse)."""
     return max(margin - interval.mean, interval.mean)
 
 
@@ -185,7 +185,7 @@ def power(distance: float, error: float, freedom: float, width: float) -> float:
 
 
 def smooth(curves: Floats, window: int) -> Floats:
-    """Mean over the last ``window`` steps, along the last axis; steps without a value are left out of it."""
+    """Return the mean over the last ``window`` steps, along the last axis; steps without a value are ignored."""
     known = np.isfinite(curves)
     sums = np.cumsum(np.where(known, curves, 0.0), axis=-1)
     counts = np.cumsum(known, axis=-1)
@@ -198,7 +198,8 @@ def smooth(curves: Floats, window: int) -> Floats:
 
 
 def prediction_half_width(curves: Floats, window: int) -> Floats | None:
-    """[steps]: half of the 95 % band in which a further seed lies, by the spread of these [seeds, steps] at each step.
+    """Return [steps]: half of the 95 % band in which a further seed lies, by the spread of these [seeds, steps] at each
+    step.
 
     The spread is averaged over ``window`` steps (variances), for that of 3 seeds at one step is itself mostly chance.
     None with fewer than two seeds.
@@ -212,7 +213,7 @@ def prediction_half_width(curves: Floats, window: int) -> Floats | None:
 
 
 def first_lasting(flags: npt.NDArray[np.bool_], length: int) -> int | None:
-    """Index of the first True that begins a row of ``length`` of them, or one that lasts to the end."""
+    """Return the index of the first True that starts a run of ``length``, or one that lasts to the end."""
     start = None
     for index, flag in enumerate(flags.tolist()):
         if not flag:

@@ -11,7 +11,8 @@ from mptrain.report.tables import markdown_table, plain
 
 
 def markdown(comparison: Comparison, more: Sequence[str] = ()) -> str:
-    """A table of verdicts for each group, what they follow from, the rules folded, further parts, then the notes."""
+    """Render a table of verdicts for each group, the figures behind them, the rules folded, further parts, then the
+    notes."""
     parts = [f"### {plain(comparison.title)}"]
     for group in comparison.groups:
         parts += [f"#### {plain(group.label or f'{group.task} runs')}"] if len(comparison.groups) > 1 else []

@@ -1,4 +1,4 @@
-"""Which runs can be compared: groups that saw the same data and schedule, and in them variants of one precision.
+"""Matching of comparable runs: groups of the same data and schedule, and in them variants of one precision.
 
 A group's runs have model, corpus, batches and optimizer in common (so that equal seeds saw equal data from equal
 weights); a variant's have the precision in common too, how weights and moments are stored included, and differ by seed.
@@ -21,7 +21,7 @@ SCHEDULE = ("max_steps", "batch_size", "accumulate", "clip", "eval_batches")  # 
 
 @dataclass(frozen=True)
 class Matched:
-    """Runs of one variant; ``settings``: flat, what its precision consists of; ``key``: a hash of them."""
+    """Runs of one variant; ``settings``: flat, those that make up its precision; ``key``: a hash of them."""
 
     key: str
     name: str
@@ -42,14 +42,14 @@ class Matched:
 
 @dataclass(frozen=True)
 class MatchedGroup:
-    """Variants that can be compared; ``settings``: flat, what all of their runs have in common."""
+    """Comparable variants; ``settings``: flat, those that all of their runs share."""
 
     settings: dict[str, Any]
     variants: tuple[Matched, ...]
 
 
 def groups_of(runs: Iterable[Run]) -> list[MatchedGroup]:
-    """Every run that has settings, sorted into groups and variants, in the order of their first run.
+    """Sort every run that has settings into groups and variants, in the order of their first run.
 
     A run that never began does not know its corpus: it goes with those whose settings of the data are its own.
     """
@@ -78,7 +78,10 @@ def _variants(runs: list[Run]) -> tuple[Matched, ...]:
 
 
 def trial(run: Run, corpus: str | None) -> dict[str, Any]:
-    """The settings that the runs of a group share. ``corpus``: hash of the data's content, None if it is not known."""
+    """Return the settings that the runs of a group share.
+
+    ``corpus``: hash of the data's content, None if it is not known.
+    """
     settings = run.config
     optim = {key: value for key, value in settings["optim"].items() if key not in STORAGE}
     trainer = {key: settings["trainer"].get(key) for key in SCHEDULE}
@@ -91,7 +94,7 @@ def trial(run: Run, corpus: str | None) -> dict[str, Any]:
 
 
 def variant(run: Run) -> dict[str, Any]:
-    """The settings that the runs of a variant share as well."""
+    """Return the settings that the runs of a variant share as well."""
     settings = run.config
     storage = {key: settings["optim"].get(key, "fp32") for key in STORAGE}
     inject = settings.get("debug", {}).get("inject", "")
@@ -100,7 +103,7 @@ def variant(run: Run) -> dict[str, Any]:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
+    """Return nested settings by their dotted names."""
     dotted: dict[str, Any] = {}
     for key, value in values.items():
         dotted |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -108,14 +111,15 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(settings: Iterable[dict[str, Any]]) -> list[str]:
-    """The names whose values are not the same in all."""
+    """Return the names whose values differ."""
     every = list(settings)
     names = dict.fromkeys(name for one in every for name in one)
     return [name for name in names if len({str(one.get(name)) for one in every}) > 1]
 
 
 def labels(groups: Iterable[MatchedGroup]) -> dict[str, str]:
-    """Variant key -> what to call it: the precision's name, and what tells it from others of the same name."""
+    """Map the key of each variant to its label: the precision's name, and the settings that distinguish it from
+    others."""
     variants = {v.key: v for group in groups for v in group.variants}
     named: dict[str, list[Matched]] = defaultdict(list)
     for one in variants.values():
@@ -131,13 +135,13 @@ def labels(groups: Iterable[MatchedGroup]) -> dict[str, str]:
 
 
 def group_labels(groups: list[MatchedGroup]) -> list[str]:
-    """Name the settings that tell the groups apart; empty for one alone."""
+    """Name the settings that distinguish the groups; empty for a single one."""
     leaves = leaf_names(differing([group.settings for group in groups]))
     return [", ".join(f"{leaf}={_brief(group.settings.get(key))}" for key, leaf in leaves.items()) for group in groups]
 
 
 def difference(ours: MatchedGroup, theirs: MatchedGroup) -> str:
-    """Say why the runs of two groups cannot be compared."""
+    """Explain why the runs of two groups cannot be compared."""
     names = differing([ours.settings, theirs.settings])
     return "; ".join(
         f"{n} is {_brief(ours.settings.get(n))} here and {_brief(theirs.settings.get(n))} there" for n in names

@@ -1,4 +1,4 @@
-"""The seeds that a sweep named before its first verdict: which of them count, and whether it may be looked at again.
+"""The seeds that a sweep named before its first verdict: which of them count, and whether more looks are allowed.
 
 A verdict's rate is that of one look at a number of seeds fixed before it. ``sweep.json`` says what was fixed: seeds
 added to a sweep that was judged do not count, unless it had named its last number of seeds (``sweep_seeds``).

@@ -1,4 +1,4 @@
-"""A comparison for the terminal: a table a group, the verdicts with their reasons below it, then the notes."""
+"""A comparison in the terminal: a table per group, the verdicts with their reasons, then the notes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ COLOURS = {Kind.equivalent: "green", Kind.worse: "red", Kind.diverged: "bold red
 
 
 def print_comparison_table(console: Console, comparison: Comparison) -> None:
-    """All of the comparison that a terminal holds. In a narrow one the least important columns are left out, which is
-    said; a number is never cut."""
+    """Print the comparison.
+
+    A narrow terminal hides the least important columns and names them; numbers are never cut.
+    """
     console.print(Text(comparison.title, "bold"), soft_wrap=True)
     for group in comparison.groups:
         _print_group(console, group, several=len(comparison.groups) > 1)
@@ -65,7 +67,7 @@ def _sign(variant: Variant) -> str:
 
 
 def _line(variant: Variant) -> Table:
-    """Sign, label and verdict in words, then why; longer ones go on under the label."""
+    """Return sign, label and verdict in words, then the reason; long ones continue under the label."""
     verdict = variant.verdict
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(no_wrap=True)

@@ -1,4 +1,4 @@
-"""The verdict on a precision, by rules that are printed beside it, and when a run counts as diverged."""
+"""The verdict on a precision, by rules that are printed next to it, and the definition of a diverged run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVENTS_BEFORE = 50  # steps in which an event may be the cause of what follows
 
 @dataclass(frozen=True)
 class Divergence:
-    """``step`` is where it began; ``text`` says what happened, and the last event before it that may be the cause."""
+    """``step`` is where it began; ``text`` describes it, with the last event before it as a possible cause."""
 
     step: int
     text: str
@@ -113,7 +113,7 @@ def judge(
 
 
 def _more(delta: Interval, margin: float, seeds: int, last: int) -> str:
-    """Name what would decide: more seeds where their last number was named beforehand, else a new comparison."""
+    """Name what would decide: more seeds if their last number was named beforehand, else a new comparison."""
     if last:
         following = next_look(delta, margin, last)
         if following is None:
@@ -133,7 +133,7 @@ def _why(delta: Interval | None, unit: str) -> str:
 
 
 def divergence(run: Run) -> Divergence | None:
-    """Whether and where the run came off; ``run`` has finished."""
+    """Return where and how a finished run diverged; None if it did not."""
     for where in (_not_a_number(run), _skipped_to_the_end(run), _given_back(run)):
         if where is not None:
             step, what = where
@@ -161,7 +161,7 @@ def _skipped_to_the_end(run: Run) -> tuple[int, str] | None:
 
 
 def _given_back(run: Run) -> tuple[int, str] | None:
-    """The smoothed loss ends above the middle between its start and its minimum."""
+    """Check whether the smoothed loss ends above the middle between its start and its minimum."""
     curve = run.curve()
     curve = curve[np.isfinite(curve)]
     window = max(1, len(curve) // 50)
@@ -179,7 +179,7 @@ def _given_back(run: Run) -> tuple[int, str] | None:
 
 
 def _cause(run: Run, step: int) -> str:
-    """The last event in the steps up to ``step`` that may explain what happened there."""
+    """Return the last event in the steps up to ``step`` that may explain it."""
     explained = [e for e in run.events if e.get("reason") and isinstance(e.get("step"), int)]
     near = [e for e in explained if step - EVENTS_BEFORE <= e["step"] <= step + 1]
     if not near:
@@ -190,7 +190,7 @@ def _cause(run: Run, step: int) -> str:
 
 
 def diverged(where: Sequence[tuple[int | None, Divergence]], seeds: int) -> Verdict:
-    """The verdict on a variant of which these (seed, divergence) came off, out of ``seeds``."""
+    """Return the verdict on a variant with these (seed, divergence), out of ``seeds``."""
     seed, first = min(where, key=lambda pair: pair[1].step)
     which = f"seed {seed}" if len(where) == 1 else f"{len(where)} of {seeds} seeds, the first {seed}"
     return Verdict(Kind.diverged, f"diverged at step {first.step} because {first.text}", f"{which}")

@@ -1,4 +1,4 @@
-"""The live table of a sweep: a row for each run, read from the runs' folders, whoever runs them."""
+"""The live table of a sweep: a row for each run, read from the runs' folders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MARKS = {  # a sign and a word beside the colour
 
 
 class Watch:
-    """Shows the table while it is started: redrawn every second in a terminal, elsewhere a line for each run that ends.
+    """A table that is redrawn every second in a terminal; elsewhere a line for each run that ends.
 
     A thread of its own reads the folders; a finished run is not read again, a failed one is: it may be retried.
     """
@@ -50,7 +50,7 @@ class Watch:
         self._thread.join()
 
     def runs(self) -> list[Run]:
-        """Every run there is by now, in the order in which they were begun."""
+        """Return all runs so far, in the order in which they were begun."""
         runs = []
         for folder in _folders(self.folder):
             run = self._finished.get(folder) or glance(folder)
@@ -85,7 +85,7 @@ class Watch:
 
 
 def follow(paths: Sequence[Path], console: Console, once: Callable[[Console], None]) -> None:
-    """Print ``once``, the comparison, under the table of runs, again and again until no run is at work any more.
+    """Print the table of runs with the comparison (``once``) below, repeatedly until no run is in progress.
 
     In a terminal the screen is redrawn; elsewhere the comparison is printed when a run ends, and at the end.
     """
@@ -112,7 +112,8 @@ def follow(paths: Sequence[Path], console: Console, once: Callable[[Console], No
 
 
 def _end(run: Run) -> tuple[Path, int] | None:
-    """Mark this end of a run apart from that of an earlier attempt: its file and when it was written (ns)."""
+    """Identify this end of a run, to distinguish it from that of an earlier attempt: its file and when it was
+    written (ns)."""
     if run.status not in DONE:
         return None
     path = run.folder / ("summary.json" if run.status is Status.finished else "error.json")
@@ -130,18 +131,18 @@ def _folders(sweep: Path) -> list[Path]:
 
 
 def jobs(sweep: Path) -> int | None:
-    """How many jobs the sweep has, where that is known beforehand."""
+    """Return the number of the sweep's jobs, where it is known beforehand."""
     count = object_in(sweep / "sweep.json").get("jobs")
     return count if isinstance(count, int) else None
 
 
 def _jobs_of(run: Run) -> int:
-    """List the jobs of a sweep that this run is: they would compute the same."""
+    """Count the jobs of a sweep that this run stands for: they would compute the same."""
     return len(object_in(run.folder / "job.json").get("names", [run.name]))
 
 
 def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
-    """Tell where each run is; ``whole``: the number of jobs to come to."""
+    """Return the state of each run as a table; ``whole``: the number of jobs of the sweep."""
     over = sum(_jobs_of(run) for run in runs if run.status in DONE)
     title = f"{folder}: {over}{f' of {whole}' if whole else ''} done"
     shown = table_of(["run", ""], ("step", "loss", "val loss", "per s", "skipped"), title=title)
@@ -161,7 +162,7 @@ def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
 
 
 def cells(run: Run) -> list[str]:
-    """Loss, validation loss, tokens a second and skipped steps as text."""
+    """Return loss, validation loss, tokens per second and skipped steps as text."""
     loss = run.losses.get(run.steps, math.nan)
     forms = ((loss, ".4f"), (run.figure("val_loss"), ".4f"), (run.figure("tokens_per_s"), ",.0f"))
     shown = ["-" if math.isnan(value) else format(value, form) for value, form in forms]
@@ -170,7 +171,7 @@ def cells(run: Run) -> list[str]:
 
 
 def line(run: Run) -> str:
-    """The same in one line."""
+    """Return the same in one line."""
     if run.status is Status.failed:
         return f"{run.name}: failed: {run.why}"
     loss, val, speed, skipped = cells(run)

@@ -1,4 +1,4 @@
-"""The columns of a deployment matrix, once for terminal, Markdown and HTML."""
+"""The columns of a deployment matrix, shared by terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def name(cell: Deployed) -> str:
 
 
 def overview(matrix: Matrix) -> str:
-    """Say in a sentence or two what was measured."""
+    """Describe in a sentence or two what was measured."""
     over = "single runs: intervals are over validation samples"
     counts = {cell.runs for cell in matrix.cells if cell.runs}
     if counts and max(counts) > 1:

@@ -19,8 +19,11 @@ FILE = "deploy.json"
 
 @dataclass(frozen=True)
 class LayerError:
-    """SQNR of a layer's output (inf: equal). ``own_db``: given the reference's input, so the error is this layer's
-    alone; ``output_db``: in the deployed model, with what the layers before it did; ``weight_db``: of its weight."""
+    """SQNR of a layer's output (inf: equal).
+
+    ``own_db``: given the reference's input, so only this layer's error; ``output_db``: in the deployed model, with the
+    errors of the layers before it; ``weight_db``: of its weight.
+    """
 
     layer: str
     own_db: float
@@ -43,7 +46,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A deployed model beside its reference on the same validation samples.
+    """A deployed model vs. its reference on the same validation samples.
 
     ``unit``: what is predicted, ``tokens`` or ``images``. ``kl_nats``: KL(reference || deployed) of a prediction, mean;
     ``same_frac``: how often both like the same answer best. ``machine``, ``device``: where the latencies were measured.
@@ -102,7 +105,7 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Trained in x deployed in, as ``deploy.json`` holds it. ``metric``: ``perplexity`` or ``top-1``.
+    """Training precision x deployment format, as in ``deploy.json``. ``metric``: ``perplexity`` or ``top-1``.
 
     ``batch``: samples of the timed forward; ``machine``, ``device``: where it ran; ``notes``: what to know of it all.
     """
@@ -130,7 +133,7 @@ class Matrix:
 
 
 def read(path: Path) -> Matrix | None:
-    """The matrix in a ``deploy.json``; None if there is none, or what stands there is not one."""
+    """Read the matrix in a ``deploy.json``; None if the file is missing or not one."""
     values = object_in(path)
     try:
         cells = [_cell(cell) for cell in values.pop("cells")]

@@ -15,7 +15,7 @@ TITLE = "Deployed in another format"
 
 
 def section(matrix: Matrix) -> str:
-    """Return a square of trained x deployed, then all that is known of each cell, in HTML."""
+    """Return a square of training precision x deployment format, then all figures of each cell, in HTML."""
     return render(
         "deploy.html",
         title=TITLE,
@@ -29,7 +29,7 @@ def section(matrix: Matrix) -> str:
 
 
 def markdown_parts(matrix: Matrix) -> list[str]:
-    """The same two tables."""
+    """Return the same two tables in Markdown."""
     trained = [([plain(name)], name) for name in matrix.trained]
     each = [([plain(cells.name(cell))], cell) for cell in matrix.cells]
     return [
@@ -49,12 +49,12 @@ def _explained(matrix: Matrix) -> str:
 
 
 def _square(matrix: Matrix) -> list[Column[str]]:
-    """A column for each format deployed in; its rows are the precisions trained in."""
+    """Return a column for each deployment format; its rows are the training precisions."""
     return [Column(name, name, name, _pick(matrix, name)) for name in matrix.deployed]
 
 
 def _pick(matrix: Matrix, deployed: str) -> Callable[[str], Cell]:
-    """Return what a column shows of a cell."""
+    """Return the function that makes a column's cell."""
     columns = {column.key: column for column in cells.columns(matrix)}
 
     def shown(trained: str) -> Cell:

@@ -19,7 +19,10 @@ DROPPED = ("layers", "worst_layer", "same_frac", "kl_nats", "size_frac", "base_d
 
 
 def print_matrix(console: Console, matrix: Matrix) -> None:
-    """A row a cell. In a narrow terminal the least important columns are left out, which is said; no number is cut."""
+    """Print a row per cell.
+
+    A narrow terminal hides the least important columns and names them; numbers are never cut.
+    """
     console.print(Text(matrix.title, "bold"), soft_wrap=True)
     columns, rows = [column for column in cells.columns(matrix) if column.key != "why"], matrix.cells
     width = console.width - max(map(cell_len, ("trained > deployed", *map(cells.name, rows))))
@@ -46,7 +49,7 @@ ROOMY = 110
 
 
 def print_evaluation(console: Console, evaluation: Evaluation, name: str) -> None:
-    """Before and after, the difference with its interval, then latencies, then the worst layers."""
+    """Print before and after, the difference with its interval, then latencies, then the worst layers."""
     console.print(Text(f"{name} beside its reference", "bold"), soft_wrap=True)
     table = table_of(["figure (95 %)"], ("before", "after", "difference"), pad_edge=False, show_edge=False)
     for figures in _figures(evaluation):

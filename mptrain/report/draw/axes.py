@@ -1,4 +1,4 @@
-"""Common parts of a comparison's charts: axes with round ticks, how series are told apart, labels that keep apart.
+"""Common parts of a comparison's charts: axes with round ticks, distinct styles, labels that do not overlap.
 
 Series differ in colour, in dashes and in marker at once, so that print in grey and colour-blind readers lose nothing.
 """
@@ -24,7 +24,7 @@ NARROW, BROAD = frozenset(" ijlftrI.,:;'|!()[]-"), frozenset("mwMW%@—…")
 
 
 class Style(NamedTuple):
-    """How one variant is drawn in every figure; ``name``: its label, short enough for all of them."""
+    """The style of one variant in every figure; ``name``: its label, short enough for all of them."""
 
     colour: str
     dashes: str
@@ -34,7 +34,7 @@ class Style(NamedTuple):
 
 
 def styles_of(labels: Sequence[str], baseline: int | None = None) -> list[Style]:
-    """A style for every label; the one at the index ``baseline`` is black and solid."""
+    """Return a style for every label; the one at the index ``baseline`` is black and solid."""
     styles, index = [], 0
     for place, name in enumerate(wording.brief(labels, LABEL)):
         if place == baseline:
@@ -61,7 +61,7 @@ class Axis(NamedTuple):
         return self.start + part * (self.end - self.start)
 
     def ticks(self, most: int = 6) -> list[float]:
-        """Round values within the axis, about ``most`` of them."""
+        """Return round values within the axis, about ``most`` of them."""
         if not self.log:
             return round_ticks(self.low, self.high, most)
         octaves = math.log10(self.high / self.low)
@@ -79,7 +79,7 @@ class Axis(NamedTuple):
 
 
 def round_ticks(low: float, high: float, most: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten."""
+    """Return multiples of 1, 2 or 5 times a power of ten."""
     step = round_step((high - low) / most)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
@@ -91,7 +91,7 @@ def round_step(least: float) -> float:
 
 
 def value_axis(low: float, high: float, start: float, end: float, *, log: bool = False) -> Axis:
-    """An axis with a little room at both ends; a single value gets some around it."""
+    """Return an axis with a little room at both ends; a single value gets some around it."""
     if log:
         room = max(1.02, (high / low) ** 0.03)
         return Axis(low / room, high * room, start, end, log=True)
@@ -111,7 +111,7 @@ def step_ticks(axis: Axis) -> list[int]:
 
 
 def number(tick: float, step: float) -> str:
-    """Write as many decimals as the ticks' distance needs; powers of ten where zeros would not be read."""
+    """Write as many decimals as the ticks' distance needs; powers of ten instead of many zeros."""
     if tick and not 1e-4 <= abs(tick) < 1e6:
         return f"{tick:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -119,7 +119,7 @@ def number(tick: float, step: float) -> str:
 
 
 def y_grid(axis: Axis, left: float, right: float, form: Callable[[float, float], str] = number) -> list[str]:
-    """A thin line and its value for every tick; the value's x is ``left`` minus 6."""
+    """Draw a thin line and its value for every tick; the value's x is ``left`` minus 6."""
     ticks = axis.ticks()
     parts = []
     for index, tick in enumerate(ticks):
@@ -131,7 +131,7 @@ def y_grid(axis: Axis, left: float, right: float, form: Callable[[float, float],
 
 
 def x_grid(axis: Axis, y: float) -> list[str]:
-    """The steps under a plot whose bottom is ``y``."""
+    """Draw the steps under a plot whose bottom is ``y``."""
     parts = [line(axis.start, y, axis.end, y, INK, 0.8)]
     for tick in step_ticks(axis):
         x = axis.at(tick)
@@ -141,13 +141,13 @@ def x_grid(axis: Axis, y: float) -> list[str]:
 
 
 def marked(element: str, name: str) -> str:
-    """``element`` with a class, for tests and for scripts that read a figure."""
+    """Return ``element`` with a class, for tests and for scripts that read a figure."""
     tag, _, rest = element.partition(" ")
     return f"{tag} class='{name}' {rest}"
 
 
 def marker(shape: str, x: float, y: float, size: float, colour: str, *, fill: str = "") -> str:
-    """A shape of ``size`` pixels from its middle to its rim, filled with its colour unless told otherwise."""
+    """Draw a shape of ``size`` pixels from its middle to its rim, filled with its colour by default."""
     paint = f"fill='{fill or colour}' stroke='{colour}' stroke-width='1.2'"
     if shape == "circle":
         return f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{size:.1f}' {paint}/>"
@@ -166,13 +166,13 @@ def marker(shape: str, x: float, y: float, size: float, colour: str, *, fill: st
 
 
 def sample(x: float, y: float, drawn: Style) -> str:
-    """A piece of line with its marker, 26 pixels wide, before a label."""
+    """Draw a piece of line with its marker, 26 pixels wide, before a label."""
     stroke = line(x, y, x + 26, y, drawn.colour, drawn.width, drawn.dashes)
     return stroke + marker(drawn.shape, x + 13, y, 3.2, drawn.colour)
 
 
 def end_label(right: float, y: float, drawn: Style) -> list[str]:
-    """A sample and the name of a series, right of a plot that ends at ``right``."""
+    """Draw a sample and the name of a series, right of a plot that ends at ``right``."""
     return [sample(right + 20, y, drawn), marked(text(right + 52, y + 4, drawn.name), "end")]
 
 
@@ -182,12 +182,13 @@ def curve(path: str, drawn: Style) -> str:
 
 
 def group_of(parts: Iterable[str], tip: str, attributes: str = "") -> str:
-    """Elements with one tooltip."""
+    """Return elements with one tooltip."""
     return f"<g {attributes}><title>{escape(tip)}</title>{''.join(parts)}</g>"
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places as near as can be to the ``wanted`` ones (least squares), ``gap`` apart and within ``low`` and ``high``.
+    """Return places as near as possible to the ``wanted`` ones (least squares), ``gap`` apart and within ``low`` and
+    ``high``.
 
     ``high`` is exceeded only if they cannot all fit.
     """
@@ -208,7 +209,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def text_width(words: str) -> float:
-    """Pixels that the words may take at a size of 11, generously: which font a reader has is not known."""
+    """Return the pixels that the words may take at a size of 11, generously: the reader's font is not known."""
     return 11 * sum(_em(letter) for letter in words)
 
 

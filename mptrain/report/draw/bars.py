@@ -1,5 +1,7 @@
-"""Horizontal bars as SVG text: intervals of the differences, speed, memory by role. One line a variant, named in full
-in its tooltip."""
+"""Horizontal bars as SVG: intervals of the differences, speed, memory by role.
+
+One line per variant, with its full name in the tooltip.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ FILLS = (
 
 
 def intervals_svg(variants: Sequence[Variant], styles: Sequence[Style], key: str, margin: float | None) -> str:
-    """The difference to the baseline of each variant with its 95 % interval, around 0; the ``margin`` shaded.
+    """Draw the difference to the baseline of each variant with its 95 % interval, around 0; the ``margin`` shaded.
 
     ``key``: the field of :class:`Loss` it comes from. ValueError if no variant has one.
     """
@@ -61,7 +63,7 @@ def intervals_svg(variants: Sequence[Variant], styles: Sequence[Style], key: str
 
 
 def _reach(intervals: Iterable[Interval], margin: float | None) -> float:
-    """Half the axis in percent: all of the intervals, unless some are so wide that the others would be dots."""
+    """Return half the axis in percent: all of the intervals, unless some are so wide that the others would be dots."""
     known = list(intervals)
     ends = [abs(100 * end) for i in known for end in (i.low, i.high) if math.isfinite(end)]
     most = 8 * max([100 * (margin or 0), *(abs(100 * i.mean) for i in known)])
@@ -87,7 +89,7 @@ def _interval(variant: Variant, drawn: Style, interval: Interval, x: Axis, y: fl
 
 
 def speed_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
-    """Ratios to the baseline's speed with the seeds' extremes; no bar where the speed is an emulation's."""
+    """Draw ratios to the baseline's speed with the seeds' extremes; no bar where the speed is an emulation's."""
     left, bottom = _left(styles), TOP + PITCH * len(variants)
     x = _ratios([r for v in variants for r in (v.speed.ratio, v.speed.ratio_high, v.speed.limit)], left)
     parts = [*_x_axis(x, bottom, "x"), line(x.at(1), TOP - 4, x.at(1), bottom, INK, 1.1, "3 2")]
@@ -121,7 +123,7 @@ def _speed(speed: Speed, emulated: bool, drawn: Style, x: Axis, y: float) -> lis
 
 
 def _instead(words: str, x: Axis, y: float) -> str:
-    """Words in a bar's place, on a white ground."""
+    """Draw words in a bar's place, on a white ground."""
     ground = rect(x.start + 4, y - 8, axes.text_width(words) + 6, 16, "fill='#fff'")
     return ground + text(x.start + 8, y + 4, words, fill=GREY)
 
@@ -138,7 +140,7 @@ def _limit(x: float, y: float) -> str:
 
 
 class Stack(NamedTuple):
-    """One bar of several pieces: as what it is drawn, what stands behind it, and what it consists of."""
+    """One bar of several pieces: its style, its label, the text behind it, and its parts."""
 
     drawn: Style
     label: str
@@ -147,7 +149,7 @@ class Stack(NamedTuple):
 
 
 def memory_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
-    """Peaks in GiB, by role where they are known, with their ratio. ValueError if no variant has one."""
+    """Draw peaks in GiB, by role where they are known, with their ratio. ValueError if no variant has one."""
     rows = []
     for variant, drawn in zip(variants, styles, strict=True):
         memory = variant.memory
@@ -160,7 +162,7 @@ def memory_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
 
 
 def stacks_svg(rows: Sequence[Stack], limit_gib: float = 0.0) -> str:
-    """Peaks in GiB by role; ``limit_gib``: what there is, a line across."""
+    """Draw peaks in GiB by role; ``limit_gib``: the available memory, a line across."""
     left, bottom = _left([row.drawn for row in rows]), TOP + PITCH * len(rows)
     roles = list(dict.fromkeys(role for row in rows for role in row.memory.roles_gib))
     key = f"{zlib.crc32(repr([(row.label, row.memory) for row in rows]).encode()):08x}"  # ids are the whole page's
@@ -183,7 +185,7 @@ def stacks_svg(rows: Sequence[Stack], limit_gib: float = 0.0) -> str:
 
 
 def _stack(memory: Memory, roles: Sequence[str], key: str, x: Axis, y: float) -> list[str]:
-    """One piece a role; what the roles do not explain of the peak stays empty."""
+    """Draw one piece per role; what the roles do not explain of the peak stays empty."""
     parts, start = [], 0.0
     pieces = [(role, memory.roles_gib[role], _fill(roles.index(role), key)) for role in memory.roles_gib]
     rest = (memory.peak_gib or 0.0) - sum(memory.roles_gib.values())

@@ -1,4 +1,4 @@
-"""Where numerics hurt, as SVG text: layers by variants, the darker the more of a tensor's elements became zero."""
+"""A map of underflow as SVG: layers by variants, darker where more of a tensor's elements became zero."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Place = tuple[str, str]  # layer, role
 
 
 class Shown(NamedTuple):
-    """Rows worst first, ``left_out`` of them not among them, and the cells by variant."""
+    """Rows worst first, the number ``left_out``, and the cells by variant."""
 
     places: list[Place]
     left_out: int
@@ -30,7 +30,7 @@ class Shown(NamedTuple):
 
 
 def worst(variants: Sequence[Variant], most: int = MOST) -> Shown:
-    """The (layer, role) that overflowed most in any variant, then those that lost most to zero."""
+    """Sort (layer, role) by the most overflows in any variant, then by the share lost to zero."""
     cells = [{(str(r["layer"]), str(r["role"])): r for r in v.health.layers} for v in variants]
     places = list(dict.fromkeys(place for one in cells for place in one))
 
@@ -43,7 +43,7 @@ def worst(variants: Sequence[Variant], most: int = MOST) -> Shown:
 
 
 def layers_svg(variants: Sequence[Variant], styles: Sequence[Style], most: int = MOST) -> str:
-    """One line a (layer, role), one column a variant that counted its casts; ``▲``: something overflowed.
+    """Draw one line per (layer, role), one column per variant that counted its casts; ``▲``: overflow.
 
     ValueError if none did.
     """
@@ -74,7 +74,7 @@ def layers_svg(variants: Sequence[Variant], styles: Sequence[Style], most: int =
 
 
 def shade(part: float) -> str:
-    """White for 0; from light to dark blue over six decades, by the logarithm."""
+    """Return white for 0; from light to dark blue over six decades, by the logarithm."""
     if part <= 0:
         return "#ffffff"
     return blue(0.12 + 0.88 * min(1.0, max(0.0, 1 - math.log10(part) / math.log10(LOWEST))))

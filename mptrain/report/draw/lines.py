@@ -1,4 +1,4 @@
-"""Curves over training steps as SVG text: losses, and how far they are from the baseline's.
+"""Curves over training steps as SVG: losses, and their differences from the baseline's.
 
 Every curve ends in its label, on the right; a curve that leaves the plot (it diverged) ends in an arrow there.
 """
@@ -24,8 +24,10 @@ Point = tuple[float, float]
 
 
 class Series(NamedTuple):
-    """``outside``: the step from which it is outside the band, None: never. A series that is not ``steady`` (it
-    diverged) has no say in the range of values that is drawn, unless all are like that."""
+    """``outside``: the step from which it is outside the band, None if never.
+
+    A series that is not ``steady`` (it diverged) does not count for the range of the axis, unless all have diverged.
+    """
 
     label: str
     curve: Curve
@@ -35,7 +37,7 @@ class Series(NamedTuple):
 
 
 def lines_svg(series: Sequence[Series], *, name: str, band: Curve | None = None, band_name: str = "band") -> str:
-    """Curves over steps, with the ``band`` shaded; logarithmic if the values span more than a factor of ten.
+    """Draw curves over steps, with the ``band`` shaded; logarithmic if the values span more than a factor of ten.
 
     ValueError if no series has a finite value.
     """
@@ -50,7 +52,7 @@ def lines_svg(series: Sequence[Series], *, name: str, band: Curve | None = None,
 
 
 def difference_svg(series: Sequence[Series], *, name: str, noise: Curve | None = None, band_name: str = "noise") -> str:
-    """Relative differences in percent around 0, with the ``noise`` shaded. ValueError if no value is finite."""
+    """Draw relative differences in percent around 0, with the ``noise`` shaded. ValueError if no value is finite."""
     drawn = [one._replace(curve=_scaled(one.curve, 100.0)) for one in series if _finite(one.curve.values)]
     if not drawn:
         raise ValueError("no curve has a finite value")
@@ -62,7 +64,7 @@ def difference_svg(series: Sequence[Series], *, name: str, noise: Curve | None =
 
 
 def tail(curve: Curve, first: int) -> Curve:
-    """The curve from step ``first`` on."""
+    """Return the curve from step ``first`` on."""
     keep = [index for index, step in enumerate(curve.steps) if step >= first]
     parts = [[column[index] for index in keep] if column else [] for column in (curve.values, curve.low, curve.high)]
     return Curve([curve.steps[index] for index in keep], *parts)
@@ -126,7 +128,7 @@ def _tip(one: Series) -> str:
 
 
 def _outside(one: Series, x: Axis, y: Axis) -> str:
-    """A ring where the curve leaves the band for good, empty if it never does."""
+    """Draw a ring where the curve leaves the band for good, empty if it never does."""
     if one.outside is None:
         return ""
     pairs = zip(one.curve.steps, one.curve.values, strict=True)
@@ -139,7 +141,7 @@ def _outside(one: Series, x: Axis, y: Axis) -> str:
 
 
 def _end_labels(series: list[Series], x: Axis, y: Axis) -> list[str]:
-    """Labels in the order of the curves' ends; a line leads to those of curves that reach the plot's right."""
+    """Draw labels in the order of the curves' ends; a line leads to those of curves that reach the plot's right."""
     right = x.end
     ends = [[p for p in _points(one.curve, x, y) if p][-1] for one in series]
     wanted = [min(max(end[1], y.end), y.start) for end in ends]
@@ -163,7 +165,7 @@ def _legend(entries: list[tuple[str, str]], y: float) -> list[str]:
 
 
 def clipped(points: Sequence[Point | None], top: float, bottom: float) -> list[list[Point]]:
-    """Pieces of the line that lie within ``top`` and ``bottom`` (pixels), cut where it crosses; None is a gap."""
+    """Return the pieces of the line within ``top`` and ``bottom`` (pixels), cut where it crosses; None is a gap."""
     pieces: list[list[Point]] = [[]]
     before: Point | None = None
     for point in points:
@@ -180,7 +182,7 @@ def clipped(points: Sequence[Point | None], top: float, bottom: float) -> list[l
 
 
 def _within(a: Point, b: Point, top: float, bottom: float) -> tuple[Point, Point] | None:
-    """The part of the segment from ``a`` to ``b`` between two heights, None if there is none."""
+    """Return the part of the segment from ``a`` to ``b`` between two heights, None if there is none."""
     if max(a[1], b[1]) < top or min(a[1], b[1]) > bottom:
         return None
 
@@ -194,7 +196,7 @@ def _within(a: Point, b: Point, top: float, bottom: float) -> tuple[Point, Point
 
 
 def _exit(pieces: list[list[Point]], points: Sequence[Point | None], y: Axis) -> Point | None:
-    """Where the curve leaves the plot for good (where it starts, if it never was inside), None if it ends inside."""
+    """Return where the curve leaves the plot for good (its start, if it was never inside), None if it ends inside."""
     if not pieces:
         first = next(point for point in points if point)
         return (first[0], min(max(first[1], y.end), y.start))
@@ -208,7 +210,7 @@ def _path(piece: list[Point]) -> str:
 
 
 def _area(curve: Curve, x: Axis, y: Axis, attributes: str) -> str:
-    """The band of a curve, held inside the plot; in pieces where an edge is not known."""
+    """Draw the band of a curve, held inside the plot; in pieces where an edge is not known."""
     pieces: list[list[tuple[float, float, float]]] = [[]]
     for step, low, high in zip(curve.steps, curve.low, curve.high, strict=True):
         if math.isfinite(low) and math.isfinite(high) and x.holds(step):
@@ -230,7 +232,7 @@ def _points(curve: Curve, x: Axis, y: Axis) -> list[Point | None]:
 
 
 def _at(y: Axis, value: float) -> float:
-    """Pixels; what a logarithmic axis cannot show is far below it."""
+    """Return pixels; values that a logarithmic axis cannot show are far below it."""
     return y.at(value) if not y.log or value > 0 else 10 * y.start
 
 
@@ -248,14 +250,16 @@ def _range_of(series: Sequence[Series], band: Curve | None) -> list[float]:
 
 
 def _near(values: Sequence[float], band: Sequence[float]) -> list[float]:
-    """Ends of a band, held within ``BAND_REACH`` times the span of the curves: of two seeds it is 30 times as wide."""
+    """Return the ends of a band, held within ``BAND_REACH`` times the span of the curves: with two seeds it is 30
+    times as wide."""
     least, most = min(values), max(values)
     reach = BAND_REACH * (most - least)
     return [min(max(value, least - reach), most + reach) for value in _finite(band)]
 
 
 def _middle(series: Sequence[Series], band: Curve | None) -> list[float]:
-    """0, where the curves end, and all but the 5 % furthest out on either side: the first steps would hide the rest."""
+    """Return 0, the ends of the curves, and all but the 5 % furthest out on either side: the first steps would hide
+    the rest."""
     steady = [one for one in series if one.steady] or series
     values = [0.0, *(_finite(one.curve.values)[-1] for one in steady)]
     for one in steady:
@@ -264,7 +268,7 @@ def _middle(series: Sequence[Series], band: Curve | None) -> list[float]:
 
 
 def _most(values: Sequence[float]) -> list[float]:
-    """All but the 5 % furthest out on either side."""
+    """Return all but the 5 % furthest out on either side."""
     ordered = sorted(_finite(values))
     cut = len(ordered) // 20
     return ordered[cut : len(ordered) - cut]

@@ -1,4 +1,4 @@
-"""Histograms and heat maps as SVG text: no library, no script, no network; for the HTML report and other sinks.
+"""Histograms and heat maps as SVG: no library, no script, no network; for the HTML report and other sinks.
 
 Colours are Okabe and Ito's, told apart by colour-blind readers, and the sequential blue prints as grey; what is lost
 is hatched as well as coloured.
@@ -20,7 +20,7 @@ LOWEST = -140  # log2 at which the bin that starts at 0 is drawn
 
 
 class Band(NamedTuple):
-    """One line under a histogram: the range of ``format`` at ``scale``, what it is called, and its figures."""
+    """One line under a histogram: the range of ``format`` at ``scale``, its label, and its figures."""
 
     label: str
     format: Format
@@ -44,7 +44,7 @@ class Box(NamedTuple):
     high: float
 
     def x(self, log2: float) -> float:
-        """Pixels, held inside the plot."""
+        """Return pixels, held inside the plot."""
         part = (log2 - self.low) / (self.high - self.low)
         return self.left + self.width * min(1.0, max(0.0, part))
 
@@ -54,7 +54,8 @@ class Box(NamedTuple):
 
 
 def histogram_svg(histogram: Histogram, bands: Sequence[Band], heads: Sequence[str] = ()) -> str:
-    """The magnitudes of one tensor over the ranges of the formats in ``bands``; x: log2, y: square root of density.
+    """Draw the magnitudes of one tensor over the ranges of the formats in ``bands``; x: log2, y: square root of
+    density.
 
     What the bands marked ``used`` would flush or saturate is hatched. ``heads`` name the figures beside the bands.
     """
@@ -73,7 +74,8 @@ def histogram_svg(histogram: Histogram, bands: Sequence[Band], heads: Sequence[s
 
 
 def window(histogram: Histogram, bands: Sequence[Band]) -> tuple[float, float]:
-    """log2 magnitudes to draw: all of the tensor's, and the ends of the narrow formats, in at most 46 octaves."""
+    """Return the log2 magnitudes to draw: all of the tensor's, and the ends of the narrow formats, in at most 46
+    octaves."""
     start, amax = histogram.span
     if not amax:
         return -12.0, 4.0
@@ -86,7 +88,7 @@ def window(histogram: Histogram, bands: Sequence[Band]) -> tuple[float, float]:
 
 
 def lower(band: Band) -> float:
-    """log2 of the magnitude up to which everything is flushed."""
+    """Return log2 of the magnitude up to which everything is flushed."""
     return math.log2(band.format.value.underflow_at / band.scale)
 
 
@@ -97,7 +99,7 @@ def upper(band: Band) -> float:
 def heat_map_svg(
     labels: Sequence[str], histograms: Histograms, marks: Sequence[tuple[float, float] | None] = ()
 ) -> str:
-    """One line a tensor, one column a power of two, the darker the larger its share of the elements (square root).
+    """Draw one line per tensor, one column per power of two, darker for a larger share of the elements (square root).
 
     The column apart is zeros; a label in orange has Inf or NaN. ``marks``: for each row the log2 magnitudes at which
     a format's range starts and ends, drawn as orange bars. ValueError if there is no row.
@@ -145,7 +147,7 @@ def _marks(plot: Box, y: float, height: float, ends: tuple[float, float] | None)
 
 
 def _density(histogram: Histogram, plot: Box) -> list[str]:
-    """The outline of the histogram: share of elements per octave, on a square-root axis with its ticks."""
+    """Draw the outline of the histogram: share of elements per octave, on a square-root axis with its ticks."""
     counts = histogram.counts[:N_MAGNITUDES]
     used = counts.nonzero().flatten().tolist()
     if not used:
@@ -180,7 +182,7 @@ def _y_ticks(plot: Box, top: float, y: Callable[[float], float]) -> list[str]:
 
 
 def _x_axis(plot: Box, y: float) -> list[str]:
-    """Powers of two under a plot, every 1, 2, 4 or 8 octaves."""
+    """Draw powers of two under a plot, every 1, 2, 4 or 8 octaves."""
     step = next(s for s in (1, 2, 4, 8, 16, 32) if (plot.high - plot.low) / s <= max(2.0, plot.width / 34))
     parts = []
     exponent = math.ceil(plot.low / step) * step
@@ -193,7 +195,7 @@ def _x_axis(plot: Box, y: float) -> list[str]:
 
 
 def _lost(plot: Box, band: Band) -> list[str]:
-    """Hatched regions outside the range of the format in use, with a line at either end."""
+    """Draw hatched regions outside the range of the format in use, with a line at either end."""
     parts = []
     for start, end, at in ((plot.low, lower(band), lower(band)), (upper(band), plot.high, upper(band))):
         left, right = plot.x(start), plot.x(end)
@@ -205,7 +207,7 @@ def _lost(plot: Box, band: Band) -> list[str]:
 
 
 def _guide(plot: Box, band: Band) -> list[str]:
-    """A thin dashed line through the histogram where a format starts to flush."""
+    """Draw a thin dashed line through the histogram where a format starts to flush."""
     at = lower(band)
     if not plot.low < at < plot.high:
         return []
@@ -213,7 +215,7 @@ def _guide(plot: Box, band: Band) -> list[str]:
 
 
 def _band(plot: Box, band: Band, y: float) -> list[str]:
-    """A bar over the format's range: dark where numbers are normal, light where they are subnormal."""
+    """Draw a bar over the format's range: dark where numbers are normal, light where they are subnormal."""
     spec = band.format.value
     start, end = lower(band), upper(band)
     normal = start if spec.integer else math.log2(spec.min_normal / band.scale)

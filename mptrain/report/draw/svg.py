@@ -1,4 +1,4 @@
-"""The little SVG that the drawings are made of: lines, texts, colours."""
+"""SVG primitives: lines, texts, rectangles, colours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FONT = "font-family='system-ui,Segoe UI,Helvetica,Arial,sans-serif'"
 
 
 def blue(depth: float) -> str:
-    """A colour between white (0) and dark blue (1 or more)."""
+    """Return a colour between white (0) and dark blue (1 or more)."""
     place = min(1.0, depth) * (len(BLUES) - 1)
     at = min(int(place), len(BLUES) - 2)
     mixed = [round(a + (place - at) * (b - a)) for a, b in zip(BLUES[at], BLUES[at + 1], strict=True)]
@@ -39,7 +39,7 @@ def line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float, 
 
 
 def rect(x: float, y: float, width: float, height: float, paint: str, tip: str = "") -> str:
-    """A rectangle with the attributes ``paint``, and a tooltip."""
+    """Return a rectangle with the attributes ``paint``, and a tooltip."""
     title = f"<title>{escape(tip)}</title>" if tip else ""
     return f"<rect x='{x:.2f}' y='{y:.1f}' width='{width:.2f}' height='{height:.1f}' {paint}>{title}</rect>"
 
@@ -52,13 +52,13 @@ def text(
 
 
 def pattern(name: str, ground: str, over: str, more: str = "") -> str:
-    """A pattern of 6 pixels: the paint of its ground, and what is drawn over it."""
+    """Return a pattern of 6 pixels: the paint of its ground, and the shapes over it."""
     shapes = f"<rect width='6' height='6' {ground}/>{over}"
     return f"<pattern id='{name}' width='6' height='6' patternUnits='userSpaceOnUse' {more}>{shapes}</pattern>"
 
 
 def svg(width: float, height: float, parts: Iterable[str]) -> str:
-    """A stand-alone SVG image; with the hatch that marks what is lost."""
+    """Return a stand-alone SVG image, with the hatch pattern that marks lost values."""
     body = "".join(parts)
     name = f"hatch{zlib.crc32(body.encode()):08x}"  # unique in a page: a pattern in a folded part may not be found
     lines = f"<line x1='0' y1='0' x2='0' y2='6' stroke='{BAD}' stroke-width='1.6' stroke-opacity='.7'/>"

@@ -1,4 +1,4 @@
-"""The loss scale over training and, on the same steps, what happened to it: a lane a variant, a shape an event."""
+"""The loss scale over training with its events on the same axis: a lane per variant, a shape per kind of event."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OTHER = Kind("circle", "#777777", "other event")
 
 
 def timeline_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
-    """Scales (log2) over lanes of events. ValueError if no variant has a scale or an event."""
+    """Draw scales (log2) over lanes of events. ValueError if no variant has a scale or an event."""
     pairs = list(zip(variants, styles, strict=True))
     scaled = [(v, s, v.health.scale) for v, s in pairs if v.health.scale and _logs(v.health.scale)]
     lanes = [(variant, drawn) for variant, drawn in pairs if variant.health.events]
@@ -57,7 +57,7 @@ def timeline_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
 
 
 def _scales(scaled: Sequence[tuple[Variant, Style, Curve]], x: Axis) -> tuple[list[str], float]:
-    """The upper panel, and the height at which the lanes may start."""
+    """Return the upper panel, and the height at which the lanes may start."""
     powers = [power for _, _, scale in scaled for power in _logs(scale)]
     low, high = math.floor(min(powers)), math.ceil(max(powers))
     bottom = TOP + max(SCALES, PITCH * (len(scaled) + 1))
@@ -78,7 +78,7 @@ def _scales(scaled: Sequence[tuple[Variant, Style, Curve]], x: Axis) -> tuple[li
 
 
 def _stairs(scale: Curve, x: Axis, y: Axis) -> str:
-    """A scale holds until the step that changes it; gaps where it is not known."""
+    """Return the path of a scale, which holds until the step that changes it; gaps where it is unknown."""
     path, open_ = [], False
     for step, value in zip(scale.steps, scale.values, strict=True):
         if not math.isfinite(value) or value <= 0:
@@ -105,13 +105,13 @@ def _lane(variant: Variant, name: str, kinds: Sequence[str], x: Axis, top: float
 
 
 def _of_kind(variant: Variant, kind: str) -> list[dict[str, Any]]:
-    """List events in the order of steps; an empty ``kind``: those that have no mark of their own."""
+    """List events in the order of steps; an empty ``kind``: those without a mark of their own."""
     events = [e for e in variant.health.events if (e["event"] if e["event"] in KINDS else "") == kind]
     return sorted(events, key=lambda event: int(event["step"]))
 
 
 def bunched(events: Iterable[dict[str, Any]], x: Axis) -> list[list[dict[str, Any]]]:
-    """Runs of events so near each other that their marks would be one blot."""
+    """Group events so near each other that their marks would overlap."""
     bunches: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
         bunches[int((x.at(int(event["step"])) - x.start) / NEAR)].append(event)
@@ -119,7 +119,7 @@ def bunched(events: Iterable[dict[str, Any]], x: Axis) -> list[list[dict[str, An
 
 
 def _tip(variant: Variant, events: Sequence[dict[str, Any]]) -> str:
-    """Tell the first few events."""
+    """Describe the first few events."""
     lines = [f"{variant.label}: {len(events)} events"] if len(events) > 1 else [variant.label]
     for event in events[:4]:
         where = " ".join(str(event[key]) for key in ("reason", "layer", "role") if event.get(key))

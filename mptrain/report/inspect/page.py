@@ -56,7 +56,7 @@ def _tensor(row: Row, histogram: Histogram, *, opened: bool) -> dict[str, Any]:
 
 
 def _figures(row: Row) -> list[tuple[str, bool]]:
-    """Return the figures of a summary line, and which of them are bad: said in words, so that no colour decides."""
+    """Return the figures of a summary line, and whether each is bad: in words as well as by colour."""
     words = []
     used = row.used
     bad = row.inf + row.nan
@@ -78,7 +78,7 @@ def _figures(row: Row) -> list[tuple[str, bool]]:
 
 
 def bands_of(row: Row) -> list[Band]:
-    """The cast of the run first, then every judged format at its scale."""
+    """Return the cast of the run first, then every judged format at its scale."""
     bands = []
     used = row.used
     if used and used.scale and used.headroom_bits is not None and used.format in FORMATS:

@@ -1,4 +1,4 @@
-"""The figures of ``mptrain inspect``: what each format makes of every tensor of a sampled step, or of a checkpoint.
+"""The figures of ``mptrain inspect``: every tensor of a sampled step, or of a checkpoint, in each format.
 
 Each row is one tensor (layer, role). Formats are judged at their best power-of-two scale, but for those with FP32's
 range (BF16, TF32, FP32): nobody scales them, so they are judged as they are used, at 1.
@@ -48,7 +48,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Used:
-    """The cast of the run: counts are exact; None where the record does not say."""
+    """The cast of the run: counts are exact; None where the record has no count."""
 
     format: str
     scale: float | None = None
@@ -72,7 +72,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Lost:
-    """The coordinates that an update asked to move and that did not, by what holds the weights."""
+    """Coordinates that an update asked to move and that did not, by the storage of the weights."""
 
     asked: float
     bf16: float
@@ -83,7 +83,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor. What the record does not hold is None or empty."""
+    """One tensor. Figures that the record does not hold are None or empty."""
 
     index: int  # among the rows of Tensors
     layer: str
@@ -114,7 +114,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors that are inspected: names, and the tables of a record (or the histograms of a file's tensors)."""
+    """The inspected tensors: names, and the tables of a record (or the histograms of a file's tensors)."""
 
     title: str
     rows: list[tuple[str, str, str]]
@@ -128,7 +128,7 @@ class Tensors:
 
 
 def load(path: Path, step: int | None = None) -> Tensors:
-    """A run's folder (the record of ``step``, default the last), a checkpoint or a .safetensors file.
+    """Read a run's folder (the record of ``step``, default the last), a checkpoint or a .safetensors file.
 
     ValueError for all else.
     """
@@ -182,7 +182,7 @@ def _listed(counts: Counter[str]) -> str:
 
 
 def place_of(name: str, ours: bool) -> tuple[str, str] | None:
-    """(layer, role) of a tensor in a file; of a checkpoint of mptrain, None for all but weights and moments."""
+    """Return (layer, role) of a tensor in a file; of a checkpoint of mptrain, None for all but weights and moments."""
     if ours:
         part, _, name = name.partition("/")
         if part == "optimizer":
@@ -195,7 +195,7 @@ def place_of(name: str, ours: bool) -> tuple[str, str] | None:
 
 
 def select(tensors: Tensors, role: str = "", layer: str = "") -> Tensors:
-    """The rows of one role, and of layers in whose name the regex is found. ValueError if there are none."""
+    """Return the rows of one role, and of layers whose name matches the regex. ValueError if there are none."""
     keep = list(range(len(tensors.rows)))
     if role:
         roles = sorted({row[1] for row in tensors.rows})
@@ -217,14 +217,14 @@ def select(tensors: Tensors, role: str = "", layer: str = "") -> Tensors:
 
 
 def format_named(name: str) -> Format:
-    """ValueError with the nearest for a name that is not one of :data:`FORMATS`."""
+    """Return the format of this name. ValueError with the nearest one if it is not in :data:`FORMATS`."""
     if name not in FORMATS:
         raise ValueError(f"format {name!r} is unknown{did_you_mean(name, [*FORMATS])}")
     return FORMATS[name]
 
 
 def figures(tensors: Tensors, formats: tuple[Format, ...] = JUDGED) -> list[Row]:
-    """Every row judged in ``formats``, worst first."""
+    """Judge every row in ``formats``; return them worst first."""
     histograms = tensors.histograms
     judged = _judged(histograms, formats) if histograms else [{} for _ in tensors.rows]
     cast = _judged_as_cast(tensors, histograms) if histograms else {}
@@ -243,7 +243,7 @@ def _judged(histograms: Histograms, formats: tuple[Format, ...]) -> list[dict[st
 
 
 def _judged_as_cast(tensors: Tensors, histograms: Histograms) -> dict[int, Judged]:
-    """Row index -> the format of the run's cast, judged at the scale in use."""
+    """Map row indices to the format of the run's cast, judged at the scale in use."""
     judged: dict[int, Judged] = {}
     if "scale" not in tensors.tables:
         return judged
@@ -313,7 +313,7 @@ def _spread(recorded: dict[str, Tensor], amax: float | None) -> dict[str, Spread
 
 
 def plain(value: Any) -> Any:
-    """Rows as JSON can hold them: dataclasses and shares as dicts."""
+    """Return rows as JSON can hold them: dataclasses and shares as dicts."""
     if isinstance(value, Share):
         return value._asdict()
     if hasattr(value, "__dataclass_fields__"):

@@ -1,4 +1,4 @@
-"""``mptrain inspect`` for the terminal: tables of figures, worst rows first, readable at 100 columns."""
+"""``mptrain inspect`` in the terminal: tables of figures, worst rows first, readable at 100 columns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COARSE = 0.25  # share of subnormals from which a cell is yellow: a quarter of t
 
 
 def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Format | None, every: bool) -> None:
-    """All that the record holds of ``rows``; ``only``: one format with all its figures; ``every``: no row left out."""
+    """Print all figures of ``rows``; ``only``: one format with all its figures; ``every``: no row left out."""
     console.print(tensors.title, style="bold", highlight=False, soft_wrap=True)
     width = LAYER_WIDTH if console.width >= 97 else max(9, LAYER_WIDTH - (93 - console.width))  # figures stay whole
     shown = rows if every else rows[:SHOWN]
@@ -46,7 +46,7 @@ def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Form
 
 
 def all_formats(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """One line a tensor, one compact cell a format."""
+    """Return a table with a line per tensor and a compact cell per format."""
     names = [*dict.fromkeys(name for row in rows for name in row.formats)]
     table = _table("saturated/flushed/subnormal, % of elements", *(name for name in names))
     for row in rows:
@@ -55,7 +55,7 @@ def all_formats(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
 
 
 def one_format(rows: list[Row], fmt: Format, width: int = LAYER_WIDTH) -> Table:
-    """One line a tensor with everything known about it in one format; ranges where the bins only bound a share."""
+    """Return a table with all figures of each tensor in one format; ranges where the bins only bound a share."""
     title = f"{fmt} {'unscaled' if fmt in UNSCALED else 'at its best power-of-two scale'}"
     table = _table(title, "scale", "saturated", "flushed", "subnormal", "room", "amax", "median")
     for row in rows:
@@ -68,7 +68,7 @@ def one_format(rows: list[Row], fmt: Format, width: int = LAYER_WIDTH) -> Table:
 
 
 def as_cast(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """Tell what the run's own casts did, by exact counts."""
+    """Return a table of the run's own casts, by exact counts."""
     table = _table("as cast in the run", "format", "scale", "saturated", "flushed", "inf+nan", "subnorm", "SQNR")
     for row in rows:
         used = row.used
@@ -92,7 +92,7 @@ def as_cast(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
 
 
 def amaxes(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """Show the rest of a record that holds neither histograms nor casts."""
+    """Return a table for a record that holds neither histograms nor casts."""
     table = _table("tensors", "amax")
     for row in rows:
         table.add_row(*_place(row, width), _power(row.amax))
@@ -100,7 +100,7 @@ def amaxes(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
 
 
 def spreads(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """How far below the tensor's amax its blocks lie: bits that one scale a block would win back."""
+    """Return how far the blocks' amaxes lie below the tensor's: bits that one scale per block would win back."""
     sizes = [*dict.fromkeys(size for row in rows for size in row.spread)]
     heads = [f"{what} of {size}" for size in sizes for what in ("median", "1st %ile")]
     table = _table("bits from the tensor's amax down to that of its blocks", *heads)
@@ -111,7 +111,7 @@ def spreads(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
 
 
 def lost_updates(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """Coordinates that an optimizer step asked to move and that stayed, by what holds the weights."""
+    """Return the coordinates that a step asked to move and that stayed, by the storage of the weights."""
     title = "updates lost, % of the coordinates asked to move"
     table = _table(title, "asked", "BF16", "FP32", "BF16 stochastic", "BF16+16 bits")
     for row in rows:
@@ -124,7 +124,7 @@ def lost_updates(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
 
 
 def compact(judged: Judged, name: str) -> Text:
-    """``saturated/flushed/subnormal`` in percent (integers have no subnormals), ``.`` if all are 0."""
+    """Write ``saturated/flushed/subnormal`` in percent (integers have no subnormals), ``·`` if all are 0."""
     shares = [share.estimate for share in (judged.saturated, judged.flushed, judged.subnormal)]
     shares = shares[:2] if FORMATS[name].value.integer else shares
     if not any(shares):
@@ -134,7 +134,7 @@ def compact(judged: Judged, name: str) -> Text:
 
 
 def share_text(share: Share) -> str:
-    """Write it in percent; ``low-high`` where the bins only bound it."""
+    """Write a share in percent; ``low-high`` where the bins only bound it."""
     low, high = percent(share.low), percent(share.high)
     return f"{low}%" if low == high else f"{low}-{high}%"
 
@@ -151,7 +151,7 @@ def _stayed(row: Row) -> float:
 
 
 def _brief(name: str) -> str:
-    """The part of a format's name that tells it from others: 100 columns hold no more."""
+    """Return the part of a format's name that distinguishes it: 100 columns hold no more."""
     return name.removeprefix("fp8_").removeprefix("fp4_")
 
 
