@@ -2,11 +2,11 @@
 
 Hydra composes the jobs and starts them, here, in other processes or on a cluster. What this module adds lives in files
 of the sweep's folder alone, so that every launcher can share it: ``sweep.json`` (what the sweep varies), a folder for
-each run with ``job.json`` (its settings), ``error.json`` if it failed and ``console.log`` with what it had to say.
+each run with ``job.json`` (its settings), ``error.json`` if it failed and ``console.log`` with its output.
 
 A job is known by its settings, not by its number: the same sweep started again finishes what is missing, a larger one
 in the same folder adds to it, and jobs that would compute the same (FP32 at three amax histories) are run once.
-A job that fails leaves its error and lets the others go on.
+A job that fails leaves its error; the others continue.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ class Sweep(Callback):
         try:
             folder = _plan(config)
             _held = claim(folder)
-        except (OSError, ValueError) as error:  # Hydra would make a warning of it and go on
+        except (OSError, ValueError) as error:  # Hydra would only warn and continue
             print(f"error: sweep_dir={config.sweep_dir} cannot be used: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         console = Console()
         given_steps = [word.partition("=")[2] for word in _given(config) if word.startswith("trainer.max_steps=")]
         if given_steps and given_steps[-1].isdigit() and int(given_steps[-1]) < FEW_STEPS:
-            few = f"{given_steps[-1]} steps a run are too few for a verdict"
-            console.print(f"{few}: trainer.max_steps={FEW_STEPS} or more gives one", highlight=False)
+            few = f"{given_steps[-1]} steps per run are too few for a verdict"
+            console.print(f"{few}: use trainer.max_steps={FEW_STEPS} or more", highlight=False)
         _watch = watch.Watch(folder, console)
         _watch.start()
 
@@ -186,7 +186,7 @@ def report(folder: Path, console: Console) -> int:
     for run in failed:
         console.print(f"{run.name} failed: {run.why} ({folder / run.name / ERROR})", highlight=False, soft_wrap=True)
     if any(run.status is not Status.finished for run in all_runs):
-        console.print("not every run is finished: the same command continues with what is missing", highlight=False)
+        console.print("some runs are unfinished; rerun the same command to complete them", highlight=False)
     others = ", ".join(path.name for path in written[1:])
     console.print(f"report: {written[0]} (and {others})", highlight=False, soft_wrap=True)
     return len(failed)

@@ -1,6 +1,6 @@
 """``mptrain bench cpu``: the cost of the emulation, the kernels and the trainer on this CPU.
 
-One torch thread. Figures are process CPU time; wall time stands beside them for information. Variants take turns
+One torch thread. Figures are process CPU time; wall time is shown for information. Variants take turns
 within each repetition, and the reference runs twice in each (its A/A twin: what differs between the two is noise). A
 figure is the median over the repetitions of the paired ratio or difference, so that a machine that slows down slows
 both sides. ``--dry-run`` goes the same way with tiny sizes; its figures mean nothing.

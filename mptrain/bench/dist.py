@@ -2,8 +2,8 @@
 
 Starts its own ranks on this machine: gloo on CPUs with one torch thread each, NCCL where every rank has a GPU. All
 variants live in one process group and take turns, in reverse order every other time. Times are wall time from barrier
-to the last rank's end; process CPU time of all ranks stands beside them. A figure is the median over the repetitions of
-the paired ratio, and the reference runs twice (its A/A twin: what differs between the two is noise).
+to the last rank's end; process CPU time of all ranks is shown next to it. A figure is the median over the repetitions
+of the paired ratio, and the reference runs twice (its A/A twin: what differs between the two is noise).
 
 Rows: steps of the trainer under DDP and FSDP against the hand-written loop; how long training waits for a checkpoint
 that is written in the background, against one it waits for until it is on disk; what each compression of gradients
@@ -56,7 +56,7 @@ def measure_steps(sizes: Sizes, device: str) -> Iterator[Row]:
             watched = trainer_of(usual)
             watch = Watchdog(prepared.ranks, prepared.config.dist.timeout_s)
             stack.callback(watch.close)
-            watched.fit(until=0, watch=watch)  # is told from here on
+            watched.fit(until=0, watch=watch)  # beats from here on
             hands = [ByHand(wrapper, prepared) for _ in range(2)]
             variants: dict[str, Step] = {"hand": hands[0].step, "ours": trainer_of(prepared).step}
             variants |= {"defaults": watched.step, "hand" + TWIN: hands[1].step}

@@ -1,9 +1,9 @@
 """``mptrain bench telemetry``: the cost of the flight recorder on this CPU, next to other ways of watching tensors.
 
 One torch thread, BF16 training steps of two GPTs. *Inside the calls* is thread CPU time spent in the recorder's own
-functions (hooks, passes over tensors, the record and its file) as a share of the step's: small shares cannot be told
-from noise by timing whole steps. An interval's share is that of one sampled step and of the steps between, measured
-apart. Whole steps stand beside it: variants take turns, with an A/A twin of the unwatched step; medians of paired
+functions (hooks, passes over tensors, the record and its file) as a share of the step's: timing whole steps cannot
+separate small shares from noise. An interval's share is that of one sampled step and of the steps between, measured
+apart. Whole steps are shown next to it: variants take turns, with an A/A twin of the unwatched step; medians of paired
 ratios.
 """
 

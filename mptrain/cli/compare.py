@@ -20,7 +20,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs (a sweep)"
     )
-    parser.add_argument("--baseline", type=Path, metavar="RUN", help="compare with runs like this one (default: FP32)")
+    what = "use this run's settings as the baseline (default: FP32)"
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help=what)
     what = "largest difference that counts as equal, relative to the loss or in accuracy (default: %(default)s)"
     parser.add_argument("--margin", type=float, default=comparing.MARGIN_FRAC, metavar="FRAC", help=what)
     for name, kind in (
@@ -29,7 +30,7 @@ def run(argv: list[str]) -> int:
         ("json", "all of it"),
     ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"also write {kind}")
-    parser.add_argument("--watch", action="store_true", help="refresh while runs are at work; Ctrl-C ends it")
+    parser.add_argument("--watch", action="store_true", help="refresh while runs are in progress; stop with Ctrl-C")
     asked = parser.parse_args(argv)
     require(asked.margin > 0, "--margin", asked.margin, "above 0, e.g. 0.005")
 

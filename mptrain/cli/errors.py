@@ -34,7 +34,7 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; every saved checkpoint is whole (resume=auto run_dir=FOLDER continues)", file=sys.stderr)
+        print("interrupted; saved checkpoints are complete (resume=auto run_dir=FOLDER continues)", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         if not _is_told(error):  # by rank 0

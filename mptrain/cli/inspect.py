@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("path", type=Path, metavar="RUN", help=what)
     parser.add_argument("--step", type=int, help="a recorded step (default: the last)")
     parser.add_argument("--role", default="", help="only this role: input, weight, grad_output, ...")
-    parser.add_argument("--layer", default="", metavar="REGEX", help="only layers in whose name this is found")
+    parser.add_argument("--layer", default="", metavar="REGEX", help="only layers with a match in their name")
     parser.add_argument("--format", default="", metavar="F", help="one format with all its figures")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also draw every histogram into one HTML file")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of tables")

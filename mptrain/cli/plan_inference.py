@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", metavar="REGEX", help=f"layers or groups not quantized, full match (default: {KEEP})")
     parser.add_argument("--keep-format", metavar="F", help=f"of those, norms, biases: {' '.join(WIDE)} (default: bf16)")
     parser.add_argument("--group-size", type=int, metavar="N", help="weights a scale, for int4 (default: 128) and int8")
-    text = f"of the KV cache: {' '.join(KV_FORMATS)} (default: what is computed in)"
+    text = f"format of the KV cache: {' '.join(KV_FORMATS)} (default: the compute format)"
     parser.add_argument("--kv-format", metavar="F", help=text)
     parser.add_argument("--batch", type=int, metavar="N", help="sequences at once (default: 1)")
     for name in ("input", "output"):
@@ -72,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         "--fit", metavar="SIZE", help="memory of one GPU that may be used, instead of all that --gpu has"
     )
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="so many (default: as few as it takes; one with --fit alone)"
+        "--gpus", type=int, metavar="N", help="number of GPUs (default: the minimum; one with --fit alone)"
     )
-    text = "article: beside it the planning article's sums, which mix GB and GiB"
+    text = "article: also the planning article's sums, which mix GB and GiB"
     parser.add_argument("--convention", choices=("exact", "article"), default="exact", help=text)
     parser.add_argument("--json", action="store_true", help="print bytes as JSON instead of a table")
     parser.set_defaults(format=None)

@@ -92,12 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", default="", metavar="REGEX", help="layers left as they are (full match)")
     parser.add_argument("--average", action="store_true", help="the running average of a run's weights")
     parser.add_argument("--calibrate", type=int, default=4, metavar="N", help="batches of a run's data to see")
-    what = f"judge it by so many batches of a run's validation data (default: {BATCHES}; 0: not at all)"
+    what = f"batches of a run's validation data to evaluate on (default: {BATCHES}; 0: not at all)"
     parser.add_argument("--evaluate", type=int, metavar="N", help=what)
-    what = "first fine-tune for so many steps with weights rounded as they will be (INT4, INT2)"
+    what = "steps of fine-tuning with rounded weights before quantizing (INT4, INT2)"
     parser.add_argument("--finetune", type=int, default=0, metavar="STEPS", help=what)
     parser.add_argument("--finetune-lr", type=float, default=qat.RATE, metavar="LR", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="OUT", help="the folder to make (default: beside the model)")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="the folder to create (default: next to the model)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures of every layer")
     parser.add_argument("--all", action="store_true", help=f"every layer, not only the worst {SHOWN}")

@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
         steps=asked.steps,
         kills=asked.kills,
     )
-    table = Table(title="killed and resumed, against never killed")
+    table = Table(title="interrupted vs. uninterrupted runs")
     for name in ("run", "kills", "verdict", "seconds"):
         table.add_column(name, overflow="fold")
     for one in verdicts:

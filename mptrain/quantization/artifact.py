@@ -96,7 +96,7 @@ def read(folder: Path) -> dict[str, Any]:
     if not (folder / MARK).is_file():
         raise ValueError(f"{folder} is not a quantized model: it has no {MARK}")
     if "version" not in described:
-        raise ValueError(f"{folder / MARK} is torn: quantize the original again")
+        raise ValueError(f"{folder / MARK} is incomplete or corrupt: quantize the original again")
     if described["version"] != VERSION:
         raise ValueError(
             f"{folder} is of version {described['version']} and this mptrain reads {VERSION}: quantize again"

@@ -68,7 +68,7 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} is torn: fetch it again") from error
+            raise ValueError(f"{folder / INDEX} is incomplete or corrupt: fetch it again") from error
         for shard in shards:
             if not (folder / shard).is_file():
                 raise ValueError(f"{folder} lacks {shard}, a shard of {len(shards)} that {INDEX} names: fetch it again")

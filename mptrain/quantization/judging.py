@@ -17,7 +17,7 @@ from mptrain.report import wording
 from mptrain.report.deploy.matrix import Evaluation
 from mptrain.report.deploy.terminal import print_evaluation
 
-BATCHES = 8  # validation batches, where nobody says
+BATCHES = 8  # validation batches, by default
 REPEATS = 5  # timed forwards
 
 

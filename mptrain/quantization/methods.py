@@ -49,7 +49,7 @@ class Method:
 
     @property
     def cast(self) -> bool:
-        """Tell whether it is a change of the whole model's dtype, without scales."""
+        """Whether it changes the dtype of the whole model, without scales."""
         return self.make is None
 
     def group(self, asked: int | None) -> int | None:
@@ -123,7 +123,7 @@ def _row_or_group(torchao: Any, size: int | None) -> Any:
 
 
 def _tensor_and_row(torchao: Any, _: int | None) -> list[Any]:
-    """Return the granularities of activations, whose scale is fixed, and of weights."""
+    """Return the granularities of activations (one fixed scale) and of weights."""
     return [torchao.PerTensor(), torchao.PerRow()]
 
 

@@ -2,7 +2,7 @@
 
 torchao's QAT swaps layers for ones that round in the forward and let gradients pass as if they had not, but to weights
 that were clipped (Jacob et al. 2018). The swap is checked: a name that matches nothing would leave a model that was
-fine-tuned in full precision, and nobody would see it from the loss. Afterwards the layers are plain again and the model
+fine-tuned in full precision, and the loss would not show it. Afterwards the layers are plain again and the model
 is quantized and verified like any other.
 """
 

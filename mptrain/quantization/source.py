@@ -61,7 +61,7 @@ def open_source(path: str | Path, average: bool = False) -> Source:
     path = Path(path)
     folder = path.parent if path.is_file() else path
     if not path.exists():
-        raise ValueError(f"nothing at {path}: give a run, a checkpoint of one, or a Hugging Face model")
+        raise ValueError(f"{path} does not exist: pass a run, a checkpoint of one, or a Hugging Face model")
     if (folder / MARK).exists():
         raise ValueError(f"{folder} is quantized already ({MARK}): quantize the original")
     if huggingface.is_one(folder):
@@ -71,7 +71,9 @@ def open_source(path: str | Path, average: bool = False) -> Source:
     if path.is_file():
         raise ValueError(f"{path}: there is no config.json next to it that says what model it is of (model_type)")
     if (folder / "config.json").is_file() and "model" not in object_in(folder / "config.json"):
-        raise ValueError(f"{folder}/config.json is torn, or neither a run's (model) nor Hugging Face's (model_type)")
+        raise ValueError(
+            f"{folder}/config.json is incomplete, corrupt, or neither a run's (model) nor Hugging Face's (model_type)"
+        )
     return _run(path, average)
 
 

@@ -27,7 +27,7 @@ def print_audit(console: Console, audit: Audit) -> None:
     for problem in problems:
         console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
     if not problems:
-        console.print("no problem: every product ran in what it was asked for", highlight=False)
+        console.print("OK: every GEMM ran in the requested precision", highlight=False)
 
 
 def audit_rows(audit: Audit) -> list[tuple[Cells, float]]:

@@ -1,6 +1,6 @@
 """Render the HTML of every report: Jinja templates with autoescape, one stylesheet, no script, no network.
 
-Every number in a table has its exact value beside what is shown: ``<td data-key='fp8/val' data-value='2.40312'>``, the
+Every number in a table carries its exact value as well: ``<td data-key='fp8/val' data-value='2.40312'>``, the
 label of the row and the key of the column. An unknown one has no ``data-value``.
 """
 

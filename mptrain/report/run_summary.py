@@ -77,15 +77,15 @@ def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if summary.get("plan"):
         planned, off = summary["plan"]["planned_gib"], summary["plan"]["plan_error_frac"]
-        apart = "as measured" if abs(off) < 5e-4 else f"{off:+.1%} beside what was measured"
+        apart = "as measured" if abs(off) < 5e-4 else f"{off:+.1%} vs. measured"
         rows.append(("memory plan", f"{planned:.3f} GiB, {apart}"))
     if "gemm_flops" in summary:
         rows.append(("GEMM FLOPs", summary["gemm_flops"]))
-        rows += [("not as asked", problem) for problem in summary["audit"][:SHOWN]]
+        rows += [("precision mismatch", problem) for problem in summary["audit"][:SHOWN]]
     fitted = {"current": "tensor", "rowwise": "row", "block": "block"}.get(summary["scaling"])
     if overflow == 0 and fitted:
-        why = f"{summary['scaling']} scaling fits the largest value of each {fitted} to the format, so none can"
-        rows.append(("no overflow?", why))
+        why = f"{summary['scaling']} scaling fits the largest value of each {fitted} to the format"
+        rows.append(("no overflow", f"{why}, so overflow cannot occur"))
     if summary["emulated"]:
         rows.append(("speed", emulation_note(summary["precision"])))
     if summary["baseline"]["note"]:
@@ -95,7 +95,7 @@ def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def emulation_note(precision: str) -> str:
     unit = precision.partition("-")[0].upper()
-    return f"emulated: no {unit} unit here; numerics are real, speed is not"
+    return f"emulated: no {unit} unit here; numerics are exact, speed is not"
 
 
 def _decided(cells: tuple[str, str], steps: int) -> str:
@@ -118,4 +118,4 @@ def print_end(say: Callable[[str], None], folder: Path, go_on: str) -> None:
     """Print where the files are; ``go_on``: the command that continues a stopped run, else empty."""
     say(f"run folder: {folder} (summary.json, metrics.jsonl, events.jsonl, checkpoints)")
     if go_on:
-        say(f"stopped before the end; the state is saved. Continue with: {go_on}")
+        say(f"interrupted; state saved. Continue with: {go_on}")

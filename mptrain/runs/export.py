@@ -47,7 +47,7 @@ def _translated(run: Path, state: dict[str, Tensor]) -> tuple[dict[str, Any], di
     if not hasattr(module, "hugging_face"):
         having = [name for name in models.kinds() if hasattr(models.load(name), "hugging_face")]
         raise ValueError(
-            f"model.kind={kind} has no twin in Hugging Face's transformers; these have: {', '.join(having)}"
+            f"model.kind={kind} cannot be exported to Hugging Face's transformers; supported: {', '.join(having)}"
         )
     translated: tuple[dict[str, Any], dict[str, Tensor]] = module.hugging_face(trained.model_config(run, state), state)
     return translated

@@ -1,6 +1,6 @@
 """The folder of a run: creation, write access, and a lock against other runs.
 
-A run holds a lock on its folder while it is at work. The system lets go of it when the process ends, however it ends,
+A run locks its folder while it is in progress. The system releases the lock when the process ends, however it ends,
 so a folder without a summary and without a lock is of a run that was stopped.
 """
 
@@ -75,7 +75,7 @@ def claim(folder: Path) -> TextIO:
     try:
         return hold(folder / identity.LOCK)
     except BlockingIOError:
-        raise ValueError(f"{folder} is in use by a run at work: wait for it, or choose another run_dir") from None
+        raise ValueError(f"{folder} is in use by another run: wait for it, or choose another run_dir") from None
 
 
 def launched() -> str:

@@ -1,6 +1,6 @@
 """Reader of run folders in any state: finished, running, stopped, failed or damaged. A damaged run raises no error.
 
-A value that was not a number is null in the files and NaN here, so it can be told from one that was never written.
+A value that was not a number is null in the files and NaN here, to distinguish it from one that was never written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Status(Enum):
 
     finished = "finished"
     running = "running"
-    stopped = "stopped"  # before its last step, and nobody is at it: resume=auto continues it
+    stopped = "stopped"  # before its last step, and no process runs it: resume=auto continues it
     failed = "failed"
     unreadable = "unreadable"
 
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def mixed(self) -> str:
-        """Why its numbers are of no one policy; empty for a run of one piece."""
+        """The changes of precision during the run; empty if there were none."""
         parts = []
         for attempt in self.attempts:
             changes = attempt.get("changes", {})
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def elsewhere(self) -> bool:
-        """Tell whether it was resumed on another machine, torch or number of ranks: its speed is of no one place."""
+        """Whether it was resumed on another machine, torch or number of ranks: its speed is then not comparable."""
         return any(attempt.get("elsewhere") for attempt in self.attempts)
 
     @property
@@ -124,8 +124,8 @@ def is_run(folder: Path) -> bool:
 
 
 def _nearest(path: Path) -> str:
-    beside = [inner.name for inner in path.parent.glob("*") if inner.is_dir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
+    siblings = [inner.name for inner in path.parent.glob("*") if inner.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
     return f": did you mean {path.parent / near[0]}?" if near else ": give the folder of a run or of a sweep"
 
 
@@ -176,7 +176,7 @@ def _status(folder: Path, config: dict[str, Any], summary: dict[str, Any], step:
     if not whole:
         return Status.unreadable, _damage(folder)
     if (folder / "summary.json").exists() and not summary:
-        return Status.unreadable, "summary.json is torn"
+        return Status.unreadable, "summary.json is incomplete or corrupt"
     going_on = f"python train.py run_dir={folder} resume=auto continues it"
     continued = going_on if (folder / "checkpoints").exists() else "start it again"
     return Status.stopped, f"stopped at step {step} of {whole}: {continued}"
@@ -193,7 +193,7 @@ def settings_in(folder: Path) -> dict[str, Any]:
 
 def _damage(folder: Path) -> str:
     there = (folder / "config.json").exists()
-    return "config.json is torn" if there else "no config.json: its settings are not known"
+    return "config.json is incomplete or corrupt" if there else "no config.json: its settings are not known"
 
 
 def _age(folder: Path) -> str:

@@ -64,11 +64,11 @@ class Resumed:
 
     def lines(self) -> list[str]:
         """List the messages for the user."""
-        lines = [f"going on at step {self.step}: {name} was {a}, is {b}" for name, (a, b) in self.brief().items()]
+        lines = [f"resuming at step {self.step}: {name} was {a}, is {b}" for name, (a, b) in self.brief().items()]
         if self.mixed:
-            lines.append(f"a mixed run from here on ({', '.join(self.mixed)}): compare shows it and counts it nowhere")
+            lines.append(f"mixed run from here on ({', '.join(self.mixed)}): shown by compare, excluded from verdicts")
         if self.elsewhere:
-            lines.append("on another machine than it was begun: its speed is compared with none")
+            lines.append("on another machine than before: its speed is excluded from comparisons")
         return lines
 
 
@@ -149,7 +149,7 @@ class Earlier:
         before, now = self.config.get("seed"), config.seed
         if before != now:
             raise ValueError(
-                f"{self.checkpoint} is of a run with seed={before}, and seed={now} would go on with other batches: "
+                f"{self.checkpoint} is of a run with seed={before}, and seed={now} would continue with other batches: "
                 "leave it out, or set resume_anyway=true"
             )
         if self.about.get("corpus", corpus) != corpus:

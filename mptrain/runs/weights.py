@@ -22,7 +22,7 @@ def located(source: Path) -> tuple[Path, Path]:
     """
     source = source.resolve()
     if not source.exists():
-        raise ValueError(f"nothing at {source}: give a run's folder, or a checkpoint RUN/checkpoints/NAME")
+        raise ValueError(f"{source} does not exist: pass a run folder or a checkpoint (RUN/checkpoints/NAME)")
     if not (source / "config.json").is_file():
         run = source.parent.parent
         if not (run / "config.json").is_file():
@@ -61,5 +61,5 @@ def model_config(run: Path, state: dict[str, Tensor]) -> Any:
 def _model(run: Path) -> dict[str, Any]:
     settings = object_in(run / "config.json").get("model")
     if not isinstance(settings, dict) or "kind" not in settings:
-        raise ValueError(f"{run}/config.json holds no settings of a model: is it the folder of a run?")
+        raise ValueError(f"{run}/config.json has no model settings: is this a run folder?")
     return settings

@@ -102,7 +102,7 @@ def edited(**changes):
         (artifact.WEIGHTS, break_file, "is damaged: its checksum is not that of quantization.json"),
         (artifact.WEIGHTS, lambda path: path.unlink(), "has lost its quantized.safetensors"),
         ("quantization.json", lambda path: path.unlink(), "is not a quantized model: it has no quantization.json"),
-        ("quantization.json", cut, "quantization.json is torn"),
+        ("quantization.json", cut, "quantization.json is incomplete or corrupt"),
         ("quantization.json", edited(version=2), "is of version 2 and this mptrain reads 1: quantize again"),
         ("quantization.json", edited(method="int3"), "unknown method 'int3'"),
         ("quantization.json", edited(ties={}), "does not fit together"),

@@ -172,7 +172,7 @@ def test_a_folder_that_holds_something_is_left_alone(small, tmp_path, refused):
 def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(small, tmp_path, refused):
     _, run = small
     out = tmp_path / "out"
-    assert "nothing at" in refused(tmp_path / "missing", out)
+    assert "does not exist" in refused(tmp_path / "missing", out)
     assert "no config.json" in refused(tmp_path, out)
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -191,7 +191,7 @@ def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(small, tmp_pa
     for source in (broken, first):
         assert f"{first} was written by an older mptrain (version 1)" in refused(source, out)
     images = models.load("vit").build(models.load("vit").Config(8, 1, 10))
-    wanted = f"model.kind=vit has no twin in Hugging Face's transformers; these have: {', '.join(KINDS)}"
+    wanted = f"model.kind=vit cannot be exported to Hugging Face's transformers; supported: {', '.join(KINDS)}"
     assert wanted in refused(run_of(tmp_path / "images", images, "vit"), out)
     large = perturbed("gpt", {})
     with torch.no_grad():

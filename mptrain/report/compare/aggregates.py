@@ -40,7 +40,7 @@ def speed(runs: Mapping[int, Run], base: Mapping[int, Run], *, emulated: bool) -
         return Speed()
     middle = statistics.median(rates)
     if emulated:
-        return Speed(middle, note="emulated: no unit for this precision here, its speed says nothing")
+        return Speed(middle, note="emulated: no unit for this precision here, its speed is not meaningful")
     shared = sorted(runs.keys() & base.keys())
     alike = [seed for seed in shared if _place(runs[seed]) == _place(base[seed])]
     if not alike:
@@ -54,7 +54,7 @@ def speed(runs: Mapping[int, Run], base: Mapping[int, Run], *, emulated: bool) -
     reached = max(0.0, (1 - 1 / ratio) / (1 - 1 / limit)) if limit is not None and limit > 1 else None
     mfus = _figures(runs, "mfu_frac")
     mfu = statistics.median(mfus) if mfus else None
-    note = "measured while other runs were at work" if _overlapping([*runs.values(), *base.values()]) else ""
+    note = "measured while other runs were in progress" if _overlapping([*runs.values(), *base.values()]) else ""
     return Speed(middle, ratio, min(ratios), max(ratios), mfu, limit, reached, note)
 
 

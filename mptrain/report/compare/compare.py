@@ -187,7 +187,7 @@ def _foreign(run: Run, base: Run | None) -> str:
         return ""
     ours, theirs = run.about.get("torch"), base.about.get("torch")
     torch = f" (torch {ours} here, {theirs} there)" if ours != theirs else ""
-    return f"refused: other initial weights than {base.name}, the baseline's run of this seed{torch}"
+    return f"excluded: initial weights differ from {base.name}, the baseline run with this seed{torch}"
 
 
 def _levels(side: Side, base: Side) -> Loss:

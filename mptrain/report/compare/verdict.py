@@ -157,7 +157,7 @@ def _skipped_to_the_end(run: Run) -> tuple[int, str] | None:
         step -= 1
     if run.steps - step < SKIPS_ALARM:
         return None
-    return step + 1, f"every one of the last {run.steps - step} steps was skipped"
+    return step + 1, f"the last {run.steps - step} steps were all skipped"
 
 
 def _given_back(run: Run) -> tuple[int, str] | None:

@@ -72,7 +72,7 @@ class Watch:
         self.console.print(f"sweep in {self.folder}", highlight=False, soft_wrap=True)
         printed = {end for run in self.runs() if (end := _end(run))}
         if printed:
-            self.console.print(f"{len(printed)} runs are there already", highlight=False)
+            self.console.print(f"{len(printed)} runs already finished", highlight=False)
         while True:
             last = self._stop.wait(EVERY_S)
             for run in self.runs():
@@ -157,7 +157,7 @@ def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
         shown.add_row(run.name, status, f"{run.steps}/{run.max_steps or '?'}", *cells(run))
     left = (whole or 0) - sum(map(_jobs_of, runs))
     if left > 0:
-        shown.add_row(Text(f"{left} more to come", "dim"))
+        shown.add_row(Text(f"{left} jobs queued", "dim"))
     return shown
 
 

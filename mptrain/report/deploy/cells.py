@@ -42,7 +42,7 @@ def overview(matrix: Matrix) -> str:
     counts = {cell.runs for cell in matrix.cells if cell.runs}
     if counts and max(counts) > 1:
         over = f"{max(counts)} seeds: intervals are over the seeds"
-    where = f"Speed: a forward of {matrix.batch} samples on {matrix.machine} beside the same model in FP32"
+    where = f"Speed: a forward of {matrix.batch} samples on {matrix.machine} vs. the same model in FP32"
     return f"{matrix.samples} validation samples; {over}. {where}{no_gpu(matrix.device)}."
 
 

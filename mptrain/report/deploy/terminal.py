@@ -50,15 +50,13 @@ ROOMY = 110
 
 def print_evaluation(console: Console, evaluation: Evaluation, name: str) -> None:
     """Print before and after, the difference with its interval, then latencies, then the worst layers."""
-    console.print(Text(f"{name} beside its reference", "bold"), soft_wrap=True)
+    console.print(Text(f"{name} vs. original", "bold"), soft_wrap=True)
     table = table_of(["figure (95 %)"], ("before", "after", "difference"), pad_edge=False, show_edge=False)
     for figures in _figures(evaluation):
         lines = [figure.replace(" [", "\n[") for figure in figures] if console.width < ROOMY else figures
         table.add_row(*map(Text, lines))
     console.print(table)
-    same = (
-        f"the same answer first in {100 * evaluation.same_frac:.2f} % of {evaluation.predictions:,} {evaluation.unit}"
-    )
+    same = f"top-1 agreement {100 * evaluation.same_frac:.2f} % of {evaluation.predictions:,} {evaluation.unit}"
     kl, worst = evaluation.kl_nats, evaluation.kl_worst
     console.print(Text(f"KL(before || after) {wording.interval(kl, '.2e')} nats, worst {worst:.2e}; {same}"))
     for row in evaluation.latencies:

@@ -190,7 +190,7 @@ def _stack(memory: Memory, roles: Sequence[str], key: str, x: Axis, y: float) ->
     pieces = [(role, memory.roles_gib[role], _fill(roles.index(role), key)) for role in memory.roles_gib]
     rest = (memory.peak_gib or 0.0) - sum(memory.roles_gib.values())
     if rest > 0:
-        pieces.append(("not told apart", rest, "#ffffff" if pieces else SHADE))
+        pieces.append(("not attributed", rest, "#ffffff" if pieces else SHADE))
     for role, size, fill in pieces:
         wide, paint = x.at(start + size) - x.at(start), f"class='bar' fill='{fill}' {PIECE}"
         parts.append(rect(x.at(start), y - THICK / 2, wide, THICK, paint, f"{role}: {wording.gib(size)} GiB"))

@@ -1,6 +1,6 @@
 """Histograms and heat maps as SVG: no library, no script, no network; for the HTML report and other sinks.
 
-Colours are Okabe and Ito's, told apart by colour-blind readers, and the sequential blue prints as grey; what is lost
+Colours are Okabe and Ito's, distinct for colour-blind readers, and the sequential blue prints as grey; what is lost
 is hatched as well as coloured.
 """
 
@@ -57,7 +57,7 @@ def histogram_svg(histogram: Histogram, bands: Sequence[Band], heads: Sequence[s
     """Draw the magnitudes of one tensor over the ranges of the formats in ``bands``; x: log2, y: square root of
     density.
 
-    What the bands marked ``used`` would flush or saturate is hatched. ``heads`` name the figures beside the bands.
+    What the bands marked ``used`` would flush or saturate is hatched. ``heads`` name the figures next to the bands.
     """
     low, high = window(histogram, bands)
     plot = Box(150, 16, 420, 130, low, high)

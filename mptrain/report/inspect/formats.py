@@ -73,7 +73,7 @@ def becomes(value: float, fmt: Format) -> tuple[str, str, str]:
 
 
 def rounded_to(value: float, spec: FormatSpec) -> float:
-    """Return round a finite number as :func:`mptrain.formats.round_to` does, without torch, whose import takes two
+    """Round a finite number as :func:`mptrain.formats.round_to` does, without torch, whose import takes two
     seconds."""
     if spec.integer:
         rounded = float(round(value))

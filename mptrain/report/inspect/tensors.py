@@ -1,7 +1,7 @@
 """The figures of ``mptrain inspect``: every tensor of a sampled step, or of a checkpoint, in each format.
 
 Each row is one tensor (layer, role). Formats are judged at their best power-of-two scale, but for those with FP32's
-range (BF16, TF32, FP32): nobody scales them, so they are judged as they are used, at 1.
+range (BF16, TF32, FP32): these are used unscaled, so they are judged at 1.
 """
 
 from __future__ import annotations
