@@ -173,7 +173,7 @@ def _allocated(device: torch.device) -> int:
 
 
 def fp8_share(runner: Runner, flops: float) -> float:
-    """Return share of a token's FLOPs that the converted layers do: 6 a weight, as ``flops_per_token`` counts them."""
+    """Return the share of a token's FLOPs in the converted layers: 6 per weight, as ``flops_per_token`` counts them."""
     layers = [runner.model.get_submodule(name) for name in runner.precision.report.converted]
     return 6.0 * sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2) / flops
 
@@ -287,7 +287,7 @@ def measure(name: str, settings: Settings, report: Report) -> None:
     size, deadline = settings.shrunk(SIZES[name]), time.monotonic() + settings.minutes * 60
     listed = variants(settings.dry_run)
     rows = {variant: report.add(name, variant, why_not(variant, settings.device)) for variant in listed}
-    kept: dict[Variant, Runner] = {}
+    idle: dict[Variant, Runner] = {}
     for turn in range(ROUNDS):
         for variant, row in rows.items():
             if row["reason"]:
@@ -295,11 +295,11 @@ def measure(name: str, settings: Settings, report: Report) -> None:
             if time.monotonic() > deadline:
                 row["reason"] = "" if turn else f"not run: the time budget of {settings.minutes:g} minutes was spent"
                 continue
-            visit(variant, row, size, settings, kept)
-            if row["reason"] and kept:  # perhaps only because of the others in memory: once more, alone
-                kept.clear()
+            visit(variant, row, size, settings, idle)
+            if row["reason"] and idle:  # perhaps only because of the others in memory: once more, alone
+                idle.clear()
                 clean()
-                visit(variant, row, size, settings, kept)
+                visit(variant, row, size, settings, idle)
             report.write()
             clean()
 
@@ -310,16 +310,16 @@ def clean() -> None:
     torch.cuda.empty_cache()
 
 
-def visit(variant: Variant, row: dict[str, Any], size: Size, settings: Settings, kept: dict[Variant, Runner]) -> None:
+def visit(variant: Variant, row: dict[str, Any], size: Size, settings: Settings, idle: dict[Variant, Runner]) -> None:
     """Measure one variant once. Out of memory, or any other failure, becomes the reason in its row."""
     row["reason"] = ""
     try:
-        runner = kept.get(variant) or Runner(variant, size, settings)
+        runner = idle.get(variant) or Runner(variant, size, settings)
         runner.times_ms = row.setdefault("times_ms", [])
         runner.visit(2 if settings.dry_run else STEPS)
         fill(row, runner, size, settings)
         if settings.dry_run or _allocated(settings.device) < RESIDENT_SHARE * torch.cuda.mem_get_info()[1]:
-            kept[variant] = runner
+            idle[variant] = runner
     except torch.OutOfMemoryError:
         row["reason"] = f"out of memory at batch {size.batch} x {size.tokens}"
     except Exception as error:

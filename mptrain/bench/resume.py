@@ -201,9 +201,9 @@ def _name(config: RunConfig, ranks: int) -> str:
 def _start(config: RunConfig, folder: Path, ranks: int, restarts: int = 0) -> subprocess.Popen[Any]:
     folder.mkdir(parents=True, exist_ok=True)
     config = replace(config, run_dir=str(folder), runs_dir=str(folder.parent / "runs"))
-    asked = folder.parent / f"{folder.name}.json"
-    asked.write_text(json.dumps(to_plain(config)))
-    program = ["-m", "mptrain.cli.subprocesses", "run", str(asked)]
+    settings_file = folder.parent / f"{folder.name}.json"
+    settings_file.write_text(json.dumps(to_plain(config)))
+    program = ["-m", "mptrain.cli.subprocesses", "run", str(settings_file)]
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         program = [*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.1", *program]

@@ -65,7 +65,7 @@ def timed(work: Step) -> tuple[float, float]:
 
 
 def paired_median(ours: Iterable[float], theirs: Iterable[float], how: How = operator.truediv) -> float:
-    """Return median of ``how(a, b)`` over the repetitions."""
+    """Return the median of ``how(a, b)`` over the repetitions."""
     return statistics.median(how(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -100,7 +100,7 @@ class Turns:
         return paired_median(ours, theirs, how)
 
     def seconds(self, name: str) -> float:
-        """Return median by the first clock."""
+        """Return the median by the first clock."""
         return statistics.median(first for first, _ in self.samples[name])
 
 

@@ -141,10 +141,10 @@ def hooks(training: Training, look: Callable[[Tensor], object]) -> Iterator[None
 
 def peers() -> dict[str, Callable[[Training], AbstractContextManager[object]]]:
     """Return other ways of watching tensors."""
-    kept: list[Tensor] = []
+    last_figures: list[Tensor] = []
 
     def on_device(x: Tensor) -> bool:
-        kept[:] = look_at(x)
+        last_figures[:] = look_at(x)
         return True
 
     return {

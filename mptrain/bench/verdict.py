@@ -50,8 +50,8 @@ def _weibull(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
 
 def _skew_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
     d = SKEW_NORMAL_D
-    drawn = d * np.abs(rng.standard_normal(shape)) + math.sqrt(1 - d * d) * rng.standard_normal(shape)
-    return (drawn - d * math.sqrt(2 / math.pi)) / math.sqrt(1 - 2 * d * d / math.pi)
+    values = d * np.abs(rng.standard_normal(shape)) + math.sqrt(1 - d * d) * rng.standard_normal(shape)
+    return (values - d * math.sqrt(2 / math.pi)) / math.sqrt(1 - 2 * d * d / math.pi)
 
 
 def _outliers(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
@@ -106,8 +106,8 @@ def unpaired_cases(rng: np.random.Generator, n: int, runs: int) -> Iterator[tupl
         for size in (n, n + more):
             moments = {}
             for name in WORST:
-                drawn = FAMILY[name](rng, (size, runs))
-                moments[name] = drawn.mean(0), drawn.var(0, ddof=1)
+                values = FAMILY[name](rng, (size, runs))
+                moments[name] = values.mean(0), values.var(0, ddof=1)
             sides.append(moments)
         for ours, theirs in ((a, b) for a in sides[0] for b in sides[1]):
             for sign in (1, -1) if ours in SKEWED and theirs in SKEWED else (1,):
@@ -211,8 +211,8 @@ def rates(rng: np.random.Generator, runs: int) -> Iterator[tuple[str, float, flo
             needed = seeds_needed(Interval(0.0, -1.0, 1.0, 3, "", (1.0,) * sides), distance)
             assert needed is not None
             for name in ("normal", *SKEWED):
-                drawn = [FAMILY[name](rng, (needed, runs)) for _ in range(sides)]
-                share = min(decided([sign * side for side in drawn], distance) for sign in (1, -1))
+                draws = [FAMILY[name](rng, (needed, runs)) for _ in range(sides)]
+                share = min(decided([sign * side for side in draws], distance) for sign in (1, -1))
                 yield (
                     f"decided, {needed} {of} at {distance:g} spreads: {name}",
                     share,
@@ -228,21 +228,21 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--constants", action="store_true", help="make the tables of factors instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rates")
-    asked = parser.parse_args(argv)
-    rng = np.random.default_rng(asked.seed)
-    if asked.constants:
-        constants(asked.seed, asked.runs)
+    args = parser.parse_args(argv)
+    rng = np.random.default_rng(args.seed)
+    if args.constants:
+        constants(args.seed, args.runs)
         return 0
     rows = []
-    for what, rate, limit in rates(rng, asked.runs):
+    for what, rate, limit in rates(rng, args.runs):
         bound, missed = "", False
         if limit is not None:
             sign, word = (1, "at most") if limit == ALPHA else (-1, "at least")
-            missed = sign * (rate - limit) > 5 * math.sqrt(limit * (1 - limit) / (asked.runs // 4))
+            missed = sign * (rate - limit) > 5 * math.sqrt(limit * (1 - limit) / (args.runs // 4))
             bound = f"{word} {limit:.1%}{'  MISSED' if missed else ''}"
         rows.append({"what": what, "rate": rate, "limit": limit, "missed": missed})
         print(f"{what:96}{rate:8.2%}  {bound}", flush=True)
-    if asked.json:
+    if args.json:
         command = " ".join(["mptrain bench verdict", *argv])
-        write_whole(asked.json, json_text({"command": command, "rows": rows}, indent=1))
+        write_whole(args.json, json_text({"command": command, "rows": rows}, indent=1))
     return int(any(row["missed"] for row in rows))

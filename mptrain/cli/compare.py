@@ -31,18 +31,18 @@ def run(argv: list[str]) -> int:
     ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"also write {kind}")
     parser.add_argument("--watch", action="store_true", help="refresh while runs are in progress; stop with Ctrl-C")
-    asked = parser.parse_args(argv)
-    require(asked.margin > 0, "--margin", asked.margin, "above 0, e.g. 0.005")
+    args = parser.parse_args(argv)
+    require(args.margin > 0, "--margin", args.margin, "above 0, e.g. 0.005")
 
     def once(console: Console) -> None:
-        comparison = comparing.compare(asked.runs, asked.baseline, asked.margin)
+        comparison = comparing.compare(args.runs, args.baseline, args.margin)
         print_comparison_table(console, comparison)
-        deployed = matrix.read(asked.runs[0] / matrix.FILE) if len(asked.runs) == 1 else None
-        asked_files = {"html": asked.html, "markdown": asked.markdown, "data": asked.json}
-        files.write_asked(comparison, **asked_files, deployed=deployed)
+        deployed = matrix.read(args.runs[0] / matrix.FILE) if len(args.runs) == 1 else None
+        paths = {"html": args.html, "markdown": args.markdown, "data": args.json}
+        files.write_files(comparison, **paths, deployed=deployed)
 
-    if asked.watch:
-        watch.follow(asked.runs, Console(), once)
+    if args.watch:
+        watch.follow(args.runs, Console(), once)
     else:
         once(Console())
     return 0

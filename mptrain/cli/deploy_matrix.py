@@ -22,24 +22,24 @@ from mptrain.tools.settings import to_plain
 
 def run(argv: list[str]) -> int:
     """Measure and print; for a single folder also write ``deploy.json`` into it, and its report again."""
-    asked = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     console = Console()
     result = matrix.deploy(
-        asked.runs,
-        asked.to,
-        batches=asked.batches,
-        repeats=asked.repeats,
-        group_size=asked.group_size,
-        keep=asked.keep,
-        device=pick_device(asked.device),
+        args.runs,
+        args.to,
+        batches=args.batches,
+        repeats=args.repeats,
+        group_size=args.group_size,
+        keep=args.keep,
+        device=pick_device(args.device),
         say=lambda text: console.print(text, style="dim", highlight=False),
     )
     print_matrix(console, result)
     text = json_text(to_plain(result), indent=1) + "\n"
-    if asked.json:
-        write_whole(asked.json, text)
-    if len(asked.runs) == 1:
-        folder = asked.runs[0]
+    if args.json:
+        write_whole(args.json, text)
+    if len(args.runs) == 1:
+        folder = args.runs[0]
         write_whole(folder / FILE, text)
         report = f" and {folder / 'report.html'}" if not is_run(folder) and _reported(folder) else ""
         console.print(f"written: {folder / FILE}{report}", highlight=False, soft_wrap=True)

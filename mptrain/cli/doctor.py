@@ -28,9 +28,9 @@ def run(argv: list[str]) -> int:
     step."""
     parser = command_parser(__doc__)
     parser.add_argument("--audit", nargs="*", metavar="SETTING=VALUE", help="audit one step, e.g. precision=fp8")
-    asked = parser.parse_args(argv)
-    if asked.audit is not None:
-        return _audit(asked.audit)
+    args = parser.parse_args(argv)
+    if args.audit is not None:
+        return _audit(args.audit)
     device = machine.pick_device("auto")
     console = Console()
     console.print(f"{machine.describe(device)}, torch {torch.__version__}", highlight=False)

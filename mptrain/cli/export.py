@@ -15,6 +15,6 @@ def run(argv: list[str]) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument("--dtype", choices=export.DTYPES, default="fp32", help="of the weights (default: %(default)s)")
     parser.add_argument("--average", action="store_true", help="the running average of the weights (optim.ema_decay)")
-    asked = parser.parse_args(argv)
-    print(export.export(asked.source, asked.out, asked.dtype, asked.average))
+    args = parser.parse_args(argv)
+    print(export.export(args.source, args.out, args.dtype, args.average))
     return 0

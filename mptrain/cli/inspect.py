@@ -25,14 +25,14 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--html", type=Path, metavar="FILE", help="also draw every histogram into one HTML file")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of tables")
     parser.add_argument("--all", action="store_true", help=f"every row, not only the worst {tables.SHOWN}")
-    asked = parser.parse_args(argv)
-    only = tensors.format_named(asked.format) if asked.format else None
-    chosen = tensors.select(tensors.load(asked.path, asked.step), asked.role, asked.layer)
+    args = parser.parse_args(argv)
+    only = tensors.format_named(args.format) if args.format else None
+    chosen = tensors.select(tensors.load(args.path, args.step), args.role, args.layer)
     rows = tensors.figures(chosen, (only,) if only else JUDGED)
-    if asked.html:
-        asked.html.write_text(page.page(chosen, rows))
-    if asked.json:
+    if args.html:
+        args.html.write_text(page.page(chosen, rows))
+    if args.json:
         print(json_text({"title": chosen.title, "rows": tensors.plain(rows)}, indent=1))
     else:
-        tables.print_tables(Console(), chosen, rows, only, asked.all)
+        tables.print_tables(Console(), chosen, rows, only, args.all)
     return 0

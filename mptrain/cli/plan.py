@@ -34,18 +34,18 @@ def run(argv: list[str]) -> int:
     """Plan and print. ValueError for settings that cannot work, and if no batch fits."""
     if "--inference" in argv:
         return plan_inference.run([word for word in argv if word != "--inference"])
-    asked = _parsed(argv)
-    config = composed(asked.overrides)
-    card = catalogue.gpu(asked.gpu) if asked.gpu else None
+    args = _parsed(argv)
+    config = composed(args.overrides)
+    card = catalogue.gpu(args.gpu) if args.gpu else None
     gpu = card is not None or config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    capacity = parse_bytes(asked.fit, "--fit") if asked.fit else card.memory if card else 0
-    job = _job(config, asked.ranks, gpu=gpu)
+    capacity = parse_bytes(args.fit, "--fit") if args.fit else card.memory if card else 0
+    job = _job(config, args.ranks, gpu=gpu)
     console = Console()
     with console.status("tracing a step in each precision"):
         plans = [plan(one, check=one is job) for one in _side_by_side(job)]
     mine = plans[0]
-    where = f"a rank of {job.layout}" if asked.ranks > 1 else "one process"
-    device = asked.gpu or ("a CUDA GPU" if gpu else "this CPU")
+    where = f"a rank of {job.layout}" if args.ranks > 1 else "one process"
+    device = args.gpu or ("a CUDA GPU" if gpu else "this CPU")
     title = f"training {_name(config)} on {device}, {where}: {_sizes(job)}"
     print_plans(console, title, plans)
     figures: dict[str, Any] = {"title": title, "plans": [_plain(one) for one in plans]}
@@ -57,10 +57,10 @@ def run(argv: list[str]) -> int:
         if tried:
             print_remedies(console, tried, capacity)
         figures["remedies"] = [asdict(one) | {"plan": _plain(one.plan)} for one in tried]
-    if asked.json:
-        write_whole(asked.json, json_text(figures, indent=1) + "\n")
-    if asked.html:
-        write_whole(asked.html, page(title, plans, capacity))
+    if args.json:
+        write_whole(args.json, json_text(figures, indent=1) + "\n")
+    if args.html:
+        write_whole(args.html, page(title, plans, capacity))
     if capacity and not any(figures["largest_batch"].values()):
         rest = any(one.plan.total <= capacity for one in tried)
         more = "see above what would make it fit" if rest else "take more or larger devices: --ranks, dist=fsdp"
@@ -79,9 +79,9 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all of it, in bytes")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also draw it")
     parser.epilog = "mptrain plan --inference --help: what a trained model needs"
-    asked = parser.parse_args(argv)
-    require(1 <= asked.ranks <= 1 << 17, "--ranks", asked.ranks, "from 1 to 131072")
-    return asked
+    args = parser.parse_args(argv)
+    require(1 <= args.ranks <= 1 << 17, "--ranks", args.ranks, "from 1 to 131072")
+    return args
 
 
 def _job(config: RunConfig, ranks: int, *, gpu: bool) -> Job:

@@ -25,21 +25,21 @@ EPILOG = "Sizes need a unit: 80GiB is 2^30 bytes each, 80GB 10^9."
 
 def run(argv: list[str]) -> int:
     """Plan and print. ValueError for what cannot be planned or fits nowhere, naming the option to change."""
-    asked = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     console = Console()
-    if asked.list:
+    if args.list:
         models, gpus = catalogue.models(), catalogue.gpus()
-        if asked.json:
+        if args.json:
             print(json_text({"models": [*map(asdict, models)], "gpus": [*map(asdict, gpus)]}, indent=1))
         else:
             inference_table.print_catalogue(console, models, gpus)
         return 0
-    subject, target = _subject(asked), _target(asked)
-    request = _request(asked, subject)
-    rows = [row_of(subject, name, request, target, asked.convention) for name in dict.fromkeys(asked.format)]
+    subject, target = _subject(args), _target(args)
+    request = _request(args, subject)
+    rows = [row_of(subject, name, request, target, args.convention) for name in dict.fromkeys(args.format)]
     if target.memory and not any(row.gpus and row.largest != 0 for row in rows):
         raise ValueError(why_nowhere(rows, target))
-    if asked.json:
+    if args.json:
         print(json_text(as_json(subject, target, rows), indent=1))
     else:
         inference_table.print_plan(console, subject, target, rows)
@@ -81,25 +81,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _subject(asked: argparse.Namespace) -> Subject:
-    asked.format = asked.format or list(DEFAULT_FORMATS)
-    if asked.parameters is not None:
-        count = catalogue.parse_count(asked.parameters)
+def _subject(args: argparse.Namespace) -> Subject:
+    args.format = args.format or list(DEFAULT_FORMATS)
+    if args.parameters is not None:
+        count = catalogue.parse_count(args.parameters)
         return Subject(f"{count:,} parameters", "", count)
-    path, named = Path(asked.model), asked.model.lower() in catalogue.model_names()
+    path, named = Path(args.model), args.model.lower() in catalogue.model_names()
     if path.suffix == ".json" or len(path.parts) > 1 or (path.exists() and not named):
         architecture = huggingface.read(path)
         return Subject(architecture.name, str(path), architecture.parameters, architecture.activated, architecture)
-    model = catalogue.model(asked.model)
+    model = catalogue.model(args.model)
     architecture = model.architecture
     active = catalogue.parse_count(model.activated) if model.activated else architecture.activated
     return Subject(model.name, model.source, catalogue.parse_count(model.parameters), active, architecture)
 
 
-def _request(asked: argparse.Namespace, subject: Subject) -> Request:
+def _request(args: argparse.Namespace, subject: Subject) -> Request:
     """Return the given options. ValueError for those that mean nothing for a bare number of parameters."""
     names = ("batch", "input_tokens", "output_tokens", "prefill", "kv_format", "keep")
-    given = {name: getattr(asked, name) for name in (*names, "keep_format", "group_size")}
+    given = {name: getattr(args, name) for name in (*names, "keep_format", "group_size")}
     given = {name: value for name, value in given.items() if value is not None}
     useless = [name for name in names if name in given and subject.architecture is None]
     if useless:
@@ -109,24 +109,24 @@ def _request(asked: argparse.Namespace, subject: Subject) -> Request:
     if model is not None and model.learned_positions:
         for name in ("input_tokens", "output_tokens"):
             given.setdefault(name, max(1, min(2048, model.context // 2)))
-    if asked.overhead is not None:
-        given["overhead"] = parse_bytes(asked.overhead, "--overhead")
+    if args.overhead is not None:
+        given["overhead"] = parse_bytes(args.overhead, "--overhead")
     return Request(**given)
 
 
-def _target(asked: argparse.Namespace) -> Target:
-    if asked.gpus is not None:
-        require(1 <= asked.gpus <= MOST_GPUS, "--gpus", asked.gpus, f"from 1 to {MOST_GPUS:,}")
-        if asked.gpu is None and asked.fit is None:
-            raise ValueError(f"--gpus={asked.gpus} needs their memory: set --gpu=H100 or --fit=80GiB")
-    if asked.gpu is None and asked.fit is None:
+def _target(args: argparse.Namespace) -> Target:
+    if args.gpus is not None:
+        require(1 <= args.gpus <= MOST_GPUS, "--gpus", args.gpus, f"from 1 to {MOST_GPUS:,}")
+        if args.gpu is None and args.fit is None:
+            raise ValueError(f"--gpus={args.gpus} needs their memory: set --gpu=H100 or --fit=80GiB")
+    if args.gpu is None and args.fit is None:
         return Target()
-    gpu = catalogue.gpu(asked.gpu) if asked.gpu else None
+    gpu = catalogue.gpu(args.gpu) if args.gpu else None
     name = f"{gpu.name} {gpu.stated}" if gpu else "GPU"
     memory = gpu.memory if gpu else 0
-    if asked.fit is not None:
-        memory = parse_bytes(asked.fit, "--fit")
-        require(memory > 0, "--fit", asked.fit, "above 0 B, e.g. 80GiB")
+    if args.fit is not None:
+        memory = parse_bytes(args.fit, "--fit")
+        require(memory > 0, "--fit", args.fit, "above 0 B, e.g. 80GiB")
         if gpu and memory > gpu.memory:
-            raise ValueError(f"--fit={asked.fit} is more than the {gib(gpu.memory)} ({gpu.stated}) that {gpu.name} has")
-    return Target(name, memory, asked.gpus or (0 if gpu else 1))
+            raise ValueError(f"--fit={args.fit} is more than the {gib(gpu.memory)} ({gpu.stated}) that {gpu.name} has")
+    return Target(name, memory, args.gpus or (0 if gpu else 1))

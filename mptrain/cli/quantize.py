@@ -37,46 +37,46 @@ CALIBRATION_ROWS = 8
 
 def run(argv: list[str]) -> int:
     """Quantize, verify, write. ValueError, naming the option to change, if any of it fails."""
-    asked = _parser().parse_args(argv)
-    method = named(asked.to)
+    args = _parser().parse_args(argv)
+    method = named(args.to)
     if method.name == "fp32":
         raise ValueError("--to fp32 quantizes nothing: name another method, or use mptrain export")
-    require(asked.calibrate > 0, "--calibrate", asked.calibrate, "at least one batch, e.g. 4")
-    require(asked.evaluate is None or asked.evaluate >= 0, "--evaluate", asked.evaluate, "0 or more")
-    require(asked.finetune >= 0, "--finetune", asked.finetune, "0 or more")
-    device = machine.pick_device(asked.device)
+    require(args.calibrate > 0, "--calibrate", args.calibrate, "at least one batch, e.g. 4")
+    require(args.evaluate is None or args.evaluate >= 0, "--evaluate", args.evaluate, "0 or more")
+    require(args.finetune >= 0, "--finetune", args.finetune, "0 or more")
+    device = machine.pick_device(args.device)
     why = method.missing(device)
     if why:
         raise ValueError(why)
-    source = open_source(asked.source, asked.average)
-    out = asked.out or source.out.with_name(f"{source.out.name}-{method.name}")
+    source = open_source(args.source, args.average)
+    out = args.out or source.out.with_name(f"{source.out.name}-{method.name}")
     require_free(out)
-    batches = list(_calibration(source, method, asked.calibrate)) if method.calibrated else []
+    batches = list(_calibration(source, method, args.calibrate)) if method.calibrated else []
     source.model.to(device)
-    judge = _judge(source, asked)
-    if asked.finetune:
-        judge.at_once(method, asked.group_size, asked.keep)
-        _finetune(source, method, asked)
+    judge = _judge(source, args)
+    if args.finetune:
+        judge.at_once(method, args.group_size, args.keep)
+        _finetune(source, method, args)
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-    report = quantize_model(source.model, method, group_size=asked.group_size, keep=asked.keep, batches=batches)
+    report = quantize_model(source.model, method, group_size=args.group_size, keep=args.keep, batches=batches)
     artifact.save(out, source, report)
-    judge.add(f"{method.name} after {asked.finetune} steps" if asked.finetune else method.name, source.model, report)
-    print_report(Console(), source, report, asked.all)
+    judge.add(f"{method.name} after {args.finetune} steps" if args.finetune else method.name, source.model, report)
+    print_report(Console(), source, report, args.all)
     judge.show(Console())
     print(f"{out}: {artifact.size_bytes(out):,} bytes; mptrain.quantization.load({str(out)!r}) is the model")
-    if asked.json:
-        write_whole(asked.json, json_text(_plain(report, source, out, judge), indent=1) + "\n")
+    if args.json:
+        write_whole(args.json, json_text(_plain(report, source, out, judge), indent=1) + "\n")
     return 0
 
 
-def _judge(source: Source, asked: argparse.Namespace) -> Judge:
+def _judge(source: Source, args: argparse.Namespace) -> Judge:
     """Build the judge from the run's validation data; without ``--evaluate``, missing data is not an error."""
-    if asked.evaluate is not None:
-        return Judge(source, asked.evaluate)
+    if args.evaluate is not None:
+        return Judge(source, args.evaluate)
     try:
         return Judge(source, BATCHES)
     except (ValueError, OSError) as error:
-        if asked.finetune:
+        if args.finetune:
             raise
         print(f"not evaluated: {error}")
         return Judge(source, 0)
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _finetune(source: Source, method: Method, asked: argparse.Namespace) -> None:
+def _finetune(source: Source, method: Method, args: argparse.Namespace) -> None:
     """Fine-tune on the run's training data, in an order of its own."""
     data = source.dataset()
     size = SAMPLES[data.unit]
@@ -113,14 +113,14 @@ def _finetune(source: Source, method: Method, asked: argparse.Namespace) -> None
         source.model,
         method,
         batches,
-        asked.finetune,
-        group_size=asked.group_size,
-        keep=asked.keep,
-        lr=asked.finetune_lr,
+        args.finetune,
+        group_size=args.group_size,
+        keep=args.keep,
+        lr=args.finetune_lr,
     )
     tenth = max(1, len(tuned.losses) // 10)
     begin, end = statistics.fmean(tuned.losses[:tenth]), statistics.fmean(tuned.losses[-tenth:])
-    print(f"fine-tuned {len(tuned.layers)} rounded layers for {asked.finetune} steps: loss {begin:.4f} to {end:.4f}")
+    print(f"fine-tuned {len(tuned.layers)} rounded layers for {args.finetune} steps: loss {begin:.4f} to {end:.4f}")
 
 
 def _calibration(source: Source, method: Method, batches: int) -> Iterator[dict[str, Tensor]]:
@@ -151,9 +151,9 @@ def print_report(console: Console, source: Source, report: Report, every: bool) 
     if len(shown) < len(worst):
         console.print(f"{len(worst) - len(shown)} more layers: --all", highlight=False)
     if report.kept:
-        kept = sum(layer.bytes for layer in report.kept)
+        unquantized_bytes = sum(layer.bytes for layer in report.kept)
         why = reasons({layer.name: layer.kept for layer in report.kept})
-        console.print(f"kept, {kept:,} bytes: {why}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"kept, {unquantized_bytes:,} bytes: {why}", highlight=False, soft_wrap=True, markup=False)
     share = f"{len(report.quantized)} layers are {100 * report.quantized_frac:.2f} % of their FP32 bytes"
     whole = f"the model {report.bytes:,} of {report.bytes_fp32:,} bytes ({100 * report.frac:.1f} %)"
     console.print(f"{share}; {whole}", highlight=False, soft_wrap=True)

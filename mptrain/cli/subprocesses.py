@@ -17,9 +17,9 @@ from mptrain.tools.settings import from_plain
 
 def probe(argv: list[str]) -> None:
     """Probe FP32 for a run: read settings from one JSON file, write figures to another."""
-    asked, answer = argv
-    config = from_plain(RunConfig, json.loads(Path(asked).read_text()), "config")
-    Path(answer).write_text(baseline.figures_json(fp32.probe(config)))
+    settings_file, figures_file = argv
+    config = from_plain(RunConfig, json.loads(Path(settings_file).read_text()), "config")
+    Path(figures_file).write_text(baseline.figures_json(fp32.probe(config)))
 
 
 def run(argv: list[str]) -> None:

@@ -20,16 +20,16 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=20, help="of each run (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=0, help="SIGKILLs at random moments, under torchrun's restarts")
     parser.add_argument("--folder", type=Path, default=Path("runs/verify-resume"), help="default: %(default)s")
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     console = Console()
     verdicts = resume.main(
-        asked.overrides,
-        asked.folder,
+        args.overrides,
+        args.folder,
         lambda text: console.print(text, highlight=False),
-        ranks=asked.ranks,
-        precisions=asked.precision,
-        steps=asked.steps,
-        kills=asked.kills,
+        ranks=args.ranks,
+        precisions=args.precision,
+        steps=args.steps,
+        kills=args.kills,
     )
     table = Table(title="interrupted vs. uninterrupted runs")
     for name in ("run", "kills", "verdict", "seconds"):

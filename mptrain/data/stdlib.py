@@ -63,13 +63,13 @@ def build(config: Config) -> TokenDataset:
 
 
 def sources(root: Path) -> list[str]:
-    """Return paths of the corpus's files relative to ``root``, with slashes, sorted."""
+    """Return the paths of the corpus's files relative to ``root``, with slashes, sorted."""
     paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED]
         # _sysconfigdata*.py records how this one interpreter was built: names of a machine's folders, not library text.
-        kept = (name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata"))
-        paths += [(Path(folder) / name).relative_to(root).as_posix() for name in kept]
+        sources_here = (name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata"))
+        paths += [(Path(folder) / name).relative_to(root).as_posix() for name in sources_here]
     return sorted(paths)
 
 

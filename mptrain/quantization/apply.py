@@ -51,9 +51,9 @@ def quantize_model(
     as_linear(model)
     if method.cast:
         return _cast(model, method, keep)
-    chosen, kept = selected(model, method, size, keep)
+    chosen, unquantized = selected(model, method, size, keep)
     if not chosen:
-        why = reasons(kept) or "it has no linear layers"
+        why = reasons(unquantized) or "it has no linear layers"
         raise ValueError(f"{method.name} would quantize nothing: {why}")
     before = {name: layer.weight.detach() for name, layer in chosen.items()}
     _require_finite(before)
@@ -64,7 +64,7 @@ def quantize_model(
             f"{method.name} changed no weight by a bit: either it did not quantize, or the weights are what an earlier "
             "quantization left; start from the original"
         )
-    return _report(model, method, size, layers, kept)
+    return _report(model, method, size, layers, unquantized)
 
 
 def load_quantized(
@@ -84,7 +84,7 @@ def selected(
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """Return the linear layers to quantize in groups of ``size`` (None: rows), and the kept ones with the reason."""
     try:
-        linear, kept = select(model, keep, multiple=1, setting="--keep")
+        linear, unquantized = select(model, keep, multiple=1, setting="--keep")
     except re.error as error:
         raise ValueError(f"--keep={keep} is not a regular expression: {error}") from error
     owners: dict[int, list[str]] = {}
@@ -97,10 +97,10 @@ def selected(
         others = [other for other in owners[id(layer.weight)] if other != name]
         why = f"its weight is also that of {others[0]} (tied)" if others else _misfit(layer, method, size)
         if why:
-            kept[name] = why
+            unquantized[name] = why
         else:
             chosen[name] = layer
-    return chosen, kept
+    return chosen, unquantized
 
 
 def _misfit(layer: nn.Linear, method: Method, size: int | None) -> str:
@@ -205,7 +205,7 @@ def _half_step(weight: Any, was: Tensor) -> Tensor:
 
 
 def sqnr_db(was: Tensor, now: Tensor) -> float:
-    """Return signal over quantization noise, in dB; infinite for the same values."""
+    """Return the signal over quantization noise, in dB; infinite for the same values."""
     with quiet_import():
         from torchao.quantization import compute_error
     return math.inf if torch.equal(was, now) else float(compute_error(was, now))
@@ -248,7 +248,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
 
 
 def _report(
-    model: nn.Module, method: Method, size: int | None, quantized: dict[str, Layer], kept: dict[str, str]
+    model: nn.Module, method: Method, size: int | None, quantized: dict[str, Layer], unquantized: dict[str, str]
 ) -> Report:
     report = Report(method.name, size)
     multiplied = {id(module.weight): at for at, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -264,7 +264,7 @@ def _report(
             named = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(
                 tensor.dtype, f"{bits} bits"
             )
-            why = kept.get(label) or _not_linear(module, key, multiplied.get(id(tensor)))
+            why = unquantized.get(label) or _not_linear(module, key, multiplied.get(id(tensor)))
             report.layers.append(Layer(label, named, count, tensor.nbytes, BYTES_FP32 * count, kept=why))
     return report
 

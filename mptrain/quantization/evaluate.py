@@ -51,15 +51,15 @@ def evaluate(
         raise ValueError("no validation batch to evaluate on: ask for at least one, --batches 1")
     model.eval()
     reference.eval()
-    judged = Judged()
+    scores = Scores()
     with torch.no_grad():
         for index, batch in enumerate(chosen):
             theirs = reference_logits(index) if reference_logits else logits_of(reference, batch)
-            judged.add(logits_of(model, batch), theirs, answer_of(batch))
+            scores.add(logits_of(model, batch), theirs, answer_of(batch))
         parts = sizes_to_time(chosen[0]) if repeats else []
         latencies = [latency(model, reference, part, repeats) for part in parts]
         layers = layer_errors(model, reference, chosen[0], weights_db or {}) if repeats else []
-    return judged.evaluation(device_of(model), latencies, layers)
+    return scores.evaluation(device_of(model), latencies, layers)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -85,7 +85,7 @@ def answer_of(batch: Batch) -> Tensor:
 
 
 @dataclass
-class Judged:
+class Scores:
     """Figures of each sample so far, in float64: means over its predictions."""
 
     losses: list[float] = field(default_factory=list)
@@ -148,7 +148,10 @@ class Judged:
 
 
 def loss_delta(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Return mean of the paired differences of samples' losses, nats. Its exponential is the ratio of perplexities."""
+    """Return the mean of the paired differences of samples' losses, nats.
+
+    Its exponential is the ratio of perplexities.
+    """
     return mean_of([a - b for a, b in zip(ours, theirs, strict=True)], PAIRED)
 
 

@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A run: its training precision and its seed."""
 
     folder: Path
@@ -58,7 +58,7 @@ class Figure:
 
 
 @dataclass
-class Found:
+class Results:
     """(trained, deployed) -> a figure for each run; or why there is none."""
 
     figures: dict[tuple[str, str], list[Figure]] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def deploy(
     calibrated = [name for name in formats if named(name).calibrated]
     if calibrated:
         raise ValueError(f"{calibrated[0]} must see activations first, which is not done here: leave it out of --to")
-    results, chosen, runs = Found(), list[Batch](), list[Trained]()
+    results, chosen, runs = Results(), list[Batch](), list[TrainedRun]()
     for run in trained_at(paths):
         try:
             source = open_source(run.folder)
@@ -111,9 +111,9 @@ def deploy(
     return _matrix(paths, results, formats, runs, chosen)
 
 
-def trained_at(paths: Sequence[Path]) -> list[Trained]:
+def trained_at(paths: Sequence[Path]) -> list[TrainedRun]:
     """Return the runs, FP32 first. ValueError if one has no settings, or two are alike in precision and seed."""
-    runs: dict[tuple[str, int], Trained] = {}
+    runs: dict[tuple[str, int], TrainedRun] = {}
     first: tuple[Path, dict[str, Any]] | None = None
     for folder in expand(paths):
         settings = settings_in(folder)
@@ -123,7 +123,7 @@ def trained_at(paths: Sequence[Path]) -> list[Trained]:
         first = first or (folder, same)
         if first[1] != same:
             raise ValueError(f"{folder} and {first[0]} are of different models or data: one matrix holds one of each")
-        run = Trained(folder, str(settings["precision"]["name"]), int(settings["seed"]))
+        run = TrainedRun(folder, str(settings["precision"]["name"]), int(settings["seed"]))
         other = runs.setdefault((run.precision, run.seed), run)
         if other is not run:
             raise ValueError(
@@ -144,7 +144,7 @@ def validation_batches(data: Dataset, batches: int) -> list[Batch]:
 
 
 def _formats_of(
-    run: Trained,
+    run: TrainedRun,
     reference: nn.Module,
     formats: Sequence[str],
     batches: Sequence[Batch],
@@ -154,7 +154,7 @@ def _formats_of(
     say: Say,
 ) -> list[tuple[str, Figure | str]]:
     """Evaluate the model of one run in each format; a text explains where that is impossible."""
-    remembered = Remembered(reference, batches)
+    remembered = CachedLogits(reference, batches)
     deployed: list[tuple[str, Figure | str]] = []
     for name in formats:
         say(f"{run.folder.name}: {name}")
@@ -176,7 +176,7 @@ def _formats_of(
     return deployed
 
 
-class Remembered:
+class CachedLogits:
     """The reference's logits of batch i, kept for the next format as long as they fit."""
 
     def __init__(self, reference: nn.Module, batches: Sequence[Batch]) -> None:
@@ -194,7 +194,11 @@ class Remembered:
 
 
 def _matrix(
-    paths: Sequence[Path], results: Found, formats: Sequence[str], runs: Sequence[Trained], batches: Sequence[Batch]
+    paths: Sequence[Path],
+    results: Results,
+    formats: Sequence[str],
+    runs: Sequence[TrainedRun],
+    batches: Sequence[Batch],
 ) -> Matrix:
     trained = list(dict.fromkeys(run.precision for run in runs))
     base = results.figures.get(("fp32", "fp32"), [])
@@ -209,7 +213,7 @@ def _matrix(
     return Matrix(title, metric, some.unit, some.samples, size, some.machine, cells, notes, some.device)
 
 
-def _cell(results: Found, trained: str, deployed: str, base: Sequence[Figure]) -> Deployed:
+def _cell(results: Results, trained: str, deployed: str, base: Sequence[Figure]) -> Deployed:
     figures = results.figures.get((trained, deployed), [])
     if not figures:
         return Deployed(trained, deployed, why=results.why[trained, deployed])
@@ -252,7 +256,7 @@ def _metric(figures: Sequence[Figure]) -> Interval:
 
 
 def _delta(figures: Sequence[Figure], others: Sequence[Figure]) -> Interval | None:
-    """Return difference of the runs that have one of the same seed among the others; None if there is no such pair.
+    """Return the difference of the runs that have one of the same seed among the others; None if there is no such pair.
 
     The perplexity's is relative.
     """

@@ -52,15 +52,15 @@ class Method:
         """Whether it changes the dtype of the whole model, without scales."""
         return self.make is None
 
-    def group(self, asked: int | None) -> int | None:
+    def group(self, size: int | None) -> int | None:
         """Return the group size for a requested one. ValueError if the method does not support it."""
-        if asked is None:
+        if size is None:
             return self.group_default
         if not self.grouped:
             having = [name for name, other in METHODS.items() if other.grouped]
             raise ValueError(f"{self.name} has no groups: leave --group-size out, or use --to {' or '.join(having)}")
-        require(asked >= SMALLEST_GROUP, "--group-size", asked, f"at least {SMALLEST_GROUP}, e.g. 32 or 128")
-        return asked
+        require(size >= SMALLEST_GROUP, "--group-size", size, f"at least {SMALLEST_GROUP}, e.g. 32 or 128")
+        return size
 
     def config(self, group_size: int | None = None) -> Any:
         """Return torchao's configuration.

@@ -66,10 +66,10 @@ class Report:
         return self.bytes / self.bytes_fp32
 
 
-def reasons(kept: dict[str, str]) -> str:
+def reasons(why_by_name: dict[str, str]) -> str:
     """Group names by their reason: ``a, b: why; c: why``."""
     groups: dict[str, list[str]] = {}
-    for name, why in kept.items():
+    for name, why in why_by_name.items():
         groups.setdefault(why, []).append(name)
     parts = []
     for why, names in groups.items():

@@ -44,12 +44,12 @@ class Source:
 
 def dataset(settings: dict[str, Any]) -> Dataset:
     """Return the data of a run with this config.json."""
-    asked = dict(settings["data"])
-    module = data.load(str(asked.pop("kind", "")))
+    settings_of_data = dict(settings["data"])
+    module = data.load(str(settings_of_data.pop("kind", "")))
     fields = module.Config.__dataclass_fields__
-    if "block_size" in fields and not asked.get("block_size"):
-        asked["block_size"] = settings["model"]["block_size"]
-    corpus: Dataset = module.build(from_plain(module.Config, asked, "data"))
+    if "block_size" in fields and not settings_of_data.get("block_size"):
+        settings_of_data["block_size"] = settings["model"]["block_size"]
+    corpus: Dataset = module.build(from_plain(module.Config, settings_of_data, "data"))
     return corpus
 
 

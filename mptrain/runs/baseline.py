@@ -130,14 +130,14 @@ def _run_probe(config: Any) -> dict[str, Any]:
     """Start ``mptrain probe`` and wait. Whatever interrupts the wait ends the process too."""
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     with tempfile.TemporaryDirectory(prefix="mptrain-probe-") as folder:
-        asked, answer = Path(folder) / "config.json", Path(folder) / "figures.json"
-        asked.write_text(json.dumps(to_plain(config)))
-        command = [sys.executable, "-m", "mptrain.cli.subprocesses", "probe", str(asked), str(answer)]
+        settings_file, figures_file = Path(folder) / "config.json", Path(folder) / "figures.json"
+        settings_file.write_text(json.dumps(to_plain(config)))
+        command = [sys.executable, "-m", "mptrain.cli.subprocesses", "probe", str(settings_file), str(figures_file)]
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             return {"error": lines[-1]}
-        return object_in(answer)
+        return object_in(figures_file)
 
 
 def figures_json(figures: Figures) -> str:

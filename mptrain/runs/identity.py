@@ -53,16 +53,16 @@ def short_hash(value: Any) -> str:
 
 def job_mark(plain: dict[str, Any]) -> str:
     """Return a hash of the settings (as plain values) that change a run: equal for two that would compute the same."""
-    kept = {key: value for key, value in plain.items() if key not in ASIDE}
-    return short_hash(kept | {"precision": numerics(kept["precision"])})
+    relevant = {key: value for key, value in plain.items() if key not in ASIDE}
+    return short_hash(relevant | {"precision": numerics(relevant["precision"])})
 
 
 def numerics(policy: dict[str, Any]) -> dict[str, Any]:
     """Return a precision policy (plain values) without its name and its unused settings."""
     policy = copy.deepcopy(policy)
     policy.pop("name", None)
-    kept = policy["keep"], policy.pop("keep_default", "")  # of runs before it, `keep` was both
-    policy["keep"] = "|".join(filter(None, kept))
+    patterns = policy["keep"], policy.pop("keep_default", "")  # of runs before it, `keep` was both
+    policy["keep"] = "|".join(filter(None, patterns))
     quantization, loss_scale = policy["quantization"], policy["loss_scale"]
     if quantization["scaling"] == "none":
         policy["quantization"] = {"scaling": "none"}

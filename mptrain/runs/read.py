@@ -91,7 +91,7 @@ class Run:
         return number(self.summary.get(name))
 
     def curve(self) -> Floats:
-        """Return training loss of steps 1 to ``max_steps``, NaN where none was read."""
+        """Return the training loss of steps 1 to ``max_steps``, NaN where none was read."""
         curve = np.full(self.max_steps or self.steps, math.nan)
         for step, loss in self.losses.items():
             if 1 <= step <= len(curve):

@@ -90,7 +90,7 @@ def _overlapping(runs: Iterable[Run]) -> bool:
 
 
 def memory(runs: Mapping[int, Run], base: Mapping[int, Run]) -> Memory:
-    """Return medians; the ratio only of peaks measured in the same way."""
+    """Return the medians; the ratio only of peaks measured in the same way."""
     peaks, theirs = (_figures(side, "peak_memory_gib") for side in (runs, base))
     if not peaks:
         return Memory()

@@ -123,7 +123,7 @@ def _planned(matched: MatchedGroup) -> Planned:
 
 
 def last_tenth(run: Run) -> float:
-    """Return mean training loss (nats) over the last tenth of the steps, NaN if one of them is not known."""
+    """Return the mean training loss (nats) over the last tenth of the steps, NaN if one of them is not known."""
     curve = run.curve()
     return float(np.mean(curve[-max(1, len(curve) // 10) :])) if len(curve) else math.nan
 
@@ -326,8 +326,8 @@ def _reached(curve: Floats, target: float) -> int | None:
 def _thinned(values: Floats, low: Floats, high: Floats) -> Curve:
     """Choose at most ``POINTS`` of the steps, including the last."""
     stride = max(1, math.ceil(len(values) / POINTS))
-    kept = np.arange(len(values) - 1, -1, -stride)[::-1]
-    return Curve(*((kept + 1).tolist(), values[kept].tolist(), low[kept].tolist(), high[kept].tolist()))
+    indices = np.arange(len(values) - 1, -1, -stride)[::-1]
+    return Curve(*((indices + 1).tolist(), values[indices].tolist(), low[indices].tolist(), high[indices].tolist()))
 
 
 def _notes(runs: Sequence[Run], groups: list[MatchedGroup], compared: list[Group]) -> list[str]:

@@ -20,20 +20,20 @@ KEYS = {"training loss": "train_delta", "top-1": "top1_delta"}  # else val_delta
 
 
 class Figure(NamedTuple):
-    """A figure as SVG with its caption; if ``drawn`` is empty, ``said`` is the sentence in its place."""
+    """A figure as SVG with its caption; if ``drawn`` is empty, ``caption`` is the sentence in its place."""
 
     name: str
     title: str
     drawn: str
-    said: str
+    caption: str
 
 
 def figures(group: Group, margin: float) -> list[Figure]:
     """Return every figure of the group, or the sentence in its place."""
     styles = styles_of(group)
-    drawn = [_losses(group, styles), _late_losses(group, styles), _differences(group, styles)]
-    drawn += [_intervals(group, styles, margin), _speed(group, styles), _memory(group, styles)]
-    return [*filter(None, drawn), _timeline(group, styles), _layers(group, styles)]
+    shown = [_losses(group, styles), _late_losses(group, styles), _differences(group, styles)]
+    shown += [_intervals(group, styles, margin), _speed(group, styles), _memory(group, styles)]
+    return [*filter(None, shown), _timeline(group, styles), _layers(group, styles)]
 
 
 def styles_of(group: Group) -> list[Style]:
@@ -81,9 +81,9 @@ def _differences(group: Group, styles: Sequence[Style]) -> Figure:
     if not series:
         return Figure("difference", title, "", "no other variant has steps and seeds in common with the baseline.")
     band = "the baseline with other seeds (95 %)"
-    drawn = difference_svg(series, name="difference of training loss", noise=group.noise, band_name=band)
+    svg = difference_svg(series, name="difference of training loss", noise=group.noise, band_name=band)
     caption = f"Seed by seed against {group.baseline}, then the mean; above 0 is worse. {_band(group, group.noise)}"
-    return Figure("difference", title, drawn, f"{caption} {_off(series)}")
+    return Figure("difference", title, svg, f"{caption} {_off(series)}")
 
 
 def _intervals(group: Group, styles: Sequence[Style], margin: float) -> Figure:
@@ -94,10 +94,10 @@ def _intervals(group: Group, styles: Sequence[Style], margin: float) -> Figure:
     if not any(math.isfinite(interval.mean) for interval in usable):
         return Figure("interval", title, "", "no variant has one.")
     top1 = key == "top1_delta"
-    drawn = intervals_svg([v for v, _ in shown], [s for _, s in shown], key, margin)
+    svg = intervals_svg([v for v, _ in shown], [s for _, s in shown], key, margin)
     side = "left" if top1 else "right"
     unit = "points of accuracy" if top1 else "percent of the baseline's"
-    return Figure("interval", title, drawn, f"In {unit}, with 95 % intervals over seeds; {side} of 0 is worse.")
+    return Figure("interval", title, svg, f"In {unit}, with 95 % intervals over seeds; {side} of 0 is worse.")
 
 
 def _speed(group: Group, styles: Sequence[Style]) -> Figure:

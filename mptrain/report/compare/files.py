@@ -19,11 +19,11 @@ def write_all(comparison: Comparison, folder: Path) -> list[Path]:
     """Write all three into ``folder``, each atomically, with its deployment matrix if there is one; return their
     paths."""
     html, markdown, data = paths = [folder / f"report.{kind}" for kind in ("html", "md", "json")]
-    write_asked(comparison, html=html, markdown=markdown, data=data, deployed=read(folder / FILE))
+    write_files(comparison, html=html, markdown=markdown, data=data, deployed=read(folder / FILE))
     return paths
 
 
-def write_asked(
+def write_files(
     comparison: Comparison,
     *,
     html: Path | None,

@@ -198,7 +198,7 @@ def smooth(curves: Floats, window: int) -> Floats:
 
 
 def prediction_half_width(curves: Floats, window: int) -> Floats | None:
-    """Return [steps]: half of the 95 % band in which a further seed lies, by the spread of these [seeds, steps] at each
+    """Return half of the 95 % band in which a further seed lies, by the spread of these [seeds, steps] at each
     step.
 
     The spread is averaged over ``window`` steps (variances), for that of 3 seeds at one step is itself mostly chance.

@@ -74,5 +74,5 @@ def _link(run: RunRow, links: Mapping[str, str]) -> Markup:
 
 def _swatch(style: Any) -> Markup:
     """Draw the variant's line as the figures do."""
-    drawn = sample(1, 6, style)
-    return Markup(f"<svg width='28' height='12' viewBox='0 0 28 12' aria-hidden='true'>{drawn}</svg>")
+    shape = sample(1, 6, style)
+    return Markup(f"<svg width='28' height='12' viewBox='0 0 28 12' aria-hidden='true'>{shape}</svg>")

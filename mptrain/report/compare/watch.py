@@ -162,7 +162,7 @@ def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
 
 
 def cells(run: Run) -> list[str]:
-    """Return loss, validation loss, tokens per second and skipped steps as text."""
+    """Return the loss, validation loss, tokens per second and skipped steps as text."""
     loss = run.losses.get(run.steps, math.nan)
     forms = ((loss, ".4f"), (run.figure("val_loss"), ".4f"), (run.figure("tokens_per_s"), ",.0f"))
     shown = ["-" if math.isnan(value) else format(value, form) for value, form in forms]

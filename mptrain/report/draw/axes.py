@@ -165,19 +165,19 @@ def marker(shape: str, x: float, y: float, size: float, colour: str, *, fill: st
     return f"<polygon points='{points}' {paint}/>"
 
 
-def sample(x: float, y: float, drawn: Style) -> str:
+def sample(x: float, y: float, style: Style) -> str:
     """Draw a piece of line with its marker, 26 pixels wide, before a label."""
-    stroke = line(x, y, x + 26, y, drawn.colour, drawn.width, drawn.dashes)
-    return stroke + marker(drawn.shape, x + 13, y, 3.2, drawn.colour)
+    stroke = line(x, y, x + 26, y, style.colour, style.width, style.dashes)
+    return stroke + marker(style.shape, x + 13, y, 3.2, style.colour)
 
 
-def end_label(right: float, y: float, drawn: Style) -> list[str]:
+def end_label(right: float, y: float, style: Style) -> list[str]:
     """Draw a sample and the name of a series, right of a plot that ends at ``right``."""
-    return [sample(right + 20, y, drawn), marked(text(right + 52, y + 4, drawn.name), "end")]
+    return [sample(right + 20, y, style), marked(text(right + 52, y + 4, style.name), "end")]
 
 
-def curve(path: str, drawn: Style) -> str:
-    stroke = f"stroke='{drawn.colour}' stroke-width='{drawn.width}' stroke-dasharray='{drawn.dashes or 'none'}'"
+def curve(path: str, style: Style) -> str:
+    stroke = f"stroke='{style.colour}' stroke-width='{style.width}' stroke-dasharray='{style.dashes or 'none'}'"
     return f"<path class='curve' d='{path}' fill='none' {stroke} stroke-linejoin='round'/>"
 
 

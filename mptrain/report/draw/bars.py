@@ -17,7 +17,7 @@ from mptrain.report.draw import axes
 from mptrain.report.draw.axes import Axis, Style
 from mptrain.report.draw.svg import GREY, INK, line, pattern, rect, svg, text
 
-WHOLE, SAID, TOP, PITCH, THICK = 800.0, 190.0, 20.0, 24.0, 14.0  # SAID: pixels of the figures right of the bars
+WHOLE, FIGURES, TOP, PITCH, THICK = 800.0, 190.0, 20.0, 24.0, 14.0  # FIGURES: pixels of the texts right of the bars
 SHADE = "#b9b9b9"
 WITHIN = f"fill='{SHADE}' fill-opacity='.45'"  # the margin
 PIECE = f"stroke='{INK}' stroke-width='.6'"
@@ -46,17 +46,17 @@ def intervals_svg(variants: Sequence[Variant], styles: Sequence[Style], key: str
     rows = [(v, s, interval) for v, s, interval in rows if interval is not None and math.isfinite(interval.mean)]
     if not rows:
         raise ValueError(f"no variant has a {key}")
-    left = _left([drawn for _, drawn, _ in rows])
+    left = _left([style for _, style, _ in rows])
     reach = _reach([interval for _, _, interval in rows], margin)
     bottom = TOP + PITCH * len(rows)
-    x = Axis(-reach, reach, left, WHOLE - SAID)
+    x = Axis(-reach, reach, left, WHOLE - FIGURES)
     parts = []
     if margin:
         wide = x.at(100 * margin) - x.at(-100 * margin)
         parts.append(rect(x.at(-100 * margin), TOP, wide, bottom - TOP, f"{WITHIN} class='margin'"))
     parts += [*_x_axis(x, bottom, unit), line(x.at(0), TOP, x.at(0), bottom, INK, 1.1)]
-    for index, (variant, drawn, interval) in enumerate(rows):
-        parts.append(_interval(variant, drawn, interval, x, TOP + PITCH * (index + 0.5), unit))
+    for index, (variant, style, interval) in enumerate(rows):
+        parts.append(_interval(variant, style, interval, x, TOP + PITCH * (index + 0.5), unit))
     if margin:
         parts += _key(left, bottom + 46, WITHIN, f"margin: {100 * margin:g} {unit}")
     return svg(WHOLE, bottom + (56 if margin else 30), parts)
@@ -70,20 +70,20 @@ def _reach(intervals: Iterable[Interval], margin: float | None) -> float:
     return 1.08 * (max([*(min(end, most) for end in ends), most / 8, 150 * (margin or 0)]) or 1.0)
 
 
-def _interval(variant: Variant, drawn: Style, interval: Interval, x: Axis, y: float, unit: str) -> str:
+def _interval(variant: Variant, style: Style, interval: Interval, x: Axis, y: float, unit: str) -> str:
     mean = 100 * interval.mean
-    parts = [_name(drawn, x, y)]
+    parts = [_name(style, x, y)]
     ends = [100 * end for end in (interval.low, interval.high)]
     if all(map(math.isfinite, ends)):
         low, high = (min(max(x.at(end), x.start), x.end) for end in ends)
-        parts.append(line(low, y, high, y, drawn.colour, 2.4))
+        parts.append(line(low, y, high, y, style.colour, 2.4))
         for end, place in zip(ends, (low, high), strict=True):
             if x.holds(end):
-                parts.append(line(place, y - 5, place, y + 5, drawn.colour, 2.0))
+                parts.append(line(place, y - 5, place, y + 5, style.colour, 2.0))
             else:
-                parts.append(text(place, y + 4, "◂" if end < 0 else "▸", anchor="middle", fill=drawn.colour))
+                parts.append(text(place, y + 4, "◂" if end < 0 else "▸", anchor="middle", fill=style.colour))
     if x.holds(mean):
-        parts.append(axes.marker(drawn.shape, x.at(mean), y, 4.6, drawn.colour))
+        parts.append(axes.marker(style.shape, x.at(mean), y, 4.6, style.colour))
     parts.append(text(x.end + 10, y + 4, wording.delta(interval, unit)))
     return axes.group_of(parts, f"{variant.label}: {wording.delta(interval, unit)}, {interval.n} seeds", _row(variant))
 
@@ -94,9 +94,9 @@ def speed_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
     x = _ratios([r for v in variants for r in (v.speed.ratio, v.speed.ratio_high, v.speed.limit)], left)
     parts = [*_x_axis(x, bottom, "x"), line(x.at(1), TOP - 4, x.at(1), bottom, INK, 1.1, "3 2")]
     limits = False
-    for index, (variant, drawn) in enumerate(zip(variants, styles, strict=True)):
+    for index, (variant, style) in enumerate(zip(variants, styles, strict=True)):
         y = TOP + PITCH * (index + 0.5)
-        row = [_name(drawn, x, y), *_speed(variant.speed, variant.emulated, drawn, x, y)]
+        row = [_name(style, x, y), *_speed(variant.speed, variant.emulated, style, x, y)]
         limits = limits or (variant.speed.limit is not None and not variant.emulated)
         parts.append(axes.group_of(row, _speed_tip(variant), _row(variant)))
     if limits:
@@ -105,12 +105,12 @@ def speed_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
     return svg(WHOLE, bottom + (56 if limits else 30), parts)
 
 
-def _speed(speed: Speed, emulated: bool, drawn: Style, x: Axis, y: float) -> list[str]:
+def _speed(speed: Speed, emulated: bool, style: Style, x: Axis, y: float) -> list[str]:
     if emulated:
         return [_instead("emulated", x, y)]
     if speed.ratio is None or not wording.known(speed.ratio):
         return [_instead("not measured", x, y)]
-    paint = f"class='bar' fill='{drawn.colour}' fill-opacity='.85'"
+    paint = f"class='bar' fill='{style.colour}' fill-opacity='.85'"
     parts = [rect(x.start, y - THICK / 2, x.at(speed.ratio) - x.start, THICK, paint)]
     if speed.ratio_low is not None and speed.ratio_high is not None and speed.ratio_high > speed.ratio_low:
         low, high = x.at(speed.ratio_low), x.at(speed.ratio_high)
@@ -144,18 +144,18 @@ class Stack(NamedTuple):
 
     drawn: Style
     label: str
-    said: str
+    figures: str
     memory: Memory
 
 
 def memory_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
     """Draw peaks in GiB, by role where they are known, with their ratio. ValueError if no variant has one."""
     rows = []
-    for variant, drawn in zip(variants, styles, strict=True):
+    for variant, style in zip(variants, styles, strict=True):
         memory = variant.memory
         if memory.peak_gib is not None and math.isfinite(memory.peak_gib):
             ratio = "" if memory.ratio is None else f", {wording.ratio(memory.ratio)}"
-            rows.append(Stack(drawn, variant.label, f"{wording.gib(memory.peak_gib)} GiB{ratio}", memory))
+            rows.append(Stack(style, variant.label, f"{wording.gib(memory.peak_gib)} GiB{ratio}", memory))
     if not rows:
         raise ValueError("no variant has a peak of memory")
     return stacks_svg(rows)
@@ -167,12 +167,12 @@ def stacks_svg(rows: Sequence[Stack], limit_gib: float = 0.0) -> str:
     roles = list(dict.fromkeys(role for row in rows for role in row.memory.roles_gib))
     key = f"{zlib.crc32(repr([(row.label, row.memory) for row in rows]).encode()):08x}"  # ids are the whole page's
     most = max(limit_gib, *(max(r.memory.peak_gib or 0.0, sum(r.memory.roles_gib.values())) for r in rows))
-    x = Axis(0.0, most or 1.0, left, WHOLE - SAID)
+    x = Axis(0.0, most or 1.0, left, WHOLE - FIGURES)
     parts = [_patterns(key), *_x_axis(x, bottom, " GiB")]
     for index, row in enumerate(rows):
         y = TOP + PITCH * (index + 0.5)
-        drawn = [_name(row.drawn, x, y), *_stack(row.memory, roles, key, x, y), text(x.end + 10, y + 4, row.said)]
-        parts.append(axes.group_of(drawn, f"{row.label}: {row.said}", f"data-variant='{escape(row.label)}'"))
+        drawn = [_name(row.drawn, x, y), *_stack(row.memory, roles, key, x, y), text(x.end + 10, y + 4, row.figures)]
+        parts.append(axes.group_of(drawn, f"{row.label}: {row.figures}", f"data-variant='{escape(row.label)}'"))
     if limit_gib:
         parts.append(line(x.at(limit_gib), TOP - 6, x.at(limit_gib), bottom + 4, INK, 1.4, "4 2"))
     place, y = left, bottom + 46
@@ -208,11 +208,11 @@ def _fill(index: int, key: str) -> str:
 
 
 def _left(styles: Sequence[Style]) -> float:
-    return 22 + max(axes.text_width(drawn.name) for drawn in styles)
+    return 22 + max(axes.text_width(style.name) for style in styles)
 
 
-def _name(drawn: Style, x: Axis, y: float) -> str:
-    return axes.marked(text(x.start - 10, y + 4, drawn.name, anchor="end"), "name")
+def _name(style: Style, x: Axis, y: float) -> str:
+    return axes.marked(text(x.start - 10, y + 4, style.name, anchor="end"), "name")
 
 
 def _row(variant: Variant) -> str:
@@ -221,7 +221,7 @@ def _row(variant: Variant) -> str:
 
 def _ratios(values: Iterable[float | None], left: float) -> Axis:
     finite = [value for value in values if value is not None and math.isfinite(value)]
-    return Axis(0.0, 1.05 * max([1.0, *finite]), left, WHOLE - SAID)
+    return Axis(0.0, 1.05 * max([1.0, *finite]), left, WHOLE - FIGURES)
 
 
 def _x_axis(x: Axis, bottom: float, unit: str) -> list[str]:

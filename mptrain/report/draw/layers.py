@@ -47,8 +47,8 @@ def layers_svg(variants: Sequence[Variant], styles: Sequence[Style], most: int =
 
     ValueError if none did.
     """
-    pairs = [(variant, drawn) for variant, drawn in zip(variants, styles, strict=True) if variant.health.layers]
-    counted, heads = [variant for variant, _ in pairs], [drawn.name for _, drawn in pairs]
+    pairs = [(variant, style) for variant, style in zip(variants, styles, strict=True) if variant.health.layers]
+    counted, heads = [variant for variant, _ in pairs], [style.name for _, style in pairs]
     if not counted:
         raise ValueError("no variant has counted casts")
     shown = worst(counted, most)

@@ -41,33 +41,33 @@ def lines_svg(series: Sequence[Series], *, name: str, band: Curve | None = None,
 
     ValueError if no series has a finite value.
     """
-    drawn = [one for one in series if _finite(one.curve.values)]
-    if not drawn:
+    finite = [one for one in series if _finite(one.curve.values)]
+    if not finite:
         raise ValueError("no curve has a finite value")
-    values = _range_of(drawn, band)
+    values = _range_of(finite, band)
     log = min(values) > 0 and max(values) > 10 * min(values)
-    bottom = TOP + max(HEIGHT, PITCH * (len(drawn) + 1))
+    bottom = TOP + max(HEIGHT, PITCH * (len(finite) + 1))
     y = axes.value_axis(min(values), max(values), bottom, TOP, log=log)
-    return _plot(drawn, y, band, f"{name}{', logarithmic' if log else ''}", band_name, axes.number)
+    return _plot(finite, y, band, f"{name}{', logarithmic' if log else ''}", band_name, axes.number)
 
 
 def difference_svg(series: Sequence[Series], *, name: str, noise: Curve | None = None, band_name: str = "noise") -> str:
     """Draw relative differences in percent around 0, with the ``noise`` shaded. ValueError if no value is finite."""
-    drawn = [one._replace(curve=_scaled(one.curve, 100.0)) for one in series if _finite(one.curve.values)]
-    if not drawn:
+    finite = [one._replace(curve=_scaled(one.curve, 100.0)) for one in series if _finite(one.curve.values)]
+    if not finite:
         raise ValueError("no curve has a finite value")
     shaded = _scaled(noise, 100.0) if noise else None
-    values = _middle(drawn, shaded)
-    bottom = TOP + max(HEIGHT, PITCH * (len(drawn) + 1))
+    values = _middle(finite, shaded)
+    bottom = TOP + max(HEIGHT, PITCH * (len(finite) + 1))
     y = axes.value_axis(min(values), max(values), bottom, TOP)
-    return _plot(drawn, y, shaded, name, band_name, _percent, zero=True)
+    return _plot(finite, y, shaded, name, band_name, _percent, zero=True)
 
 
 def tail(curve: Curve, first: int) -> Curve:
     """Return the curve from step ``first`` on."""
-    keep = [index for index, step in enumerate(curve.steps) if step >= first]
-    parts = [[column[index] for index in keep] if column else [] for column in (curve.values, curve.low, curve.high)]
-    return Curve([curve.steps[index] for index in keep], *parts)
+    indices = [index for index, step in enumerate(curve.steps) if step >= first]
+    parts = [[column[index] for index in indices] if column else [] for column in (curve.values, curve.low, curve.high)]
+    return Curve([curve.steps[index] for index in indices], *parts)
 
 
 def _plot(
@@ -102,21 +102,21 @@ def _plot(
 
 
 def _curve(one: Series, index: int, count: int, x: Axis, y: Axis) -> str:
-    curve, drawn = one.curve, one.style
+    curve, style = one.curve, one.style
     parts = []
     if curve.low and _finite(curve.low) and count <= MOST_SHADED:
-        parts.append(_area(curve, x, y, f"fill='{drawn.colour}' fill-opacity='.13' class='extremes'"))
+        parts.append(_area(curve, x, y, f"fill='{style.colour}' fill-opacity='.13' class='extremes'"))
     pieces = clipped(_points(curve, x, y), y.end, y.start)
     path = "".join(_path(piece) for piece in pieces)
-    parts.append(axes.curve(path, drawn))
+    parts.append(axes.curve(path, style))
     inside = [p for p in _points(curve, x, y) if p and y.end <= p[1] <= y.start]
     many = 5 if count <= 6 else 3
     for place in range(many if len(inside) >= 2 * many else 0):
         at = inside[int((place + (index + 0.5) / count) / many * len(inside))]
-        parts.append(axes.marker(drawn.shape, *at, 3.0, drawn.colour))
+        parts.append(axes.marker(style.shape, *at, 3.0, style.colour))
     left_at = _exit(pieces, _points(curve, x, y), y)
     if left_at:
-        parts.append(axes.marker("triangle" if left_at[1] <= y.end else "down", *left_at, 5.0, drawn.colour))
+        parts.append(axes.marker("triangle" if left_at[1] <= y.end else "down", *left_at, 5.0, style.colour))
     return axes.group_of(parts, _tip(one), f"data-series='{escape(one.label)}'")
 
 
@@ -141,7 +141,7 @@ def _outside(one: Series, x: Axis, y: Axis) -> str:
 
 
 def _end_labels(series: list[Series], x: Axis, y: Axis) -> list[str]:
-    """Draw labels in the order of the curves' ends; a line leads to those of curves that reach the plot's right."""
+    """Draw the labels in the order of the curves' ends; a line leads to those of curves that reach the plot's right."""
     right = x.end
     ends = [[p for p in _points(one.curve, x, y) if p][-1] for one in series]
     wanted = [min(max(end[1], y.end), y.start) for end in ends]
@@ -158,8 +158,8 @@ def _end_labels(series: list[Series], x: Axis, y: Axis) -> list[str]:
 
 def _legend(entries: list[tuple[str, str]], y: float) -> list[str]:
     parts, x = [], LEFT
-    for drawn, words in entries:
-        parts.append(f"<g transform='translate({x:.1f} {y:.1f})'>{drawn}{text(28, 0, words)}</g>")
+    for symbol, words in entries:
+        parts.append(f"<g transform='translate({x:.1f} {y:.1f})'>{symbol}{text(28, 0, words)}</g>")
         x += 52 + axes.text_width(words)
     return parts
 

@@ -37,18 +37,18 @@ def timeline_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
     """Draw scales (log2) over lanes of events. ValueError if no variant has a scale or an event."""
     pairs = list(zip(variants, styles, strict=True))
     scaled = [(v, s, v.health.scale) for v, s in pairs if v.health.scale and _logs(v.health.scale)]
-    lanes = [(variant, drawn) for variant, drawn in pairs if variant.health.events]
+    lanes = [(variant, style) for variant, style in pairs if variant.health.events]
     if not scaled and not lanes:
         raise ValueError("no variant has a loss scale or an event")
     steps = [step for _, _, scale in scaled for step in scale.steps]
     steps += [int(event["step"]) for variant, _ in lanes for event in variant.health.events]
-    names = [drawn.name for v, drawn, _ in scaled] + [drawn.name for _, drawn in lanes]
+    names = [style.name for v, style, _ in scaled] + [style.name for _, style in lanes]
     x = axes.step_axis(steps, LEFT, WHOLE - 58 - max(map(axes.text_width, names)))
     parts, top = _scales(scaled, x) if scaled else ([], TOP - 6)
-    for variant, drawn in lanes:
+    for variant, style in lanes:
         kinds = [kind for kind in [*KINDS, ""] if _of_kind(variant, kind)]
         height = ROW * len(kinds) + 6
-        parts += _lane(variant, drawn.name, kinds, x, top)
+        parts += _lane(variant, style.name, kinds, x, top)
         top += height
     parts += axes.x_grid(x, top)
     happened = [kind for kind in [*KINDS, ""] if any(_of_kind(variant, kind) for variant, _ in lanes)]
@@ -71,8 +71,8 @@ def _scales(scaled: Sequence[tuple[Variant, Style, Curve]], x: Axis) -> tuple[li
     parts.append(line(LEFT, bottom, x.end, bottom, axes.GRID, 0.8))
     wanted = [y.at(_logs(scale)[-1]) for _, _, scale in scaled]
     places = axes.spread(wanted, PITCH, TOP, bottom)
-    for (variant, drawn, scale), place in zip(scaled, places, strict=True):
-        shapes = [axes.curve(_stairs(scale, x, y), drawn), *axes.end_label(x.end, place, drawn)]
+    for (variant, style, scale), place in zip(scaled, places, strict=True):
+        shapes = [axes.curve(_stairs(scale, x, y), style), *axes.end_label(x.end, place, style)]
         parts.append(axes.group_of(shapes, f"loss scale of {variant.label}", f"data-series='{escape(variant.label)}'"))
     return parts, bottom + 12
 

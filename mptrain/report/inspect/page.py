@@ -51,8 +51,8 @@ def _heat_map(tensors: Tensors, histograms: Histograms, rows: list[Row], role: s
 
 
 def _tensor(row: Row, histogram: Histogram, *, opened: bool) -> dict[str, Any]:
-    drawn = histogram_svg(histogram, bands_of(row), HEADS)
-    return {"layer": row.layer, "role": row.role, "figures": _figures(row), "opened": opened, "drawn": drawn}
+    svg = histogram_svg(histogram, bands_of(row), HEADS)
+    return {"layer": row.layer, "role": row.role, "figures": _figures(row), "opened": opened, "drawn": svg}
 
 
 def _figures(row: Row) -> list[tuple[str, bool]]:

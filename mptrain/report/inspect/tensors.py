@@ -145,8 +145,8 @@ def load(path: Path, step: int | None = None) -> Tensors:
 def _of_run(folder: Path, step: int | None) -> Tensors:
     path = folder / record.FILE
     if not path.exists():
-        kept = [path for path in folder.rglob("step-*") if checkpoints.is_ours(path)]
-        files = sorted(kept or folder.rglob("*.safetensors"))
+        saved = [path for path in folder.rglob("step-*") if checkpoints.is_ours(path)]
+        files = sorted(saved or folder.rglob("*.safetensors"))
         other = f"; for its weights: mptrain inspect {files[-1]}" if files else ""
         what = (
             "this run sampled no histograms" if (folder / "config.json").exists() else "it is not the folder of a run"
@@ -196,24 +196,24 @@ def place_of(name: str, ours: bool) -> tuple[str, str] | None:
 
 def select(tensors: Tensors, role: str = "", layer: str = "") -> Tensors:
     """Return the rows of one role, and of layers whose name matches the regex. ValueError if there are none."""
-    keep = list(range(len(tensors.rows)))
+    indices = list(range(len(tensors.rows)))
     if role:
         roles = sorted({row[1] for row in tensors.rows})
         if role not in roles:
             raise ValueError(f"role {role!r} is not recorded{did_you_mean(role, roles)}")
-        keep = [index for index in keep if tensors.rows[index][1] == role]
+        indices = [index for index in indices if tensors.rows[index][1] == role]
     if layer:
         try:
             pattern = re.compile(layer)
         except re.error as error:
             raise ValueError(f"--layer {layer!r} is not a regular expression: {error}") from error
-        layers = sorted({tensors.rows[index][0] for index in keep})
-        keep = [index for index in keep if pattern.search(tensors.rows[index][0])]
-        if not keep:
+        layers = sorted({tensors.rows[index][0] for index in indices})
+        indices = [index for index in indices if pattern.search(tensors.rows[index][0])]
+        if not indices:
             some = dict.fromkeys([*difflib.get_close_matches(layer, layers, n=3, cutoff=0.5), *layers[:10]])
             raise ValueError(f"no layer matches {layer!r}{did_you_mean(layer, list(some))}")
-    tables = {name: table[torch.tensor(keep, dtype=torch.int64)] for name, table in tensors.tables.items()}
-    return Tensors(tensors.title, [tensors.rows[index] for index in keep], tables, tensors.notes)
+    tables = {name: table[torch.tensor(indices, dtype=torch.int64)] for name, table in tensors.tables.items()}
+    return Tensors(tensors.title, [tensors.rows[index] for index in indices], tables, tensors.notes)
 
 
 def format_named(name: str) -> Format:
@@ -250,9 +250,9 @@ def _judged_as_cast(tensors: Tensors, histograms: Histograms) -> dict[int, Judge
     scale = tensors.tables["scale"].double()
     usable = (scale.isfinite() & (scale > 0)).tolist()
     for name in {row[2] for row in tensors.rows} & FORMATS.keys():
-        keep = [index for index, row in enumerate(tensors.rows) if row[2] == name and usable[index]]
-        some = Histograms(histograms.counts[keep], histograms.amax[keep])
-        judged |= zip(keep, _at_scale(some, FORMATS[name], scale[keep]), strict=True)
+        indices = [index for index, row in enumerate(tensors.rows) if row[2] == name and usable[index]]
+        some = Histograms(histograms.counts[indices], histograms.amax[indices])
+        judged |= zip(indices, _at_scale(some, FORMATS[name], scale[indices]), strict=True)
     return judged
 
 
