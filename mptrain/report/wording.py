@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TypeGuard
 
 from mptrain.report.compare.comparison import Interval, Kind
@@ -29,30 +30,16 @@ def put(form: str, value: float | None, times: float = 1.0) -> str:
     return form.format(times * value) if known(value) else UNKNOWN
 
 
-def loss(value: float | None) -> str:
-    return put("{:.4f}", value)
-
-
-def ratio(value: float | None) -> str:
-    return put("{:.2f}x", value)
-
-
-def gib(value: float | None) -> str:
-    return put("{:.3f}", value)
-
-
-def count(value: float | None) -> str:
-    return put("{:,.0f}", value)
+loss = partial(put, "{:.4f}")
+ratio = partial(put, "{:.2f}x")
+gib = partial(put, "{:.3f}")
+count = partial(put, "{:,.0f}")
+top1 = partial(put, "{:.2f} %", times=100.0)  # the two decimals that results are quoted with
 
 
 def share(value: float | None) -> str:
     """Write a share as ``0.03 %``: two figures are enough for a symptom."""
     return f"{percent(value)} %" if known(value) else UNKNOWN
-
-
-def top1(value: float | None) -> str:
-    """Write an accuracy in percent, with the two decimals that results are quoted with."""
-    return put("{:.2f} %", value, 100)
 
 
 def delta(interval: Interval | None, unit: str = "%") -> str:

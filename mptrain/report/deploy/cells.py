@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from mptrain.report import wording
 from mptrain.report.compare.comparison import Interval
 from mptrain.report.deploy.matrix import Deployed, Matrix
@@ -14,17 +16,18 @@ def columns(matrix: Matrix) -> list[Column[Deployed]]:
     """List the columns of a cell; those that no cell fills are left out."""
     unit = "%" if matrix.metric == "perplexity" else "pt"
     metric = f"{matrix.metric} (95 %)"
+    tenths = partial(wording.put, "{:.1f} %", times=100.0)
     columns: list[Column[Deployed]] = [
         Column("metric", metric, metric, lambda c: interval_cell(c.metric, _percent if unit == "pt" else _perplexity)),
         Column("own_delta", f"Δ {OWN} (95 %)", "Δ itself in FP32", lambda c: delta_cell(c.own_delta, unit)),
         Column(
             "base_delta", "Δ to FP32 throughout (95 %)", "Δ FP32 throughout", lambda c: delta_cell(c.base_delta, unit)
         ),
-        figure("mib", "MiB", "MiB", lambda value: wording.put("{:.2f}", value), lambda c: c.mib),
-        figure("size_frac", "of FP32", "of FP32", _tenths, lambda c: c.size_frac),
+        figure("mib", "MiB", "MiB", partial(wording.put, "{:.2f}"), lambda c: c.mib),
+        figure("size_frac", "of FP32", "of FP32", tenths, lambda c: c.size_frac),
         Column("speed_ratio", "speed here", "speed here", _speed),
-        figure("kl_nats", "KL (nats)", "KL", lambda value: wording.put("{:.2g}", value), lambda c: c.kl_nats),
-        figure("same_frac", "same answer", "same", _tenths, lambda c: c.same_frac),
+        figure("kl_nats", "KL (nats)", "KL", partial(wording.put, "{:.2g}"), lambda c: c.kl_nats),
+        figure("same_frac", "same answer", "same", tenths, lambda c: c.same_frac),
         Column("worst_layer", "worst layer", "worst layer", _worst, numeric=False),
         figure("layers", "layers", "layers", wording.count, lambda c: c.layers),
         Column("why", "", "why not", lambda c: Cell(c.why), numeric=False),
@@ -58,10 +61,6 @@ def _perplexity(mean: Interval) -> str:
 def _percent(mean: Interval) -> str:
     share = Interval(100 * mean.mean, 100 * mean.low, 100 * mean.high, mean.n, mean.method)
     return wording.interval(share, ".2f", " %")
-
-
-def _tenths(value: float | None) -> str:
-    return wording.put("{:.1f} %", value, 100)
 
 
 def _speed(cell: Deployed) -> Cell:

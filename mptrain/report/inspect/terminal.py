@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -48,29 +49,28 @@ def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Form
 def all_formats(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
     """Return a table with a line per tensor and a compact cell per format."""
     names = [*dict.fromkeys(name for row in rows for name in row.formats)]
-    table = _table("saturated/flushed/subnormal, % of elements", *(name for name in names))
-    for row in rows:
-        table.add_row(*_place(row, width), *(compact(row.formats[name], name) for name in names))
-    return table
+    title = "saturated/flushed/subnormal, % of elements"
+    return _table(title, names, rows, width, lambda row: [compact(row.formats[name], name) for name in names])
 
 
 def one_format(rows: list[Row], fmt: Format, width: int = LAYER_WIDTH) -> Table:
     """Return a table with all figures of each tensor in one format; ranges where the bins only bound a share."""
     title = f"{fmt} {'unscaled' if fmt in UNSCALED else 'at its best power-of-two scale'}"
-    table = _table(title, "scale", "saturated", "flushed", "subnormal", "room", "amax", "median")
-    for row in rows:
+    heads = ("scale", "saturated", "flushed", "subnormal", "room", "amax", "median")
+
+    def cells(row: Row) -> list[str | Text]:
         judged = row.formats[fmt.name]
         shares = [Text(share_text(share), style) for share, style in _styled(judged)]
         room = "-" if math.isinf(judged.headroom_bits) else f"{round(judged.headroom_bits, 1) + 0.0:.1f}b"
-        sizes = [_power(row.amax), _power(row.percentiles.get("50"))]
-        table.add_row(*_place(row, width), scale_text(judged.scale), *shares, room, *sizes)
-    return table
+        return [scale_text(judged.scale), *shares, room, _power(row.amax), _power(row.percentiles.get("50"))]
+
+    return _table(title, heads, rows, width, cells)
 
 
 def as_cast(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
     """Return a table of the run's own casts, by exact counts."""
-    table = _table("as cast in the run", "format", "scale", "saturated", "flushed", "inf+nan", "subnorm", "SQNR")
-    for row in rows:
+
+    def cells(row: Row) -> list[str | Text]:
         used = row.used
         assert used is not None
         whole = max(1, used.elements or 0)
@@ -79,48 +79,49 @@ def as_cast(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
             Text("-" if count is None else f"{count:,}", _style((count or 0) / whole))
             for count in (used.saturated, used.flushed)
         ]
-        table.add_row(
-            *_place(row, width),
+        return [
             _brief(used.format),
             "-" if used.scale is None else scale_text(used.scale),
             *counts,
             Text("-" if bad is None else f"{bad:,}", "bold red" if bad else ""),
             "-" if used.subnormal is None else share_text(used.subnormal),
             "-" if used.sqnr_db is None else "exact" if math.isinf(used.sqnr_db) else f"{used.sqnr_db:.0f} dB",
-        )
-    return table
+        ]
+
+    heads = ("format", "scale", "saturated", "flushed", "inf+nan", "subnorm", "SQNR")
+    return _table("as cast in the run", heads, rows, width, cells)
 
 
 def amaxes(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
     """Return a table for a record that holds neither histograms nor casts."""
-    table = _table("tensors", "amax")
-    for row in rows:
-        table.add_row(*_place(row, width), _power(row.amax))
-    return table
+    return _table("tensors", ["amax"], rows, width, lambda row: [_power(row.amax)])
 
 
 def spreads(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
     """Return how far the blocks' amaxes lie below the tensor's: bits that one scale per block would win back."""
     sizes = [*dict.fromkeys(size for row in rows for size in row.spread)]
     heads = [f"{what} of {size}" for size in sizes for what in ("median", "1st %ile")]
-    table = _table("bits from the tensor's amax down to that of its blocks", *heads)
-    for row in rows:
-        cells = [str(value) for size in sizes for value in (row.spread[size].median, row.spread[size].first)]
-        table.add_row(*_place(row, width), *cells)
-    return table
+    title = "bits from the tensor's amax down to that of its blocks"
+    return _table(
+        title,
+        heads,
+        rows,
+        width,
+        lambda row: [str(bits) for size in sizes for bits in (row.spread[size].median, row.spread[size].first)],
+    )
 
 
 def lost_updates(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
     """Return the coordinates that a step asked to move and that stayed, by the storage of the weights."""
-    title = "updates lost, % of the coordinates asked to move"
-    table = _table(title, "asked", "BF16", "FP32", "BF16 stochastic", "BF16+16 bits")
-    for row in rows:
+
+    def cells(row: Row) -> list[str | Text]:
         lost = row.lost
         assert lost is not None
         parts = [value / max(1.0, lost.asked) for value in (lost.bf16, lost.fp32, lost.stochastic, lost.remainder)]
-        cells = [Text(f"{percent(part)} %", _style(part)) for part in parts]
-        table.add_row(*_place(row, width), f"{lost.asked:,.0f}", *cells)
-    return table
+        return [f"{lost.asked:,.0f}", *(Text(f"{percent(part)} %", _style(part)) for part in parts)]
+
+    heads = ("asked", "BF16", "FP32", "BF16 stochastic", "BF16+16 bits")
+    return _table("updates lost, % of the coordinates asked to move", heads, rows, width, cells)
 
 
 def compact(judged: Judged, name: str) -> Text:
@@ -139,10 +140,14 @@ def share_text(share: Share) -> str:
     return f"{low}%" if low == high else f"{low}-{high}%"
 
 
-def _table(title: str, *heads: str) -> Table:
+def _table(
+    title: str, heads: Sequence[str], rows: list[Row], width: int, cells: Callable[[Row], Iterable[str | Text]]
+) -> Table:
     table = table_of(["layer", "role"], map(_brief, heads), title=title, title_style="bold")
     for column in table.columns[:2]:  # may be cut; of the figures, none
         column.no_wrap = False
+    for row in rows:
+        table.add_row(*_place(row, width), *cells(row))
     return table
 
 
