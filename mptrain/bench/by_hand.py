@@ -1,6 +1,7 @@
 """A hand-written training loop for several ranks, in plain torch: the reference for the trainer's steps.
 
-The same model, data, wrappers and arithmetic, nothing else: no look at the gradients for Inf, no agreement, no meters.
+The same model, data, wrappers and arithmetic, nothing else: no check of the gradients for Inf, no agreement
+between ranks, no meters.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """``mptrain bench cpu``: the cost of the emulation, the kernels and the trainer on this CPU.
 
-One torch thread. Figures are process CPU time; wall time is shown for information. Variants take turns
-within each repetition, and the reference runs twice in each (its A/A twin: what differs between the two is noise). A
-figure is the median over the repetitions of the paired ratio or difference, so that a machine that slows down slows
-both sides. ``--dry-run`` goes the same way with tiny sizes; its figures mean nothing.
+One torch thread. Figures are process CPU time; wall time is shown for information. Variants take turns within
+each repetition, and the reference runs twice in each (its A/A twin: what differs between the two is noise). A
+figure is the median over the repetitions of the paired ratio or difference, so that a machine that slows down
+slows both sides. ``--dry-run`` runs the same code with tiny sizes; its figures mean nothing.
 
-Rows: training steps of a 10 M GPT in each precision; quantize-dequantize of FP32 against copying the same bytes; a
-trainer step against a loop written by hand, on a model of 952 parameters, where nothing but host work is left.
+Rows: training steps of a 10 M GPT in each precision; quantize-dequantize of FP32 against copying the same bytes;
+a trainer step against a hand-written loop, on a model of 952 parameters, where only host work is left.
 """
 
 from __future__ import annotations

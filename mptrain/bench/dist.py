@@ -5,9 +5,9 @@ variants live in one process group and take turns, in reverse order every other 
 to the last rank's end; process CPU time of all ranks is shown next to it. A figure is the median over the repetitions
 of the paired ratio, and the reference runs twice (its A/A twin: what differs between the two is noise).
 
-Rows: steps of the trainer under DDP and FSDP against the hand-written loop; how long training waits for a checkpoint
-that is written in the background, against one it waits for until it is on disk; what each compression of gradients
-costs, sends and loses. ``--dry-run`` goes the same way with tiny sizes; its figures mean nothing.
+Rows: steps of the trainer under DDP and FSDP against the hand-written loop; the stall of a checkpoint written in
+the background, against that of a synchronous one; the cost, the bytes and the error of each compression of
+gradients. ``--dry-run`` runs the same code with tiny sizes; its figures mean nothing.
 """
 
 from __future__ import annotations

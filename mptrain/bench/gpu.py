@@ -2,7 +2,7 @@
 
 CUDA events after a warm-up, medians, variants alternating in rounds, BF16 measured twice (an A/A twin: what differs
 between them is noise), random tokens, fused AdamW, clipping, no host read in a step. Every row is written to the JSON
-file as soon as it is known. ``--dry-run`` goes the same way on a CPU with tiny sizes; its times mean nothing.
+file as soon as it is known. ``--dry-run`` runs the same code on a CPU with tiny sizes; its times mean nothing.
 
 MFU divides by the time that the FLOPs would take at the dense peak of the formats they ran in (FP8 in the converted
 layers, the rest in ``compute``); FLOPs are the model's own count, attention in full (see ``flops_per_token``).

@@ -1,13 +1,13 @@
 """End-to-end resume check: kill real runs with SIGKILL and verify that the resumed run is bit-identical.
 
-A whole run saves at the same steps as the one that is killed. Compared are the last checkpoints, tensor by tensor
-(weights, moments, loss scale, FP8 scales and histories, totals of the telemetry, what compression owes), all that is
-no tensor (ledger, trackers, the losses that spikes are judged by), and every number of every step in
-``metrics.jsonl`` and ``events.jsonl`` but speeds and the event of the resumption itself. The order of data and random
-numbers are functions of (seed, step): a wrong one shows in the losses.
+A whole run saves at the same steps as the one that is killed. It compares the last checkpoints, tensor by tensor
+(weights, moments, loss scale, FP8 scales and histories, totals of the telemetry, residuals of compression), their
+other state (ledger, trackers, the losses that detect spikes), and every number of every step in ``metrics.jsonl``
+and ``events.jsonl``, except speeds and the event of the resumption itself. The order of data and random numbers
+are functions of (seed, step): a wrong one shows in the losses.
 
-Where the number of processes changes in between, sums are made in another order: then the training losses must agree
-within :data:`TOLERANCE`, which is 3 times what a change of layout was measured to make of them in 100 steps.
+If the number of processes changes in between, sums are in another order: then the training losses must agree
+within :data:`TOLERANCE`, 3 times the measured effect of a change of layout in 100 steps.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Verdict:
 def verify(config: RunConfig, ranks: int, folder: Path, say: Say, *, steps: int, then: int = 0) -> Verdict:
     """Compare ``steps`` steps on ``ranks`` processes with half of them, a SIGKILL, and the rest.
 
-    ``then``: the rest runs on so many processes, so that losses are compared instead of bits; 0: on as many.
+    ``then``: number of processes for the rest, whose losses are compared instead of bits; 0: the same number.
     """
     began = time.monotonic()
     config = _cadence(config, steps, every=max(1, steps // 4))

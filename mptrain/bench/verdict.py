@@ -1,9 +1,10 @@
 """``mptrain bench verdict``: error rates and power of the verdicts of ``mptrain compare``, by simulation.
 
-Simulated seeds, drawn from every distribution of the stated family and from some outside it, go through the rules of
-``mptrain.report.compare.intervals``. A rate is the share of verdicts that are wrong where the truth is on the border:
-called worse at a difference of 0, called equivalent at the margin; the worse of the two, for skew makes them unequal.
-``--constants`` makes the tables of that module from the same draws. One process, no training.
+Simulated seeds, drawn from every distribution of the stated family and from some outside it, are judged by the
+rules of ``mptrain.report.compare.intervals``. A rate is the share of verdicts that are wrong where the truth is
+on the border: called worse at a difference of 0, called equivalent at the margin; the worse of the two, because
+skew makes them unequal. ``--constants`` computes the tables of that module from the same draws. One process, no
+training.
 """
 
 from __future__ import annotations

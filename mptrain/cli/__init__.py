@@ -1,7 +1,7 @@
 """The command line: ``mptrain COMMAND``. (``python train.py`` trains.)
 
-Each file of this folder whose docstring begins with ``mptrain NAME`` is a command: its function ``run(argv)`` gets the
-words after the name and returns the exit status. Only the command that is called is imported.
+Each file of this folder whose docstring begins with ``mptrain NAME`` is a command: its function ``run(argv)``
+gets the arguments after the name and returns the exit status. Only the command in use is imported.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Training data in numpy, one source a file. A new file here is a new ``kind`` for the YAMLs of conf/data.
 
-Such a file holds ``INPUT`` (what its samples are: ``tokens`` or ``images``, to be matched by the model's), a dataclass
-``Config`` and ``build(config)``, which returns a :class:`Dataset`.
+Such a file holds ``INPUT`` (the kind of its samples, ``tokens`` or ``images``, which must match the model's), a
+dataclass ``Config`` and ``build(config)``, which returns a :class:`Dataset`.
 
-The order of training samples is a function of (seed, step) alone: nothing about it is saved, and a run may resume at
+The order of training samples is a function of (seed, step) alone: none of it is saved, and a run can resume at
 any step on any number of processes.
 """
 

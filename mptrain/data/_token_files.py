@@ -1,8 +1,9 @@
 """Recognition of token files: by their header, or by whether a file without one can hold tokens at all.
 
-A file with a header (llm.c's or numpy's, of either byte order) is read as the header says. A file without one is 2-byte
-tokens only if it looks like that; otherwise it is refused, for a wrong guess trains on noise without a word.
-``data.dtype=uint16`` or ``uint32`` says what a file without a header holds, and nothing is guessed.
+A file with a header (llm.c's or numpy's, of either byte order) is read as the header says. A file without one is
+read as 2-byte tokens only if it looks like them; otherwise it is rejected, because a wrong guess would silently
+train on noise. ``data.dtype=uint16`` or ``uint32`` sets the type of files without a header, and nothing is
+guessed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Handwritten digits: 1,797 grey images of 8 x 8 pixels in 10 classes, shipped with scikit-learn; nothing to download.
 
-The test half of UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), 13 writers. Every fifth
-image of each class is held out, so a writer's digits are in both splits: the accuracy is that for writers known.
+The test half of UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), 13 writers. Every
+fifth image of each class is held out, so a writer's digits are in both splits: the accuracy is for known writers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def build(config: Config) -> ImageDataset:
 def split(labels: npt.NDArray[np.integer], config: Config) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Return indices of the training and of the validation images, evenly spaced within each class.
 
-    Validation images come sorted by class, so that evenly spaced ones of them are of all classes alike.
+    Validation images are sorted by class, so that evenly spaced ones cover all classes equally.
     """
     held_out = []
     for label in range(CLASSES):

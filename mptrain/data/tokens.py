@@ -1,9 +1,9 @@
 """Token shards on disk, tokenized elsewhere: nanoGPT's and llm.c's formats are read, llm.c's is written.
 
-nanoGPT: 2-byte tokens and nothing else. llm.c: a header of 256 4-byte integers (magic, version, number of tokens), then
-tokens of 2 bytes (GPT-2) or 4 bytes (Llama 3). Both are little-endian; numpy's .npy files are read too, and what is
-none of these is refused (:mod:`mptrain.data._token_files`). Sources: nanoGPT's data/*/prepare.py and llm.c's
-dev/data/data_common.py.
+nanoGPT: 2-byte tokens and nothing else. llm.c: a header of 256 4-byte integers (magic, version, number of
+tokens), then tokens of 2 bytes (GPT-2) or 4 bytes (Llama 3). Both are little-endian; numpy's .npy files are read
+too, and other files are rejected (:mod:`mptrain.data._token_files`). Sources: nanoGPT's data/*/prepare.py and
+llm.c's dev/data/data_common.py.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ def quantize_model(
 ) -> Report:
     """Quantize the linear layers of ``model`` in place. The report lists every weight, and why it was left as it is.
 
-    ``keep``: full-match regex of module names left as they are; a head tied to its embedding always is. ``batches``:
-    what a calibrated method sees, as the model's forward takes it. Conv1D layers of transformers become linear ones.
-    ValueError, naming what to change, if the method is missing here, if no layer can be quantized, or if what torchao
-    made of one is not what was asked for: the model is then no good.
+    ``keep``: full-match regex of module names left as they are; a head tied to its embedding always is.
+    ``batches``: calibration data, as the model's forward takes it. Conv1D layers of transformers become linear
+    ones. ValueError, naming what to change, if the method is unavailable here, if no layer can be quantized, or
+    if torchao's result is not the requested one: the model is then unusable.
     """
     if isinstance(method, str):
         method = methods.named(method)
@@ -72,7 +72,7 @@ def load_quantized(
 ) -> nn.Module:
     """Return the model of a Hugging Face folder, quantized and in eval mode: ``load_quantized("folder", "int8")``.
 
-    ValueError if the folder is not whole, its architecture unknown, or nothing can be quantized.
+    ValueError if the folder is incomplete, its architecture unknown, or nothing can be quantized.
     """
     model = huggingface.opened(Path(folder)).to(device)
     quantize_model(model, method, group_size=group_size, keep=keep)
@@ -164,8 +164,8 @@ def _convert(
 def _verified(name: str, layer: nn.Module, before: Tensor, method: Method) -> Layer:
     """Return the layer's new format, size and error.
 
-    ValueError unless it is the tensor and the codes that were asked for, and each weight is within half a step of what
-    it was.
+    ValueError unless it has the requested tensor class and codes, and each weight is within half a step of the
+    original.
     """
     weight: Any = layer.weight
     kind = type(weight).__name__

@@ -1,9 +1,9 @@
 """The folder of a quantized model: written atomically, loaded bit for bit.
 
-``quantized.safetensors`` holds codes (INT4 two to a byte), scales, zero points and the tensors that are as they were;
-``quantization.json`` what it takes to put them together, with the file's checksum; ``config.json`` the model. The first
-is not called model.safetensors because transformers would load that: with fresh random weights for the quantized ones
-and no more than a warning.
+``quantized.safetensors`` holds codes (INT4 two to a byte), scales, zero points and the unquantized tensors;
+``quantization.json`` the metadata to rebuild them, with the file's checksum; ``config.json`` the model. The first
+is not called model.safetensors because transformers would load that, with random weights for the quantized ones
+and only a warning.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WEIGHTS = "quantized.safetensors"
 def save(out: str | Path, source: Source, report: Report) -> Path:
     """Write the model of ``source``, quantized as ``report`` says, into the new folder ``out``.
 
-    ValueError if something is in the way or the disk is full; nothing is then left behind.
+    ValueError if ``out`` exists or the disk is full; nothing is then left behind.
     """
     out = Path(out)
     require_free(out)
@@ -65,7 +65,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """Return the model of a folder that :func:`save` wrote, in eval mode: its forward gives the same bits as the one
     saved.
 
-    ValueError if the folder is not one, is of another version, or a file of it is damaged.
+    ValueError if it is not such a folder, is of another version, or is damaged.
     """
     folder, device = Path(folder), torch.device(device)
     described = read(folder)

@@ -1,10 +1,10 @@
 """Evaluation of a quantized model against its original: loss, agreement, speed, and the error of each layer.
 
 Both see the same validation samples, so every difference is paired: what makes a sample hard cancels out, and the
-interval of the difference is some ten times narrower than that of either loss. Intervals over samples are Student's t
-on the samples' mean losses: there are dozens to thousands of them, of equal length, evenly spaced over the split; a
-bootstrap of as many gives the same ends and costs more. They say what other samples of this split would give; that of
-two samples of one document resemble each other is not in them. Accuracies have exact intervals (Clopper-Pearson), their
+interval of the difference is some ten times narrower than that of either loss. Intervals over samples are
+Student's t on the samples' mean losses: there are dozens to thousands of them, of equal length, evenly spaced
+over the split; a bootstrap of as many gives the same ends and costs more. They cover other samples of this split,
+but not the similarity of samples from one document. Accuracies have exact intervals (Clopper-Pearson), their
 paired difference Agresti and Min's.
 """
 
@@ -43,8 +43,8 @@ def evaluate(
     """Compare ``model`` with ``reference`` on validation ``batches`` with their ``targets`` or ``labels``.
 
     ``repeats``: timed forwards of each at one sample and at the batch, 0 for no latencies and no layers.
-    ``weights_db``: SQNR of weights by layer, where known. ``reference_logits``: what :func:`logits_of` gives for the
-    reference and batch i, if somebody remembers. ValueError without a batch.
+    ``weights_db``: SQNR of weights by layer, where known. ``reference_logits``: a cache of :func:`logits_of` for
+    the reference and batch i. ValueError without a batch.
     """
     chosen = list(batches)
     if not chosen:
@@ -219,7 +219,7 @@ def layer_errors(
 ) -> list[LayerError]:
     """Compare the linear layers of ``reference`` with those of ``model`` on one batch, the worst first.
 
-    Worst is by ``own_db``: a layer that is given what the reference's was given cannot be blamed for those before it.
+    Worst is by ``own_db``: given the reference's input, a layer does not inherit the errors of those before it.
     """
     own: dict[str, float] = {}
     right: dict[str, Tensor] = {}

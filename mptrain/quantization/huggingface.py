@@ -26,7 +26,7 @@ def is_one(folder: Path) -> bool:
 def opened(folder: Path, file: Path | None = None) -> nn.Module:
     """Return the FP32 model of a folder in eval mode, its weights from ``file`` where one is named.
 
-    ValueError for an unknown architecture, a missing or torn file, or weights that the model wants and are not there.
+    ValueError for an unknown architecture, a missing or corrupt file, or missing weights.
     """
     config = _config(folder)
     for path in [file] if file else weight_files(folder):
@@ -62,7 +62,7 @@ def shell(folder: Path) -> nn.Module:
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder.
 
-    ValueError if there are none, or one that the index names is not there.
+    ValueError if there are none, or one that the index names is missing.
     """
     if (folder / INDEX).is_file():
         try:

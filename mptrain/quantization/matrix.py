@@ -1,8 +1,8 @@
 """Training precision x deployment format: each run's model in each format, vs. itself in FP32 and vs. FP32 throughout.
 
-All cells see the same validation samples. Within a run a difference is paired by sample; where a precision has several
-runs (seeds), each gives one number, and the interval is over the runs, paired by seed: it holds what another training
-would give, which that over samples does not.
+All cells see the same validation samples. Within a run a difference is paired by sample; where a precision has
+several runs (seeds), each gives one number, and the interval is over the runs, paired by seed: it covers the
+variation of another training, unlike one over samples.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def deploy(
     """Return the matrix of the runs at ``paths`` (run folders, or folders of them) in the formats ``to``, FP32
     included.
 
-    ``group_size``, ``keep``: as :func:`quantize_model` takes them, where the method has groups. A format that a model
-    cannot be had in is a cell that says why. ValueError if the runs are not of one model and data.
+    ``group_size``, ``keep``: as :func:`quantize_model` takes them, where the method has groups. The cell of an
+    impossible format holds the reason. ValueError if the runs are not of one model and data.
     """
     formats = list(dict.fromkeys(("fp32", *to)))
     calibrated = [name for name in formats if named(name).calibrated]

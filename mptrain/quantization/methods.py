@@ -1,7 +1,7 @@
 """The quantization methods: one row each, with torchao's configuration.
 
-torchao's own choices stand: a scale is amax / 127.5 (INT8) or amax / 7.5 (INT4) in FP32, so the largest positive weight
-clips by half a step; the zero points of symmetric codes are zeros, kept because its tensors have them.
+torchao's defaults are kept: a scale is amax / 127.5 (INT8) or amax / 7.5 (INT4) in FP32, so the largest positive
+weight clips by half a step; the zero points of symmetric codes are zeros, kept because its tensors have them.
 ``set_inductor_config`` is off everywhere: it changes settings of the whole process.
 """
 
@@ -29,10 +29,10 @@ SMALLEST_GROUP = 8
 class Method:
     """One way to store the weights of a model's linear layers.
 
-    ``dtype``: of the codes as they are stored, or what a cast makes of the whole model. ``tensor``: the class of
-    torchao that a weight becomes; empty for a cast. ``group_default``: numbers that share a scale, None: a row of the
-    weight does. ``calibrated``: needs batches to see what activations look like. ``smooth``: SmoothQuant's alpha where
-    activations are observed (None moves nothing from activations to weights).
+    ``dtype``: of the stored codes, or of the whole model after a cast. ``tensor``: torchao's class of a quantized
+    weight; empty for a cast. ``group_default``: numbers that share a scale, None: a row of the weight.
+    ``calibrated``: needs batches to observe activations. ``smooth``: SmoothQuant's alpha where activations are
+    observed (None moves nothing from activations to weights).
     """
 
     name: str

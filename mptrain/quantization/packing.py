@@ -1,6 +1,6 @@
 """torchao's tensors as plain tensors for a file, and back; two 4-bit codes or four 2-bit codes to a byte.
 
-torchao's ``Intx`` tensors are the only INT4 and INT2 it runs on a CPU, and hold each code in a byte of its own.
+torchao's ``Intx`` tensors are the only INT4 and INT2 it runs on a CPU, and hold each code in its own byte.
 """
 
 from __future__ import annotations

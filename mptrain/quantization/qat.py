@@ -1,9 +1,9 @@
 """Quantization-aware fine-tuning: further steps with the weights rounded as they will be deployed.
 
-torchao's QAT swaps layers for ones that round in the forward and let gradients pass as if they had not, but to weights
-that were clipped (Jacob et al. 2018). The swap is checked: a name that matches nothing would leave a model that was
-fine-tuned in full precision, and the loss would not show it. Afterwards the layers are plain again and the model
-is quantized and verified like any other.
+torchao's QAT swaps layers for ones that round in the forward and let gradients pass unchanged, except to clipped
+weights (Jacob et al. 2018). The swap is checked: a name that matches nothing would fine-tune in full precision,
+and the loss would not show it. Afterwards the layers become plain again and the model is quantized and verified
+like any other.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def finetune(
 ) -> Tuned:
     """Train ``model``, trained already, for ``steps`` more on ``batches``, rounded as ``quantize_model`` will round it.
 
-    It is left in FP32 with plain layers, in eval mode. ``group_size``, ``keep``: as they will be given to
-    ``quantize_model``. ValueError if no layer would be quantized, or torchao has no such training.
+    The result is in FP32 with plain layers, in eval mode. ``group_size``, ``keep``: as for ``quantize_model``.
+    ValueError if no layer would be quantized, or torchao does not support such training.
     """
     require(steps > 0, "--finetune", steps, "at least 1 step, e.g. 100")
     require(lr > 0, "--finetune-lr", lr, f"above 0, e.g. {RATE}")
@@ -69,7 +69,7 @@ def finetune(
 def fake_quantize(model: nn.Module, config: Any, names: Collection[str]) -> None:
     """Swap the layers ``names`` for ones that compute as torchao's ``config`` will have them, on FP32 parameters.
 
-    ValueError if torchao has no such training for the config.
+    ValueError if torchao does not support such training for the config.
     """
     with quiet_import():
         from torchao.quantization import quantize_

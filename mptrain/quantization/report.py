@@ -11,8 +11,8 @@ BYTES_FP32 = 4
 class Layer:
     """A weight of two or more dimensions.
 
-    ``bytes``: as stored in a file, with scales and zero points, INT4 two to a byte. ``sqnr_db``: of the weight as it is
-    multiplied by now, against the one before (infinite: the same bits); None if it was kept. ``kept``: why it was.
+    ``bytes``: as stored in a file, with scales and zero points, INT4 two to a byte. ``sqnr_db``: of the quantized
+    weight against the original (infinite: the same bits); None if it was not quantized. ``kept``: why it was not.
     """
 
     name: str

@@ -56,7 +56,7 @@ def dataset(settings: dict[str, Any]) -> Dataset:
 def open_source(path: str | Path, average: bool = False) -> Source:
     """Open the model at ``path``; ``average``: the running average of a run's weights.
 
-    ValueError for what is not there, not whole, of an unknown kind, or quantized already.
+    ValueError if it is missing, incomplete, of an unknown kind, or quantized already.
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path

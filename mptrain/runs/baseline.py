@@ -1,9 +1,9 @@
 """The FP32 baseline of each run: a previous FP32 run with the same fingerprint, or a probe of a few FP32 steps.
 
-Runs of one fingerprint (:mod:`mptrain.runs.identity`) differ by precision alone, so their losses are compared at the
-same step. The probe runs in a process of its own, before this run allocates anything on the device, so neither takes
-the other's memory or time; a file lock keeps two of them from measuring each other. Its result stays in the runs folder
-for the next run of that fingerprint.
+Runs of one fingerprint (:mod:`mptrain.runs.identity`) differ by precision alone, so their losses are compared at
+the same step. The probe runs in a separate process, before this run allocates anything on the device, so neither
+takes the other's memory or time; a file lock keeps two probes from measuring each other. Its result stays in the
+runs folder for the next run with that fingerprint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"
 class Figures:
     """The measurements of one side of the comparison.
 
-    ``losses``: training loss (nats) by step; ``tokens_per_s``: or images, where samples are images.
+    ``losses``: training loss (nats) by step; ``tokens_per_s``: images per second if samples are images.
     """
 
     source: str = "none"
@@ -149,8 +149,8 @@ def compare(run: Figures, fp32: Figures, *, emulated: bool = False) -> dict[str,
     """Return ratios to FP32 (speed above 1: faster; memory below 1: smaller) and differences (nats, accuracy), NaN
     where unknown.
 
-    Losses are those of the last step that both sides have, on the same batch. ``emulated``: the run's speed is that of
-    an emulation, of which no ratio is a speed-up.
+    Losses are those of the last step that both sides have, on the same batch. ``emulated``: the run's speed is
+    that of an emulation, so its ratio is not a speed-up.
     """
     step = max(run.losses.keys() & fp32.losses.keys(), default=0)
     loss, loss_fp32 = run.losses.get(step, math.nan), fp32.losses.get(step, math.nan)

@@ -1,6 +1,6 @@
 """Export to a folder that Hugging Face's transformers loads: ``AutoModelForCausalLM.from_pretrained(OUT)``.
 
-How an architecture is called and laid out there, its own module says (``hugging_face`` in mptrain/models/KIND.py).
+Each architecture's module translates its names and layout (``hugging_face`` in mptrain/models/KIND.py).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def export(source: Path, out: Path, dtype: str = "fp32", average: bool = False) -> str:
     """Write ``config.json`` and ``model.safetensors`` into the new folder ``out``; return a description of them.
 
-    ``source``: a run's folder (its newest whole checkpoint is taken) or a checkpoint in one. ``average``: the running
-    average of the weights in place of the weights (which are those the model computes with: BF16 if stored so, without
-    the optimizer's remainder). ValueError if something is missing or in the way, if the kind of
-    model has no twin there, or if a weight is beyond ``dtype``; ``out`` is then as it was.
+    ``source``: a run's folder (its newest complete checkpoint) or a checkpoint in one. ``average``: the running
+    average instead of the weights (which are those the model computes with: BF16 if stored so, without the
+    optimizer's remainder). ValueError if something is missing, ``out`` exists, transformers has no such
+    architecture, or a weight is beyond ``dtype``; ``out`` is then unchanged.
     """
     files.require_free(out)
     run, path = trained.located(source)

@@ -1,7 +1,7 @@
 """The folder of a run: creation, write access, and a lock against other runs.
 
-A run locks its folder while it is in progress. The system releases the lock when the process ends, however it ends,
-so a folder without a summary and without a lock is of a run that was stopped.
+A run locks its folder while it is in progress. The system releases the lock when the process ends, however it
+ends, so a folder without a summary and without a lock belongs to a stopped run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The identity of a run, written when it begins (``run.json``), to decide which runs are comparable.
 
 Two runs of one fingerprint saw the same initial weights, batches and learning rates on the same machine, so they
-differ by precision alone. How weights and moments are stored is precision too: an FP32 run is the baseline of one that
-keeps them in BF16. What a policy does not use (the amax history of one that quantizes nothing) is not a difference.
+differ by precision alone. How weights and moments are stored is precision too: an FP32 run is the baseline of one
+that keeps them in BF16. Unused settings of a policy (the amax history of one that quantizes nothing) are not a
+difference.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def numerics(policy: dict[str, Any]) -> dict[str, Any]:
 def weights_mark(model: nn.Module) -> str:
     """Return a hash of the initial weights: name, shape and first values of every parameter.
 
-    Parameters are drawn from one random stream, so two initialisations differ in the first values already; all of them
-    would take 0.4 s for 124 M parameters and half a minute for 8 G.
+    Parameters are drawn from one random stream, so two initialisations differ in the first values already;
+    hashing all would take 0.4 s for 124 M parameters and half a minute for 8 G.
     """
     mark = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -3,9 +3,9 @@
     python train.py run_dir=runs/a resume=auto                     as it was begun
     python train.py run_dir=runs/a resume=auto precision=bf16      the rest of it in another precision: a mixed run
 
-The folder keeps ``config.json`` of every attempt (``config.1.json`` is the first one) and ``history.json``: for each
-attempt after the first where it resumed, what had changed, and whether the run is mixed since: trained in parts by
-other numerics, so that no verdict counts it.
+The folder keeps ``config.json`` of every attempt (``config.1.json`` is the first one) and ``history.json``: for
+each attempt after the first its step, the changes, and whether the run is mixed since: trained in parts by other
+numerics, so that no verdict counts it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ CODE = ("mptrain", "commit")
 class Resumed:
     """An attempt after the first.
 
-    ``changes``: setting or property -> [before, now]; ``mixed``: of them those that change numerics; ``elsewhere``:
-    those after which speeds are no longer of one machine.
+    ``changes``: setting or property -> [before, now]; ``mixed``: those that change numerics; ``elsewhere``: those
+    that change the machine, so that speeds are not comparable.
     """
 
     step: int

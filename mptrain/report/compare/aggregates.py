@@ -67,7 +67,7 @@ def _place(run: Run) -> tuple[Any, ...]:
 def _limit(run: Run, base: Run) -> float | None:
     """Return Amdahl's limit: the speed-up if only the GEMMs ran as fast as the formats of this run allow.
 
-    Both GEMM times are FLOPs over the rate of the format (a GPU's peak; on a CPU what one large product reached).
+    Both GEMM times are FLOPs over the rate of the format (a GPU's peak; on a CPU the rate of one large product).
     """
     rates = {**base.about.get("gemm_tflops", {}), **run.about.get("gemm_tflops", {})}
     ours = weighted_rate(rates, run.summary.get("gemm_coverage", {}))

@@ -1,7 +1,7 @@
 """Comparison of run folders: match, pair by seed, measure differences, judge.
 
-Everything is relative to the baseline's run of the same seed, which saw the same batches from the same weights, so
-that what all runs share (an easy or a hard batch) cancels out.
+All differences are relative to the baseline's run of the same seed, which saw the same batches from the same
+weights, so that common effects (an easy or a hard batch) cancel out.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class NothingToCompare(ValueError):
 def compare(paths: Sequence[Path], baseline: Path | None = None, margin: float = MARGIN_FRAC) -> Comparison:
     """Compare the runs at ``paths`` (run folders, or folders of them).
 
-    ``baseline``: one run of the variant to compare with (default: FP32). ValueError (:class:`NothingToCompare`) if
-    there is nothing to compare.
+    ``baseline``: one run of the variant to compare with (default: FP32). Raises ValueError
+    (:class:`NothingToCompare`) if there is nothing to compare.
     """
     folders = expand([*paths, *([baseline] if baseline else [])])
     runs = [read(folder) for folder in folders]

@@ -1,9 +1,10 @@
 """Confidence intervals of differences between runs, and the number of seeds that would decide a verdict.
 
-Seeds are few (3 is usual), so intervals are Student's t and not a bootstrap: resampling 3 pairs has 10 outcomes and
-covers the truth in some 75 % of cases instead of 95. The quantile is multiplied by a factor that holds 2.5 % on either
-side for every distribution of :data:`FAMILY`, not for the normal one alone. Only seeds are replicates, so only
-intervals over seeds have it. Sources: Student (1908); Welch (1947); Lan and DeMets (1983) for several looks.
+Seeds are few (3 is usual), so intervals are Student's t and not a bootstrap: resampling 3 pairs has 10 outcomes
+and covers the truth in some 75 % of cases instead of 95. The quantile is multiplied by a factor that holds 2.5 %
+on either side for every distribution of :data:`FAMILY`, not for the normal one alone. Only seeds are replicates,
+so only intervals over seeds have the factor. Sources: Student (1908); Welch (1947); Lan and DeMets (1983) for
+several looks.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def factor(n: int, table: dict[int, float]) -> float:
 def paired(differences: Sequence[float], last: int = 0) -> Interval | None:
     """Return the interval of the mean of paired differences; None with fewer than two.
 
-    ``last``: the last number of seeds of a sweep that is looked at several times (a key of :data:`LOOKS`), whose looks
-    are the only numbers of differences for which there is an interval; 0: one look at a number of seeds fixed before.
+    ``last``: the last number of seeds of a sweep with several looks (a key of :data:`LOOKS`); only its looks have
+    an interval. 0: one look at a number of seeds fixed beforehand.
     """
     n = len(differences)
     if n < 2 or (last and n not in LOOKS[last]):
@@ -88,7 +89,7 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> Interval | None:
 def mean_of(values: Sequence[float], method: str, *, seeds: bool = False) -> Interval:
     """Return the interval of the mean of independent values, by Student's t; without ends (NaN) for a single one.
 
-    ``seeds``: the values are of one seed each, so the quantile has its factor; samples are many, and need none.
+    ``seeds``: each value is of one seed, so the quantile has its factor; samples are many, and need none.
     """
     n = len(values)
     if n < 2:
@@ -109,8 +110,8 @@ def paired_proportions(gained: int, lost: int, n: int) -> Interval:
     """Bound the difference of two shares of the same n cases; ``gained``: right in ours alone, ``lost``: in theirs
     alone.
 
-    Agresti and Min (2005): Wald's interval with half a case more in each of the four cells. Wald's own is of no width
-    where no case changed, and too narrow where few did, which is the rule among good models.
+    Agresti and Min (2005): Wald's interval with half a case added to each of the four cells. Wald's own has no
+    width if no case changed, and is too narrow if few did, as is usual for good models.
     """
     cases, up, down = n + 2, gained + 0.5, lost + 0.5
     middle = (up - down) / cases
@@ -135,8 +136,8 @@ def _spread(values: Sequence[float]) -> float:
 def seeds_needed(interval: Interval, margin: float) -> int | None:
     """Return how many seeds (of each side, where unpaired) would decide with a probability of :data:`POWER`.
 
-    Mean and spreads are taken for what they seem. Decided is: the interval lies below ``margin``, or it lies above 0.
-    None beyond :data:`MOST_SEEDS`.
+    Mean and spreads are taken at face value. Decided means: the interval lies below ``margin``, or above 0. None
+    beyond :data:`MOST_SEEDS`.
     """
     distance, variances = _distance(interval, margin), [spread**2 for spread in _spreads(interval)]
     total, table, ratio = sum(variances), PAIRED, 1.0
@@ -201,8 +202,8 @@ def prediction_half_width(curves: Floats, window: int) -> Floats | None:
     """Return half of the 95 % band in which a further seed lies, by the spread of these [seeds, steps] at each
     step.
 
-    The spread is averaged over ``window`` steps (variances), for that of 3 seeds at one step is itself mostly chance.
-    None with fewer than two seeds.
+    The spread is averaged over ``window`` steps (variances), because that of 3 seeds at one step is itself mostly
+    chance. None with fewer than two seeds.
     """
     n = len(curves)
     if n < 2:

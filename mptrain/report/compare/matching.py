@@ -51,7 +51,7 @@ class MatchedGroup:
 def groups_of(runs: Iterable[Run]) -> list[MatchedGroup]:
     """Sort every run that has settings into groups and variants, in the order of their first run.
 
-    A run that never began does not know its corpus: it goes with those whose settings of the data are its own.
+    A run that never began has no corpus on record: it joins those with its settings of the data.
     """
     known = [run for run in runs if run.config]
     corpora = {short_hash(run.config["data"]): run.about["corpus"] for run in known if "corpus" in run.about}

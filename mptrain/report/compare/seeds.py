@@ -1,7 +1,7 @@
 """The seeds that a sweep named before its first verdict: which of them count, and whether more looks are allowed.
 
-A verdict's rate is that of one look at a number of seeds fixed before it. ``sweep.json`` says what was fixed: seeds
-added to a sweep that was judged do not count, unless it had named its last number of seeds (``sweep_seeds``).
+A verdict's error rate holds for one look at a number of seeds fixed beforehand. ``sweep.json`` records it: seeds
+added to a judged sweep do not count, unless it had named its last number of seeds (``sweep_seeds``).
 """
 
 from __future__ import annotations

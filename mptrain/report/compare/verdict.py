@@ -89,7 +89,7 @@ def judge(
 ) -> Verdict:
     """Return the verdict on ``delta``, the difference from the baseline with its interval; None where there is none.
 
-    ``points``: the difference is one of accuracy (below 0: worse), said in points; else of a loss (above 0: worse).
+    ``points``: the difference is one of accuracy in points (below 0: worse); else of a loss (above 0: worse).
     ``last``: as in :func:`rules`; ``seeds`` counts the variant's.
     """
     unit = "points" if points else "%"

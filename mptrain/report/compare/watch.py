@@ -33,7 +33,7 @@ MARKS = {  # a sign and a word beside the colour
 class Watch:
     """A table that is redrawn every second in a terminal; elsewhere a line for each run that ends.
 
-    A thread of its own reads the folders; a finished run is not read again, a failed one is: it may be retried.
+    A separate thread reads the folders; a finished run is not read again, a failed one is: it may be retried.
     """
 
     def __init__(self, folder: Path, console: Console) -> None:

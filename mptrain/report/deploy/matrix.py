@@ -48,9 +48,9 @@ class Latency:
 class Evaluation:
     """A deployed model vs. its reference on the same validation samples.
 
-    ``unit``: what is predicted, ``tokens`` or ``images``. ``kl_nats``: KL(reference || deployed) of a prediction, mean;
-    ``same_frac``: how often both like the same answer best. ``machine``, ``device``: where the latencies were measured.
-    ``losses``, ``hits``: of each sample, the share of right predictions among the latter.
+    ``unit``: what is predicted, ``tokens`` or ``images``. ``kl_nats``: KL(reference || deployed) of a prediction,
+    mean; ``same_frac``: how often both choose the same answer. ``machine``, ``device``: where the latencies were
+    measured. ``losses``, ``hits``: by sample, ``hits`` as the share of right predictions.
     """
 
     unit: str
@@ -77,11 +77,12 @@ class Evaluation:
 class Deployed:
     """One cell of the matrix: runs trained in one precision, deployed in one format; means over the runs.
 
-    ``metric``: perplexity, or top-1. ``own_delta``: to the same runs deployed in FP32; ``base_delta``: to FP32-trained
-    ones deployed in FP32. Relative to the perplexity, or in accuracy (0.01 is a point). Intervals are over runs (seeds)
-    where there are several, else over validation samples: ``method`` says which. ``mib``: of the stored tensors,
-    ``size_frac``: over those of the FP32 file. ``layers``: how many were quantized. ``worst_db``: of the layer whose
-    output is furthest off, given the right input. ``why``: it could not be deployed so; then all else is unknown.
+    ``metric``: perplexity, or top-1. ``own_delta``: to the same runs deployed in FP32; ``base_delta``: to
+    FP32-trained ones deployed in FP32. Relative to the perplexity, or in accuracy (0.01 is a point). Intervals
+    are over runs (seeds) if there are several, else over validation samples: see ``method``. ``mib``: of the
+    stored tensors, ``size_frac``: over those of the FP32 file. ``layers``: how many were quantized. ``worst_db``:
+    of the layer with the largest error, given the right input. ``why``: the reason if this deployment is
+    impossible; then all else is unknown.
     """
 
     trained: str
@@ -107,7 +108,7 @@ class Deployed:
 class Matrix:
     """Training precision x deployment format, as in ``deploy.json``. ``metric``: ``perplexity`` or ``top-1``.
 
-    ``batch``: samples of the timed forward; ``machine``, ``device``: where it ran; ``notes``: what to know of it all.
+    ``batch``: samples of the timed forward; ``machine``, ``device``: where it ran; ``notes``: remarks on the whole.
     """
 
     title: str

@@ -1,6 +1,6 @@
 """Common parts of a comparison's charts: axes with round ticks, distinct styles, labels that do not overlap.
 
-Series differ in colour, in dashes and in marker at once, so that print in grey and colour-blind readers lose nothing.
+Series differ in colour, dashes and marker at once, so that nothing is lost in grey print or to colour-blind readers.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ FILLS = (
 def intervals_svg(variants: Sequence[Variant], styles: Sequence[Style], key: str, margin: float | None) -> str:
     """Draw the difference to the baseline of each variant with its 95 % interval, around 0; the ``margin`` shaded.
 
-    ``key``: the field of :class:`Loss` it comes from. ValueError if no variant has one.
+    ``key``: the field of :class:`Loss` to draw. ValueError if no variant has one.
     """
     unit = "pt" if key == "top1_delta" else "%"
     rows = [(v, s, getattr(v.loss, key)) for v, s in zip(variants, styles, strict=True)]

@@ -45,7 +45,7 @@ def worst(variants: Sequence[Variant], most: int = MOST) -> Shown:
 def layers_svg(variants: Sequence[Variant], styles: Sequence[Style], most: int = MOST) -> str:
     """Draw one line per (layer, role), one column per variant that counted its casts; ``▲``: overflow.
 
-    ValueError if none did.
+    ValueError if no variant did.
     """
     pairs = [(variant, style) for variant, style in zip(variants, styles, strict=True) if variant.health.layers]
     counted, heads = [variant for variant, _ in pairs], [style.name for _, style in pairs]

@@ -57,7 +57,8 @@ def histogram_svg(histogram: Histogram, bands: Sequence[Band], heads: Sequence[s
     """Draw the magnitudes of one tensor over the ranges of the formats in ``bands``; x: log2, y: square root of
     density.
 
-    What the bands marked ``used`` would flush or saturate is hatched. ``heads`` name the figures next to the bands.
+    Values that the bands marked ``used`` would flush or saturate are hatched. ``heads`` name the figures next to
+    the bands.
     """
     low, high = window(histogram, bands)
     plot = Box(150, 16, 420, 130, low, high)

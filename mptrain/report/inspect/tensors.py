@@ -1,7 +1,7 @@
 """The figures of ``mptrain inspect``: every tensor of a sampled step, or of a checkpoint, in each format.
 
-Each row is one tensor (layer, role). Formats are judged at their best power-of-two scale, but for those with FP32's
-range (BF16, TF32, FP32): these are used unscaled, so they are judged at 1.
+Each row is one tensor (layer, role). Formats are judged at their best power-of-two scale, except those with
+FP32's range (BF16, TF32, FP32): these are used unscaled, so they are judged at 1.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Tensors:
 def load(path: Path, step: int | None = None) -> Tensors:
     """Read a run's folder (the record of ``step``, default the last), a checkpoint or a .safetensors file.
 
-    ValueError for all else.
+    ValueError for other paths.
     """
     ours = checkpoints.is_ours(path)
     if path.is_dir() and not ours:
