@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,64 +138,25 @@ _int4_dynamic = _config("Int8DynamicActivationIntxWeightConfig", weight_dtype=IN
 _fp8 = _config("Float8WeightOnlyConfig", granularity=_row_or_group, **ALONE)
 _fp8_dynamic = _config("Float8DynamicActivationFloat8WeightConfig", **ALONE)
 
-INT8, INTX, FLOAT8 = "Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"
+INT8 = partial(Method, weight_bits=8, dtype=torch.int8, tensor="Int8Tensor")
+INTX = partial(Method, dtype=torch.int8, tensor="IntxUnpackedToInt8Tensor", grouped=True)
+FLOAT8 = partial(Method, weight_bits=8, dtype=torch.float8_e4m3fn, tensor="Float8Tensor")
+BY_TOKEN, CALIBRATED = "activations INT8 by token", "activations INT8 by a scale from calibration"
+SMOOTHED = "the same as int8-dynamic after SmoothQuant moved outliers from activations to weights"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("fp32", "as it is", 32, torch.float32),
         Method("bf16", "every weight in BF16", 16, torch.bfloat16),
         Method("fp16", "every weight in FP16", 16, torch.float16),
-        Method("int8", "INT8 weights", 8, torch.int8, INT8, _int8, grouped=True),
-        Method("int8-dynamic", "INT8 weights; activations INT8 by token", 8, torch.int8, INT8, _int8_dynamic),
-        Method(
-            "int8-static",
-            "INT8 weights; activations INT8 by a scale from calibration",
-            8,
-            torch.int8,
-            INT8,
-            _int8_static,
-            calibrated=True,
-        ),
-        Method(
-            "int8-smooth",
-            "the same as int8-dynamic after SmoothQuant moved outliers from activations to weights",
-            8,
-            torch.int8,
-            INT8,
-            _int8_dynamic,
-            calibrated=True,
-            smooth=0.5,
-        ),
-        Method("int4", "INT4 weights in groups", 4, torch.int8, INTX, _int4, grouped=True, group_default=128),
-        Method(
-            "int4-dynamic",
-            "INT4 weights in groups; activations INT8 by token",
-            4,
-            torch.int8,
-            INTX,
-            _int4_dynamic,
-            grouped=True,
-            group_default=128,
-        ),
-        Method(
-            "int2",
-            "INT2 weights in groups (with --finetune)",
-            2,
-            torch.int8,
-            INTX,
-            _int2,
-            grouped=True,
-            group_default=32,
-        ),
-        Method("fp8", "FP8 (E4M3) weights", 8, torch.float8_e4m3fn, FLOAT8, _fp8, grouped=True),
-        Method(
-            "fp8-dynamic",
-            "FP8 (E4M3) weights and activations",
-            8,
-            torch.float8_e4m3fn,
-            FLOAT8,
-            _fp8_dynamic,
-            multiple=16,
-        ),
+        INT8("int8", "INT8 weights", make=_int8, grouped=True),
+        INT8("int8-dynamic", f"INT8 weights; {BY_TOKEN}", make=_int8_dynamic),
+        INT8("int8-static", f"INT8 weights; {CALIBRATED}", make=_int8_static, calibrated=True),
+        INT8("int8-smooth", SMOOTHED, make=_int8_dynamic, calibrated=True, smooth=0.5),
+        INTX("int4", "INT4 weights in groups", 4, make=_int4, group_default=128),
+        INTX("int4-dynamic", f"INT4 weights in groups; {BY_TOKEN}", 4, make=_int4_dynamic, group_default=128),
+        INTX("int2", "INT2 weights in groups (with --finetune)", 2, make=_int2, group_default=32),
+        FLOAT8("fp8", "FP8 (E4M3) weights", make=_fp8, grouped=True),
+        FLOAT8("fp8-dynamic", "FP8 (E4M3) weights and activations", make=_fp8_dynamic, multiple=16),
     )
 }
