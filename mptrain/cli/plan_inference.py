@@ -104,7 +104,7 @@ def _request(args: argparse.Namespace, subject: Subject) -> Request:
     useless = [name for name in names if name in given and subject.architecture is None]
     if useless:
         option = useless[0].replace("_", "-")
-        raise ValueError(f"--{option} needs --model=NAME: --parameters says nothing of layers, heads and tokens")
+        raise ValueError(f"--{option} needs --model=NAME: --parameters has no layers, heads or tokens")
     model = subject.architecture
     if model is not None and model.learned_positions:
         for name in ("input_tokens", "output_tokens"):

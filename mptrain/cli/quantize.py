@@ -127,7 +127,7 @@ def _calibration(source: Source, method: Method, batches: int) -> Iterator[dict[
     """Yield training samples of a run: validation data must not set the scales that it judges."""
     if source.data is None:
         raise ValueError(
-            f"{method.name} must see activations and {source.description} comes without data: use --to int8-dynamic, "
+            f"{method.name} must see activations and {source.description} has no data: use --to int8-dynamic, "
             "or quantize_model(model, method, batches=...)"
         )
     data = source.dataset()

@@ -171,7 +171,7 @@ def _verified(name: str, layer: nn.Module, before: Tensor, method: Method) -> La
     kind = type(weight).__name__
     if kind != method.tensor:
         raise ValueError(
-            f"{method.name} left {name} as it was (a {kind}, not {method.tensor}): "
+            f"{method.name} did not quantize {name} (a {kind}, not {method.tensor}): "
             f"keep it with --keep {name}, or use another method"
         )
     bits = BITS.get(getattr(weight, "target_dtype", None), 8 * weight.qdata.element_size())
@@ -184,7 +184,10 @@ def _verified(name: str, layer: nn.Module, before: Tensor, method: Method) -> La
     now, was = now * factor, before.float()
     worst = ((now - was).abs() / (_half_step(weight, was) * factor.abs())).max().item()
     if not worst <= SLACK:
-        raise ValueError(f"{method.name} moved a weight of {name} by {worst:.3g} half steps: it is not that layer")
+        raise ValueError(
+            f"{method.name} moved a weight of {name} by {worst:.3g} half steps, which is not rounding: "
+            f"keep it with --keep {name}, or use another method"
+        )
     parts, _ = flattened(f"{name}.weight", weight)
     size = sum(part.nbytes for part in parts.values())
     named = f"int{bits}" if weight.qdata.dtype is torch.int8 else "fp8_e4m3"

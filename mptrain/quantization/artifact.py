@@ -85,7 +85,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         versions = f"torch {described.get('torch')} and torchao {described.get('torchao')}"
         raise ValueError(
-            f"{folder} does not fit together ({str(error).splitlines()[0]}); it was made by {versions}"
+            f"{folder} cannot be restored ({str(error).splitlines()[0]}); it was made by {versions}"
         ) from error
     return model.eval().to(device)
 
@@ -129,7 +129,7 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
 def _read_tensors(folder: Path, described: dict[str, Any]) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
-        raise ValueError(f"{folder} has lost its {WEIGHTS}: quantize the original again")
+        raise ValueError(f"{folder} lacks {WEIGHTS}: quantize the original again")
     try:
         with safe_open(path, framework="pt") as file:
             # Copies, so that each is aligned as the saved one was: a sum's order may depend on it.

@@ -44,7 +44,9 @@ def opened(folder: Path, file: Path | None = None) -> nn.Module:
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{file or folder} lacks {missing[0]}{more}: it is not of the model in {folder}/config.json")
+        raise ValueError(
+            f"{file or folder} lacks {missing[0]}{more}: it does not belong to the model in {folder}/config.json"
+        )
     loaded: nn.Module = model.eval()
     return loaded
 

@@ -97,7 +97,7 @@ def deploy(
             continue
         data = source.dataset()
         if results.fingerprint not in ("", data.fingerprint):
-            raise ValueError(f"{run.folder} was trained on other data than {runs[0].folder}: compare them apart")
+            raise ValueError(f"{run.folder} was trained on other data than {runs[0].folder}: compare them separately")
         results.fingerprint, chosen = data.fingerprint, validation_batches(data, batches)
         runs.append(run)
         model = source.model.to(device or torch.device("cpu"))
@@ -118,7 +118,7 @@ def trained_at(paths: Sequence[Path]) -> list[TrainedRun]:
     for folder in expand(paths):
         settings = settings_in(folder)
         if not settings:
-            raise ValueError(f"{folder}/config.json holds no settings of a run: name other runs")
+            raise ValueError(f"{folder}/config.json has no run settings: name other runs")
         same = {name: settings[name] for name in ("model", "data")}
         first = first or (folder, same)
         if first[1] != same:
@@ -135,7 +135,7 @@ def trained_at(paths: Sequence[Path]) -> list[TrainedRun]:
 def validation_batches(data: Dataset, batches: int) -> list[Batch]:
     """Return evenly spaced validation samples in at most ``batches`` batches, the last smaller where the data ends."""
     if batches < 1:
-        raise ValueError(f"--batches {batches} leaves nothing to judge by: ask for at least 1, e.g. {BATCHES}")
+        raise ValueError(f"--batches {batches} leaves no validation data: use at least 1, e.g. {BATCHES}")
     available = data.validation_samples
     size = SAMPLES[data.unit]
     count = min(batches * size, available)

@@ -38,7 +38,7 @@ class Source:
     def dataset(self) -> Dataset:
         """Return the run's data. ValueError if there is none (a Hugging Face folder) or it was moved."""
         if self.data is None:
-            raise ValueError(f"{self.description} comes without data: name a run of mptrain")
+            raise ValueError(f"{self.description} has no data: name a run of mptrain")
         return dataset(self.settings)
 
 
@@ -69,7 +69,7 @@ def open_source(path: str | Path, average: bool = False) -> Source:
             raise ValueError(f"{folder} is a Hugging Face model, which has no running average: leave --average out")
         return _hugging_face(folder, path if path.is_file() else None)
     if path.is_file():
-        raise ValueError(f"{path}: there is no config.json next to it that says what model it is of (model_type)")
+        raise ValueError(f"{path}: there is no config.json next to it with the model's type (model_type)")
     if (folder / "config.json").is_file() and "model" not in object_in(folder / "config.json"):
         raise ValueError(
             f"{folder}/config.json is incomplete, corrupt, or neither a run's (model) nor Hugging Face's (model_type)"
@@ -135,9 +135,9 @@ def _fill(model: nn.Module, state: dict[str, Tensor], where: Path) -> None:
     lacking, extra = sorted(wanted.keys() - filled.keys()), sorted(state.keys() - wanted.keys())
     if lacking or extra:
         what = f"lacks {lacking[0]}" if lacking else f"holds {extra[0]}, which the model has not"
-        raise ValueError(f"{where} {what}: its run's config.json is of another model")
+        raise ValueError(f"{where} {what}: its run's config.json belongs to another model")
     try:
         model.load_state_dict(filled, assign=True)
     except RuntimeError as error:  # shapes
         why = " ".join(str(error).split())
-        raise ValueError(f"{where} is of another model than its run's config.json says: {why}") from error
+        raise ValueError(f"{where} does not fit its run's config.json: {why}") from error

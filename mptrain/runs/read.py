@@ -193,7 +193,7 @@ def settings_in(folder: Path) -> dict[str, Any]:
 
 def _damage(folder: Path) -> str:
     there = (folder / "config.json").exists()
-    return "config.json is incomplete or corrupt" if there else "no config.json: its settings are not known"
+    return "config.json is incomplete or corrupt" if there else "no config.json: its settings are unknown"
 
 
 def _age(folder: Path) -> str:

@@ -85,7 +85,7 @@ def settings(composed: DictConfig, typed: list[str]) -> RunConfig:
     if not saved:
         there = "is damaged" if (folder / "config.json").exists() else "is missing"
         raise ValueError(
-            f"{folder}/config.json {there}, so the run's settings are not known: restore it, or type all of them, with "
+            f"{folder}/config.json {there}, so the run's settings are unknown: restore it, or give all of them, with "
             f"resume={folder}/checkpoints/NAME and a new run_dir"
         )
     merged = copy.deepcopy(saved)
@@ -149,13 +149,14 @@ class Earlier:
         before, now = self.config.get("seed"), config.seed
         if before != now:
             raise ValueError(
-                f"{self.checkpoint} is of a run with seed={before}, and seed={now} would continue with other batches: "
-                "leave it out, or set resume_anyway=true"
+                f"{self.checkpoint} belongs to a run with seed={before}, and seed={now} would continue with other "
+                "batches: leave it out, or set resume_anyway=true"
             )
         if self.about.get("corpus", corpus) != corpus:
+            corpus_before, kind = self.about.get("corpus_name"), config.data.get("kind")
             raise ValueError(
-                f"{self.checkpoint} is of a run on {self.about.get('corpus_name')}, and data={config.data.get('kind')} "
-                "holds something else now: give its data, or set resume_anyway=true"
+                f"{self.checkpoint} belongs to a run on {corpus_before}, and data={kind} has other content now: use "
+                "its data, or set resume_anyway=true"
             )
 
     def finished(self, max_steps: int) -> str:

@@ -26,11 +26,11 @@ def located(source: Path) -> tuple[Path, Path]:
     if not (source / "config.json").is_file():
         run = source.parent.parent
         if not (run / "config.json").is_file():
-            raise ValueError(f"{source} is not a run's folder or in one's checkpoints: there is no config.json")
+            raise ValueError(f"{source} is neither a run folder nor a checkpoint in one: no config.json found")
         return run, source
     newest = checkpoints.Checkpoints(source / "checkpoints", keep=1).newest()
     if newest is None:
-        raise ValueError(f"{source} has no whole checkpoint: train with checkpoint.every=N, or let the run end")
+        raise ValueError(f"{source} has no complete checkpoint: train with checkpoint.every=N, or let the run end")
     return source, newest
 
 

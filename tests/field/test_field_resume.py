@@ -169,7 +169,7 @@ def test_a_folder_without_its_settings_is_refused(finished, damage):
     path.write_text(path.read_text()[:50]) if damage == "torn" else path.unlink()
     text = go_on("trainer.max_steps=8", code=2)
     word = {"torn": "is damaged", "missing": "is missing"}[damage]
-    assert f"error: {folder}/config.json {word}, so the run's settings are not known" in text
+    assert f"error: {folder}/config.json {word}, so the run's settings are unknown" in text
 
 
 def test_another_machine_is_noted_and_counts_for_speed_alone(finished):

@@ -180,7 +180,7 @@ def cut(path):
         (
             "gpt2",
             lambda at: drop(at, "transformer.ln_f.weight"),
-            "lacks transformer.ln_f.weight: it is not of the model",
+            "lacks transformer.ln_f.weight: it does not belong to the model",
         ),
         (
             "gpt2",
@@ -256,7 +256,7 @@ def test_what_is_no_model_is_one_message(tmp_path):
     for changes, wanted in (
         ({"n_layer": 3}, "lacks blocks.2"),
         ({"n_layer": 1}, "holds blocks.1"),
-        ({"n_embd": 32}, "is of another"),
+        ({"n_embd": 32}, "does not fit its run's config"),
     ):
         (run / "config.json").write_text(json.dumps({"model": settings["model"] | changes}))
         with pytest.raises(ValueError, match=wanted):

@@ -108,7 +108,7 @@ def test_damaged_and_unfinished_runs_are_rows_that_say_so(tmp_path):
     assert (rows["failed"].status, rows["failed"].why) == (Status.failed, "out of GPU memory: lower trainer.batch_size")
     assert rows["working"].status is Status.running
     assert rows["working"].why.startswith("at step 50 of 200, last heard of")
-    assert any("lost: no config.json: its settings are not known" in note for note in comparison.notes)
+    assert any("lost: no config.json: its settings are unknown" in note for note in comparison.notes)
     assert read(working).status is Status.stopped  # nobody holds it any more
 
 

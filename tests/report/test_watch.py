@@ -91,7 +91,7 @@ def test_a_job_that_never_began_is_stopped_and_nobody_waits_for_it(tmp_path, cap
     (folder / "config.json").write_text('{"model": ')
     assert (glance(folder).status, glance(folder).why) == (Status.unreadable, "config.json is incomplete or corrupt")
     (folder / "config.json").rename(folder / "metrics.jsonl")
-    assert glance(folder).why == "no config.json: its settings are not known"
+    assert glance(folder).why == "no config.json: its settings are unknown"
 
 
 @contextlib.contextmanager

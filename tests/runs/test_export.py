@@ -177,7 +177,7 @@ def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(small, tmp_pa
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text("{}")
-    assert f"{bare} has no whole checkpoint" in refused(bare, out)
+    assert f"{bare} has no complete checkpoint" in refused(bare, out)
     assert "has no running average (the run had optim.ema_decay=0)" in refused(run, out, "--average")
     broken = run_of(tmp_path / "broken", small[0], steps=(3, 12))
     older, newer = sorted((broken / "checkpoints").iterdir())
@@ -185,7 +185,7 @@ def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(small, tmp_pa
         (shard,) = path.glob("rank-*.safetensors")
         shard.write_bytes(shard.read_bytes()[:-1])
         assert f"checkpoint {path} is damaged: {shard.name} has" in refused(path, out)
-    assert f"{broken} has no whole checkpoint" in refused(broken, out)
+    assert f"{broken} has no complete checkpoint" in refused(broken, out)
     first = broken / "checkpoints" / "step-00000001.safetensors"
     save_file({"model/embed.weight": torch.zeros(3)}, first, metadata={"mptrain": "1"})
     for source in (broken, first):

@@ -9,7 +9,7 @@ from mptrain.formats import Format
 from mptrain.report.draw.magnitudes import Band, heat_map_svg, histogram_svg, lower, upper
 from mptrain.report.draw.svg import BAD, superscript
 from mptrain.report.html import render
-from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judged, Row, Tensors
+from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judgement, Row, Tensors
 from mptrain.report.inspect.terminal import share_text
 from mptrain.report.wording import percent, scale_text
 from mptrain.telemetry.histogram import Histogram, Histograms
@@ -95,7 +95,7 @@ def bands_of(row: Row) -> list[Band]:
     return bands
 
 
-def _cells(judged: Judged) -> list[str]:
+def _cells(judged: Judgement) -> list[str]:
     shares = [share_text(share) for share in (judged.saturated, judged.flushed, judged.subnormal)]
     return [*shares, _room(judged.headroom_bits)]
 

@@ -31,7 +31,7 @@ BLOCKS = (32, 128)
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judgement:
     """A format at a scale: shares of all elements, and bits left below its maximum."""
 
     scale: float
@@ -47,7 +47,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Used:
+class Cast:
     """The cast of the run: counts are exact; None where the record has no count."""
 
     format: str
@@ -71,7 +71,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostUpdates:
     """Coordinates that an update asked to move and that did not, by the storage of the weights."""
 
     asked: float
@@ -88,16 +88,16 @@ class Row:
     index: int  # among the rows of Tensors
     layer: str
     role: str
-    used: Used | None = None
+    used: Cast | None = None
     amax: float | None = None
     elements: int | None = None
     zeros: int = 0
     inf: int = 0
     nan: int = 0
     percentiles: dict[str, float] = field(default_factory=dict)
-    formats: dict[str, Judged] = field(default_factory=dict)
+    formats: dict[str, Judgement] = field(default_factory=dict)
     spread: dict[str, Spread] = field(default_factory=dict)
-    lost: Lost | None = None
+    lost: LostUpdates | None = None
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -232,8 +232,8 @@ def figures(tensors: Tensors, formats: tuple[Format, ...] = JUDGED) -> list[Row]
     return sorted(rows, key=lambda row: row.severity, reverse=True)
 
 
-def _judged(histograms: Histograms, formats: tuple[Format, ...]) -> list[dict[str, Judged]]:
-    rows: list[dict[str, Judged]] = [{} for _ in histograms.counts]
+def _judged(histograms: Histograms, formats: tuple[Format, ...]) -> list[dict[str, Judgement]]:
+    rows: list[dict[str, Judgement]] = [{} for _ in histograms.counts]
     for fmt in formats:
         unscaled = torch.ones(len(rows), dtype=torch.float64)
         scale = unscaled if fmt in UNSCALED else histograms.best_scale(fmt)
@@ -242,9 +242,9 @@ def _judged(histograms: Histograms, formats: tuple[Format, ...]) -> list[dict[st
     return rows
 
 
-def _judged_as_cast(tensors: Tensors, histograms: Histograms) -> dict[int, Judged]:
+def _judged_as_cast(tensors: Tensors, histograms: Histograms) -> dict[int, Judgement]:
     """Map row indices to the format of the run's cast, judged at the scale in use."""
-    judged: dict[int, Judged] = {}
+    judged: dict[int, Judgement] = {}
     if "scale" not in tensors.tables:
         return judged
     scale = tensors.tables["scale"].double()
@@ -256,16 +256,16 @@ def _judged_as_cast(tensors: Tensors, histograms: Histograms) -> dict[int, Judge
     return judged
 
 
-def _at_scale(histograms: Histograms, fmt: Format, scale: Tensor) -> list[Judged]:
+def _at_scale(histograms: Histograms, fmt: Format, scale: Tensor) -> list[Judgement]:
     verdict = histograms.judge(fmt, scale)
     headroom = histograms.headroom_bits(fmt, scale).tolist()
     shares = [list(zip(*(part.tolist() for part in kind), strict=True)) for kind in verdict[1:]]
     places = zip(scale.tolist(), *shares, headroom, strict=True)
-    return [Judged(s, Share(*sat), Share(*flu), Share(*sub), room) for s, sat, flu, sub, room in places]
+    return [Judgement(s, Share(*sat), Share(*flu), Share(*sub), room) for s, sat, flu, sub, room in places]
 
 
 def _row(
-    tensors: Tensors, histograms: Histograms | None, index: int, formats: dict[str, Judged], cast: Judged | None
+    tensors: Tensors, histograms: Histograms | None, index: int, formats: dict[str, Judgement], cast: Judgement | None
 ) -> Row:
     layer, role, fmt = tensors.rows[index]
     recorded = {name: table[index] for name, table in tensors.tables.items()}
@@ -274,12 +274,12 @@ def _row(
     if one:
         seen = {"amax": one.amax, "elements": one.elements, "zeros": one.zeros, "inf": one.inf, "nan": one.nan}
         seen["percentiles"] = {f"{q:g}": one.percentile(q) for q in PERCENTILES}
-    lost = Lost(*recorded["lost"].tolist()) if "lost" in recorded and role == "update" else None
+    lost = LostUpdates(*recorded["lost"].tolist()) if "lost" in recorded and role == "update" else None
     used = _used(fmt, recorded, cast) if fmt else None
     return Row(index, layer, role, used, formats=formats, spread=_spread(recorded, seen["amax"]), lost=lost, **seen)
 
 
-def _used(name: str, recorded: dict[str, Tensor], cast: Judged | None) -> Used:
+def _used(name: str, recorded: dict[str, Tensor], cast: Judgement | None) -> Cast:
     scale = float(recorded.get("scale", math.nan))  # NaN: the tensor had many
     figures: dict[str, Any] = {"scale": scale} if math.isfinite(scale) else {}
     if cast:
@@ -293,7 +293,7 @@ def _used(name: str, recorded: dict[str, Tensor], cast: Judged | None) -> Used:
         figures["sqnr_db"] = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
         if signal > 0 and noise == 0:
             figures["sqnr_db"] = math.inf
-    return Used(name, **figures)
+    return Cast(name, **figures)
 
 
 def _spread(recorded: dict[str, Tensor], amax: float | None) -> dict[str, Spread]:

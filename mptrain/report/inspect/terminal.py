@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mptrain.formats import Format
-from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judged, Row, Tensors
+from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judgement, Row, Tensors
 from mptrain.report.tables import table_of
 from mptrain.report.wording import LAYER_WIDTH, percent, put, scale_text, short
 from mptrain.telemetry.histogram import Share
@@ -124,7 +124,7 @@ def lost_updates(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
     return _table("updates lost, % of the coordinates asked to move", heads, rows, width, cells)
 
 
-def compact(judged: Judged, name: str) -> Text:
+def compact(judged: Judgement, name: str) -> Text:
     """Write ``saturated/flushed/subnormal`` in percent (integers have no subnormals), ``·`` if all are 0."""
     shares = [share.estimate for share in (judged.saturated, judged.flushed, judged.subnormal)]
     shares = shares[:2] if FORMATS[name].value.integer else shares
@@ -165,7 +165,7 @@ def _place(row: Row, width: int) -> tuple[Text, str]:
     return Text(short(row.layer, width), "bold red" if bad else ""), row.role if width == LAYER_WIDTH else row.role[:7]
 
 
-def _styled(judged: Judged) -> list[tuple[Share, str]]:
+def _styled(judged: Judgement) -> list[tuple[Share, str]]:
     sub = "yellow" if judged.subnormal.estimate >= COARSE else ""
     kinds = [(share, _style(share.high)) for share in (judged.saturated, judged.flushed)]
     return [*kinds, (judged.subnormal, sub)]
