@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from mptrain.cli.arguments import command_parser
@@ -23,6 +21,7 @@ from mptrain.quantization.matrix import SAMPLES
 from mptrain.quantization.methods import METHODS, Method, named
 from mptrain.quantization.report import Layer, Report, reasons
 from mptrain.quantization.source import Source, open_source
+from mptrain.report.tables import table_of
 from mptrain.tools import machine
 from mptrain.tools.files import json_text, require_free, write_whole
 from mptrain.tools.settings import require, to_plain
@@ -141,10 +140,8 @@ def print_report(console: Console, source: Source, report: Report, every: bool) 
     shown = worst if every else worst[:SHOWN]
     groups = f", groups of {report.group_size}" if report.group_size else ""
     console.print(f"{source.description}: {report.method}{groups}", highlight=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("layer, worst first", overflow="fold")
-    for head in ("format", "weights", "bytes", "of FP32", "SQNR dB"):
-        table.add_column(head, justify="right" if head != "format" else "left", no_wrap=True)
+    figures = ("weights", "bytes", "of FP32", "SQNR dB")
+    table = table_of(["layer, worst first", "format"], figures, padding=(0, 1), folded=True)
     for layer in shown:
         table.add_row(*_cells(layer))
     console.print(table)

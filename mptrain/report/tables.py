@@ -88,14 +88,19 @@ def print_left_out(console: Console, columns: Iterable[Column[T]], shown: Sequen
         console.print(Text(f"left out at this width: {', '.join(missing)}", "dim"))
 
 
-def table_of(left: Sequence[str], right: Iterable[str] = (), **options: Any) -> Table:
-    """Return a table with columns ``left``, then right-aligned ones; none is wrapped. ``options``: rich's."""
+def table_of(left: Sequence[str], right: Iterable[str] = (), *, folded: bool = False, **options: Any) -> Table:
+    """Return a table with columns ``left``, then right-aligned ones; of them only the first may be ``folded``.
+
+    ``options``: rich's.
+    """
     usual: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, GAP - 1, 0, 0), "title_justify": "left"}
     table = Table(**(usual | options))
     for head in left:
         table.add_column(head, no_wrap=True)
     for head in right:
         table.add_column(head, justify="right", no_wrap=True)
+    if folded:
+        table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     return table
 
 

@@ -6,6 +6,7 @@ ends, so a folder without a summary and without a lock belongs to a stopped run.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -41,10 +42,8 @@ def _keep_earlier(folder: Path, text: str) -> None:
     """Keep the previous attempt's settings as ``config.N.json``, if they differ."""
     path = folder / "config.json"
     if path.exists() and path.read_text() != text:
-        number = 1
-        while (folder / f"config.{number}.json").exists():
-            number += 1
-        write_whole(folder / f"config.{number}.json", path.read_text())
+        numbered = (folder / f"config.{number}.json" for number in itertools.count(1))
+        write_whole(next(earlier for earlier in numbered if not earlier.exists()), path.read_text())
 
 
 def _made(config: RunConfig, resumed: bool) -> Path:

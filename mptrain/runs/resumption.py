@@ -17,6 +17,8 @@ import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ def settings(composed: DictConfig, typed: list[str]) -> RunConfig:
         )
     merged = copy.deepcopy(saved)
     for path, deleted in configuration.typed_paths(typed):
-        _put(merged, path, None if deleted else _get(plain, path), deleted=deleted)
+        _put(merged, path, None if deleted else reduce(getitem, path.split("."), plain), deleted=deleted)
     merged |= {name: plain[name] for name in OWN}
     try:
         resumed: RunConfig = from_plain(RunConfig, merged, "")
@@ -108,12 +110,6 @@ def _base(run_dir: str, resume: str) -> Path | None:
         return folder if run_dir and began else None
     folder = Path(resume).parent.parent
     return folder if resume != "none" and (folder / "config.json").exists() else None
-
-
-def _get(values: Any, path: str) -> Any:
-    for part in path.split("."):
-        values = values[part]
-    return values
 
 
 def _put(values: dict[str, Any], path: str, value: Any, *, deleted: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -190,9 +191,8 @@ def smooth(curves: Floats, window: int) -> Floats:
     known = np.isfinite(curves)
     sums = np.cumsum(np.where(known, curves, 0.0), axis=-1)
     counts = np.cumsum(known, axis=-1)
-    lagged = [np.concatenate((np.zeros_like(x[..., :window]), x[..., :-window]), axis=-1) for x in (sums, counts)]
-    if curves.shape[-1] <= window:
-        lagged = [np.zeros_like(sums), np.zeros_like(counts)]
+    none = np.zeros((*curves.shape[:-1], window))
+    lagged = [np.concatenate((none, x), axis=-1)[..., : curves.shape[-1]] for x in (sums, counts)]
     with np.errstate(invalid="ignore", divide="ignore"):
         means: Floats = (sums - lagged[0]) / (counts - lagged[1])
     return means
@@ -215,12 +215,10 @@ def prediction_half_width(curves: Floats, window: int) -> Floats | None:
 
 def first_lasting(flags: npt.NDArray[np.bool_], length: int) -> int | None:
     """Return the index of the first True that starts a run of ``length``, or one that lasts to the end."""
-    start = None
-    for index, flag in enumerate(flags.tolist()):
-        if not flag:
-            start = None
-        elif start is None:
-            start = index
-        if start is not None and index - start + 1 >= length:
+    start = 0
+    for flag, group in groupby(flags.tolist()):
+        size = sum(1 for _ in group)
+        if flag and (size >= length or start + size == len(flags)):
             return start
-    return start
+        start += size
+    return None

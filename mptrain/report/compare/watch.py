@@ -145,9 +145,7 @@ def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
     """Return the state of each run as a table; ``whole``: the number of jobs of the sweep."""
     over = sum(_jobs_of(run) for run in runs if run.status in DONE)
     title = f"{folder}: {over}{f' of {whole}' if whole else ''} done"
-    shown = table_of(["run", ""], ("step", "loss", "val loss", "per s", "skipped"), title=title)
-    shown.columns[0].no_wrap = False
-    shown.columns[0].overflow = "fold"
+    shown = table_of(["run", ""], ("step", "loss", "val loss", "per s", "skipped"), title=title, folded=True)
     for run in runs:
         mark, style = MARKS[run.status]
         status = Text(f"{mark} {run.status.value}", style)

@@ -186,12 +186,10 @@ def _x_axis(plot: Box, y: float) -> list[str]:
     """Draw powers of two under a plot, every 1, 2, 4 or 8 octaves."""
     step = next(s for s in (1, 2, 4, 8, 16, 32) if (plot.high - plot.low) / s <= max(2.0, plot.width / 34))
     parts = []
-    exponent = math.ceil(plot.low / step) * step
-    while exponent <= plot.high:
+    for exponent in range(math.ceil(plot.low / step) * step, math.floor(plot.high) + 1, step):
         x = plot.x(exponent)
         parts.append(line(x, y, x, y + 4, INK, 0.8))
         parts.append(text(x, y + 18, f"2{superscript(exponent)}", size=12, anchor="middle"))
-        exponent += step
     return parts
 
 
