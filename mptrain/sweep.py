@@ -54,12 +54,12 @@ from mptrain.tools.locks import locked
 from mptrain.tools.settings import to_plain
 
 PLAN, JOB, ERROR = "sweep.json", "job.json", "error.json"
-WORST = math.inf  # what a job that failed, or whose loss is not a number, tells a search that minimizes
+WORST = math.inf  # reported to a minimizing search by a job that failed or has no finite loss
 UNNAMED = (  # not part of a folder's name
     "sweep_dir", "sweep_seeds", "runs_dir", "logger", "logger.wandb", "logger.project", "device",
 )  # fmt: skip
 
-_watch: watch.Watch | None = None  # of the sweep that this process has started
+_watch: watch.Watch | None = None  # of the sweep started by this process
 _held: TextIO | None = None  # its lock on the sweep's folder
 
 
@@ -244,7 +244,7 @@ def _follow(composed: DictConfig) -> float:
     """Train as one of the other ranks of a job, which write none of the sweep's files."""
     settings = config.parse(composed)
     with contextlib.suppress(Told):
-        if _joined(settings).share(False):  # the first one knows
+        if _joined(settings).share(False):  # rank 0 decides
             run = build.build(settings)
             if run is not None:
                 run.train()
@@ -277,7 +277,7 @@ def _folder(sweep: Path, name: str, mark: str) -> Path:
                 _write(path, {"mark": mark, "names": [*names]})
                 return path.parent
         folder, number = sweep / name, 2
-        while folder.exists():  # of other settings: an edited YAML, or another model in the same folder
+        while folder.exists():  # exists for other settings: an edited YAML, or another model
             folder, number = sweep / f"{name}-{number}", number + 1
         folder.mkdir()
         _write(folder / JOB, {"mark": mark, "names": [name]})
@@ -298,7 +298,7 @@ def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
         baseline="none" if known else settings.baseline,
         logger=replace(settings.logger, group=settings.logger.group or folder.parent.name),
     )
-    _write(folder / "config.json", to_plain(settings))  # known even if it cannot begin
+    _write(folder / "config.json", to_plain(settings))  # written even if the run cannot begin
     with (folder / "console.log").open("a") as log:
         try:
             run = build.build(settings, Console(file=log, width=120))
@@ -310,7 +310,7 @@ def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
             return
     stopped = run.trainer.interrupts.stopped_by
     del run
-    gc.collect()  # the next job of this process must not find this one's tensors in its memory
+    gc.collect()  # free this job's tensors before the next one of this process
     if stopped is not None:
         raise SystemExit(128 + stopped)
 

@@ -35,7 +35,7 @@ from mptrain.training.extras import Extras
 from mptrain.training.trainer import Trainer
 
 CLIP, EVERY = 1.0, 10
-LR = 1e-6  # learns nothing: gradients that vanish become subnormal, and arithmetic slow
+LR = 1e-6  # hardly learns: vanishing gradients would become subnormal, which slows arithmetic
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def gpt_step(policy: PrecisionPolicy, sizes: Sizes, implementation: str) -> Step
         with kernels.use(implementation) if implementation else nullcontext():
             training.step()
 
-    step()  # what cannot run here fails now
+    step()  # fail now if it cannot run here
     return step
 
 

@@ -41,14 +41,14 @@ from mptrain.tools.machine import describe, pick_device
 from mptrain.tools.modules import parameter_names
 
 COMMAND = "mptrain bench dist"
-SLOWER = 1.03  # a step over the hand-written one's, at most
-SCALE = 2.0**10  # of the loss where gradients are compressed: FP16 is made for a loss scale
+SLOWER = 1.03  # upper bound of a step's ratio to the hand-written one
+SCALE = 2.0**10  # loss scale where gradients are compressed: FP16 needs one
 
 
 def measure_steps(sizes: Sizes, device: str) -> Iterator[Row]:
     """Measure the trainer's step over the hand-written one: telemetry off; then as it is by default, between
     recorded steps."""
-    quiet = TelemetryConfig(every=sizes.steps, record_every=0)  # each measurement reads the losses back once
+    quiet = TelemetryConfig(every=sizes.steps, record_every=0)  # so that each measurement reads the losses back once
     for wrapper in WRAPPERS:
         with ExitStack() as stack:
             prepared = prepare(settings(wrapper, sizes, device, sizes.model, quiet))
@@ -82,7 +82,7 @@ def measure_compression(sizes: Sizes, device: str) -> Iterator[Row]:
     turns = Turns(dict(variants), sizes.repeats, timed)
     for kind in KINDS:
         training, compression = trainings[kind]
-        compression.bill()  # of steps that PowerSGD sends plainly, too
+        compression.bill()  # discard the bill so far: PowerSGD sends its first steps uncompressed
         training.step()
         bill = compression.bill()
         compression.sampling = True
@@ -143,7 +143,7 @@ def run(argv: list[str]) -> int:
     if device == "cuda" and args.ranks > gpus:
         raise ValueError(f"--ranks {args.ranks} on {gpus} GPUs: give --device cpu, or --ranks {max(1, gpus)}")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        set_forkserver_preload([__name__])  # everything is imported once
+        set_forkserver_preload([__name__])  # imports happen once, in the fork server
         given = args.ranks, device, folder, sizes, args.json, argv
         start_processes(_rank, given, nprocs=args.ranks, start_method="forkserver")  # type: ignore[no-untyped-call]
     return 0

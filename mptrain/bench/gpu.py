@@ -36,7 +36,7 @@ from mptrain.tools.files import write_whole
 VOCABULARY = 50304  # GPT-2's 50257 rounded up to a multiple of 128, as the published runs do
 PEAK = {"fp8": 1979e12, "bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}  # H100 and H200 SXM, dense
 WARMUP, STEPS, ROUNDS = 6, 8, 3
-RESIDENT_SHARE = 0.2  # of the GPU's memory may hold weights and moments of the variants that wait for their turn
+RESIDENT_SHARE = 0.2  # of the GPU's memory, for weights and moments of waiting variants
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Runner:
             return
         torch.cuda.reset_peak_memory_stats()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]  # type: ignore[no-untyped-call]
-        self.step()  # the caches and the allocator were another variant's
+        self.step()  # caches and allocator were left by another variant
         for mark in marks[:-1]:
             mark.record()
             self.step()
@@ -296,7 +296,7 @@ def measure(name: str, settings: Settings, report: Report) -> None:
                 row["reason"] = "" if turn else f"not run: the time budget of {settings.minutes:g} minutes was spent"
                 continue
             visit(variant, row, size, settings, idle)
-            if row["reason"] and idle:  # perhaps only because of the others in memory: once more, alone
+            if row["reason"] and idle:  # perhaps only because of the others in memory: retry alone
                 idle.clear()
                 clean()
                 visit(variant, row, size, settings, idle)
@@ -341,7 +341,7 @@ def run(argv: list[str]) -> int:
         return 2
     settings = Settings(torch.device("cpu" if args.dry_run else "cuda"), args.minutes / len(names), args.json)
     report = Report(settings, argv)
-    torch._dynamo.config.recompile_limit = 256  # of the default 8 variants share the code: the ninth would run eager
+    torch._dynamo.config.recompile_limit = 256  # variants share code: beyond the default of 8 they run eager
     for name in names:
         measure(name, settings, report)
         report.write()

@@ -26,7 +26,7 @@ from mptrain.memory.training.plan import plan, rank_job
 BOUND_CPU, BOUND_GPU = 3.0, 5.0  # percent
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 MODELS = ("gpt-nano", "llama-nano")
-ON_GPU = ("model.n_embd=1024", "model.n_head=16", "model.block_size=1024")  # nano is less than an allocator's blocks
+ON_GPU = ("model.n_embd=1024", "model.n_head=16", "model.block_size=1024")  # nano is smaller than an allocator's blocks
 
 
 @dataclass

@@ -36,7 +36,7 @@ from mptrain.tools.files import rows_in
 from mptrain.tools.settings import to_plain
 
 UNTIMED = ("speed/", "memory/")  # metrics that differ from run to run
-TOLERANCE = {"fp32": 3e-6, "tf32": 1e-3}  # nats; of precisions that round to 8 bits and less:
+TOLERANCE = {"fp32": 3e-6, "tf32": 1e-3}  # nats; COARSE for precisions that round to 8 bits and less
 COARSE = 4e-2
 LIMIT_S = 600.0
 ENDLESS = 1_000_000
@@ -120,7 +120,7 @@ def _hit(running: subprocess.Popen[Any], folder: Path, chance: random.Random) ->
     if not workers:
         return False
     os.kill(chance.choice(workers), signal.SIGKILL)
-    _wait(running, 60.0, lambda: not set(workers) & set(_children(running.pid)))  # torchrun ends the others
+    _wait(running, 60.0, lambda: not set(workers) & set(_children(running.pid)))  # torchrun terminates the others
     return True
 
 
@@ -208,7 +208,7 @@ def _start(config: RunConfig, folder: Path, ranks: int, restarts: int = 0) -> su
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         program = [*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.1", *program]
     threads = os.environ.get("OMP_NUM_THREADS", "1")
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}  # of one process as of several: sums depend on it
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}  # the same for one process and several: sums depend on it
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, *program], stdout=log, stderr=log, env=environment)
 
@@ -251,7 +251,7 @@ def _children(pid: int) -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             words = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if int(words[1]) == pid and words[0] != "Z":
             pids.append(int(stat.parent.name))

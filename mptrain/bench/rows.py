@@ -34,7 +34,7 @@ class Row:
     unit: str = "x"
     measured: float | None = None
     wall: float | None = None
-    noise: float | None = None  # the figure of the A/A twin: 1 x or 0 us on a quiet machine
+    noise: float | None = None  # the figure of the A/A twin: 1 x or 0 us on an idle machine
     reason: str = ""
 
     SECOND: ClassVar[str] = "wall"  # the field of the second clock, for information

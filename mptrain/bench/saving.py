@@ -15,9 +15,9 @@ from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.telemetry.monitor import TelemetryConfig
 from mptrain.training.trainer import Trainer
 
-STALL = 0.10  # of a background save, over a synchronous one, at most
-REPEATS = 4  # at most: each takes 15 s with 124 M parameters
-MOST_STEPS = 100  # while a checkpoint is written; one that fails never ends
+STALL = 0.10  # upper bound of a background save's stall over a synchronous one's
+REPEATS = 4  # upper limit: each takes 15 s with 124 M parameters
+MOST_STEPS = 100  # while a checkpoint is written; a failed one never appears
 
 
 def measure_checkpoints(sizes: Sizes, device: str, folder: Path) -> Iterator[Row]:
@@ -68,7 +68,7 @@ class Saving:
         steps: list[float] = []
         while len(steps) < MOST_STEPS and self.trainer.ranks.share(not path.exists()):
             steps.append(timed(self.trainer.step)[0])
-        if steps:  # the last one may have gone on when all was written
+        if steps:  # the last one may overlap the end of the write
             self.add("step while writing", statistics.median(steps))
         self.kinds[True].wait()
         return stall

@@ -37,7 +37,7 @@ TINY = {"tiny": (gpt.Config(256, 16, n_layer=1, n_head=1, n_embd=32), 2)}
 DEFAULT = TelemetryConfig().record_every
 BOUNDS = {1: 0.03, 10: 0.003, DEFAULT: 0.001}  # share of the step's time, by interval
 PRECISION = "bf16"
-STEPS = 3  # in one measurement of whole steps
+STEPS = 3  # per measurement of whole steps
 
 
 class Clock:
@@ -158,7 +158,7 @@ def peers() -> dict[str, Callable[[Training], AbstractContextManager[object]]]:
 @functools.cache
 def compiled_look() -> Callable[[Tensor], object]:
     """Return :func:`look_at` compiled by torch."""
-    torch._dynamo.config.recompile_limit = 32  # dtypes and states of autograd and autocast, each a graph
+    torch._dynamo.config.recompile_limit = 32  # one graph per dtype and state of autograd and autocast
     return torch.compile(look_at, dynamic=True)
 
 

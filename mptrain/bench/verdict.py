@@ -23,13 +23,13 @@ from mptrain.runs.read import Floats
 from mptrain.tools.files import json_text, write_whole
 
 SKEW = 0.5
-LOGNORMAL_S, WEIBULL_K = 0.164055, 2.215598  # of skewness 0.5
+LOGNORMAL_S, WEIBULL_K = 0.164055, 2.215598  # for a skewness of 0.5
 _ROOT = (2 * SKEW / (4 - math.pi)) ** (2 / 3)
 SKEW_NORMAL_D = math.sqrt(math.pi / 2 * _ROOT / (1 + _ROOT))
 ALPHA = 1 - TAIL
 SEEDS = (2, 3, 4, 5, 6, 8, 10, 20)
-SIZES = (0, 1, 2, 5, 10, 30)  # of the other side of unpaired seeds: so many more
-RATIOS = (0.1, 1 / 3, 1.0, 2.0, 3.0, 5.0, 10.0)  # of the smaller side's spread to the other's
+SIZES = (0, 1, 2, 5, 10, 30)  # additional seeds of the other side, if unpaired
+RATIOS = (0.1, 1 / 3, 1.0, 2.0, 3.0, 5.0, 10.0)  # spread of the smaller side over the other's
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Floats]
 
 
@@ -95,7 +95,7 @@ def welch_t(ours: tuple[Floats, Floats], theirs: tuple[Floats, Floats], n: int, 
     parts = ours[1] * ratio**2 / n, theirs[1] / m
     error = parts[0] + parts[1]
     freedom = np.minimum(error**2 / (parts[0] ** 2 / (n - 1) + parts[1] ** 2 / (m - 1)), 2.0 * (n - 1))
-    grid = np.linspace(1, 2.0 * n, 4000)  # of degrees of freedom: the quantile itself takes 10 times as long
+    grid = np.linspace(1, 2.0 * n, 4000)  # degrees of freedom: interpolation is 10 times as fast as the quantile
     t: Floats = (ratio * ours[0] - theirs[0]) / np.sqrt(error) / np.interp(freedom, grid, stdtrit(grid, TAIL))
     return t
 

@@ -19,8 +19,8 @@ from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.coverage import Audit
 from mptrain.tools import machine
 
-ROWS = 128  # of every matrix product: enough for every FP8 GEMM
-SIZES = {"vocab_size": 256, "image_size": 8, "channels": 1, "classes": 10}  # where neither model nor data names one
+ROWS = 128  # rows of every matrix product: enough for every FP8 GEMM
+SIZES = {"vocab_size": 256, "image_size": 8, "channels": 1, "classes": 10}  # where neither model nor data sets one
 
 
 def run(argv: list[str]) -> int:

@@ -30,14 +30,14 @@ def clear_errors() -> Iterator[None]:
     HYDRA_FULL_ERROR=1 shows the traceback instead of the message.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints errors in its own way and exits with 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both unwind: probes end, half-made files go
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both unwind: probes end, partial files are removed
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted; saved checkpoints are complete (resume=auto run_dir=FOLDER continues)", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        if not _is_told(error):  # by rank 0
+        if not _is_told(error):  # reported by rank 0
             if SHOW_TRACEBACK or not _is_the_users(error):
                 raise
             _tell(error)
@@ -97,7 +97,7 @@ def explain(error: BaseException) -> str:
 
 def _unknown_key(path: str) -> str:
     """Walk the schema along a dotted path to the first part that is not there."""
-    from mptrain.config import RunConfig  # Hydra's error: it is imported
+    from mptrain.config import RunConfig  # already imported: the error is Hydra's
 
     known: Any = to_plain(RunConfig())
     walked: list[str] = []

@@ -12,7 +12,7 @@ def run(argv: list[str]) -> int:
     """Print ranges and resolution of the formats or, for given numbers (``1e-3 2^-10 inf``), how each represents
     them."""
     if not {"-h", "--help"} & {*argv}:
-        argv = ["--", *argv]  # so that -1e-3 is a number and no option
+        argv = ["--", *argv]  # so that -1e-3 is a number, not an option
     parser = command_parser(__doc__)
     parser.add_argument("values", nargs="*", metavar="VALUE", help="1e-3, 2^-10, 0x1p-10, inf, nan")
     numbers = [formats.parse_number(text) for text in parser.parse_args(argv).values]

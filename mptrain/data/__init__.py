@@ -96,7 +96,7 @@ class Dataset(ABC):
         if seed < 0 or step < 0:
             raise ValueError(f"seed={seed} and step={step} must not be negative; try seed=0")
         first = (micro * world_size + rank) * batch_size
-        # Raw words: numpy keeps their stream for ever, unlike that of integers(). Modulo's bias: 2^-30 at 2^34 tokens.
+        # Raw words: numpy guarantees their stream, unlike that of integers(). Modulo's bias: 2^-30 at 2^34 tokens.
         words = np.random.Philox(key=[seed, step]).random_raw(microbatches * world_size * batch_size)
         positions = words[first : first + batch_size] % np.uint64(self.train_positions)
         return self.train_at(positions.tolist())

@@ -20,7 +20,7 @@ KINDS = {20240520: (1, NARROW), 20240801: (7, WIDE)}
 """llm.c's magic numbers: version, token type. Read as tokens they begin with 55432 and 55713, past GPT-2's 50256."""
 DTYPES = {"auto": "", "uint16": NARROW, "uint32": WIDE}
 NUMPY = b"\x93NUMPY"
-MAGIC = (  # first bytes of what is not a token file
+MAGIC = (  # first bytes of files that hold no tokens
     (b"\x1f\x8b\x08", "gzip data"), (b"PK\x03\x04", "a zip archive (.zip, .npz, .pt)"), (b"BZh", "bzip2 data"),
     (b"\xfd7zXZ\x00", "xz data"), (b"\x28\xb5\x2f\xfd", "zstd data"), (b"\x04\x22\x4d\x18", "lz4 data"),
     (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"FEA1", "a Feather file"),
@@ -29,7 +29,7 @@ MAGIC = (  # first bytes of what is not a token file
     (b"%PDF", "a PDF"), (b"\x7fELF", "a program"), (b"\x89PNG", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"),
     (b"\xff\xfe", "UTF-16 text"), (b"\xfe\xff", "UTF-16 text"), (b"GGUF", "a GGUF model"),
 )  # fmt: skip
-SAMPLE = 1 << 16  # 2-byte values looked at in the beginning and in the middle of a file
+SAMPLE = 1 << 16  # 2-byte values checked at the beginning and in the middle of a file
 HIGH_HALF = 16  # the upper 2 bytes of a 4-byte token are below this: vocabularies have less than 2^20 entries
 
 

@@ -30,7 +30,7 @@ class Config:
 
 def build(config: Config) -> ImageDataset:
     """Return the images, their pixels 0 to 16 mapped to -1 to 1 in steps of 1/8, exact in every 16-bit format."""
-    from sklearn.datasets import load_digits  # a second, which runs on other data need not wait for
+    from sklearn.datasets import load_digits  # lazy: importing scikit-learn takes a second
 
     pixels, labels = load_digits(return_X_y=True)
     images = (pixels / 8 - 1).astype(np.float32).reshape(-1, 1, SIZE, SIZE)

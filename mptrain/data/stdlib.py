@@ -68,7 +68,7 @@ def sources(root: Path) -> list[str]:
     paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED]
-        # _sysconfigdata*.py records how this one interpreter was built: names of a machine's folders, not library text.
+        # _sysconfigdata*.py records how this interpreter was built: a machine's paths, not library text.
         sources_here = (name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata"))
         paths += [(Path(folder) / name).relative_to(root).as_posix() for name in sources_here]
     return sorted(paths)

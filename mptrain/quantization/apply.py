@@ -21,7 +21,7 @@ from mptrain.tools.quiet import quiet_import
 
 SHORTEST_ROW = 32
 """Inputs of a layer that is worth it: in shorter rows scale and zero point weigh more than a sixth of the codes."""
-SLACK = 1.02  # of a rounding error, for the arithmetic in FP32 around it
+SLACK = 1.02  # factor on a rounding error, for the FP32 arithmetic around it
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def _convert(
         raise ValueError(f"{method.name} must see activations: give quantize_model batches=, or use --to int8-dynamic")
     quantize_(model, SmoothQuantConfig(config, "convert", alpha=method.smooth), filter_fn=wanted)
     places = [*model.named_modules(remove_duplicate=False)]
-    for name, old in chosen.items():  # it swapped the layers, in the first place of each
+    for name, old in chosen.items():  # torchao swapped each layer only in its first place
         for alias, module in places:
             if module is old:
                 parent, _, leaf = alias.rpartition(".")
@@ -230,7 +230,7 @@ def _cast(model: nn.Module, method: Method, keep: str) -> Report:
             label = name.removesuffix(".weight")
             layers[label] = Layer(label, method.name, cast.numel(), cast.nbytes, BYTES_FP32 * cast.numel(), error)
         if key in owner._parameters:
-            tensor.data = cast  # the same parameter: ties stay
+            tensor.data = cast  # the same parameter object, so that ties are preserved
         else:
             setattr(owner, key, cast)
     return _report(model, method, None, layers, {})

@@ -78,7 +78,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
         model = _shell(folder, described)
         state = {**tensors, **weights}
         for name, _ in model.named_parameters():
-            if name in state:  # as assign=True keeps them, so that what is tied stays so
+            if name in state:  # assign=True keeps parameters as they are, so that ties are preserved
                 state[name] = nn.Parameter(state[name], requires_grad=False)
         state |= {name: state[first] for name, first in described["ties"].items()}
         model.load_state_dict(state, assign=True)
@@ -132,7 +132,7 @@ def _read_tensors(folder: Path, described: dict[str, Any]) -> dict[str, Tensor]:
         raise ValueError(f"{folder} lacks {WEIGHTS}: quantize the original again")
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies, so that each is aligned as the saved one was: a sum's order may depend on it.
+            # Copies, to align each as the saved one was: the order of sums may depend on it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error

@@ -25,8 +25,8 @@ from mptrain.report.compare.intervals import mean_of, paired_proportions, propor
 from mptrain.report.deploy.matrix import Evaluation, Latency, LayerError
 from mptrain.tools.machine import describe
 
-ANSWERS = ("targets", "labels")  # of a batch; without them a model gives logits
-AT_A_TIME = 1 << 22  # logits turned into float64 probabilities at a time: 32 MiB
+ANSWERS = ("targets", "labels")  # keys of a batch; without them a model returns logits
+AT_A_TIME = 1 << 22  # logits converted to float64 probabilities at a time: 32 MiB
 OVER_SAMPLES, PAIRED = "t over samples", "paired t over samples"
 Batch = Mapping[str, Tensor]
 

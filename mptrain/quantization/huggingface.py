@@ -100,7 +100,7 @@ def _config(folder: Path) -> Any:
 
 
 def _class_of(folder: Path, config: Any) -> Any:
-    with _silent():  # an architecture's module is imported here
+    with _silent():  # imports the architecture's module
         import transformers
 
         named = (config.architectures or [""])[0]

@@ -28,12 +28,12 @@ from mptrain.report.compare.intervals import mean_of, perplexity
 from mptrain.report.deploy.matrix import Deployed, Evaluation, Matrix
 from mptrain.runs.read import expand, settings_in
 
-ORDER = ("fp32", "tf32", "bf16", "fp16", "fp8")  # of the precisions trained in; variants of them beside them
+ORDER = ("fp32", "tf32", "bf16", "fp16", "fp8")  # of training precisions; their variants follow them
 FORMATS = ("fp32", "bf16", "int8", "int4", "fp8")
 BATCHES = 32
-SAMPLES = {"tokens": 8, "images": 64}  # of a batch
+SAMPLES = {"tokens": 8, "images": 64}  # samples per batch
 REPEATS = 5  # timed forwards
-REMEMBERED = 1 << 30  # bytes of the FP32 model's logits, which every format is compared with
+REMEMBERED = 1 << 30  # bytes of the FP32 model's logits to cache, for comparison with every format
 OVER_SEEDS = "t over seeds"
 CPU_SPEED = "On a CPU torchao's kernels expand most formats before they multiply: a ratio below 1 is the cost of that."
 Say = Callable[[str], None]
@@ -92,7 +92,7 @@ def deploy(
     for run in trained_at(paths):
         try:
             source = open_source(run.folder)
-        except ValueError as error:  # a run of the sweep that is still at work
+        except ValueError as error:  # a run of the sweep that is still in progress
             results.left_out.append(f"left out: {error}")
             continue
         data = source.dataset()
@@ -271,7 +271,7 @@ def _delta(figures: Sequence[Figure], others: Sequence[Figure]) -> Interval | No
     else:
         changes = [_mean(ours) - _mean(other) for ours, other in pairs]
         delta = mean_of(changes, f"paired {OVER_SEEDS}", seeds=True)
-        if images and len(set(changes)) == 1:  # no spread to go by: of the images of all runs
+        if images and len(set(changes)) == 1:  # no spread between runs: use the images of all runs
             hits = [[hit for evaluation in side for hit in evaluation.hits] for side in zip(*pairs, strict=True)]
             delta = top1_delta(*hits)
     if images:

@@ -21,7 +21,7 @@ from mptrain.quantization.packing import INT2, INT4
 from mptrain.tools.quiet import quiet_import
 from mptrain.tools.settings import did_you_mean, require
 
-NEEDS = (0, 18)  # of torchao: before it, these configurations make other tensors
+NEEDS = (0, 18)  # torchao version: older ones make other tensors from these configurations
 SMALLEST_GROUP = 8
 """Numbers that share a scale: with fewer, scales and zero points weigh more than the codes of INT4."""
 

@@ -16,7 +16,7 @@ from mptrain.tools.quiet import quiet_import
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch has it, its stubs do not
 INT2: torch.dtype = torch.int2  # type: ignore[attr-defined]
 BITS: dict[Any, int] = {INT4: 4, INT2: 2}
-PACKED = ".packed"  # at the end of a name: several codes to a byte, the first in the lowest bits
+PACKED = ".packed"  # suffix of a name: several codes per byte, the first in the lowest bits
 
 
 def pack(codes: Tensor, bits: int = 4) -> Tensor:

@@ -22,7 +22,7 @@ from mptrain.quantization.methods import Method, named
 from mptrain.tools.quiet import quiet_import
 from mptrain.tools.settings import require
 
-CLIP = 1.0  # as the trainer's
+CLIP = 1.0  # the trainer's default
 RATE = 3e-4
 
 
@@ -77,7 +77,7 @@ def fake_quantize(model: nn.Module, config: Any, names: Collection[str]) -> None
 
     before = {name: model.get_submodule(name) for name in names}
     try:
-        with quiet_import():  # it imports more when it is first used
+        with quiet_import():  # the first use imports more
             quantize_(model, QATConfig(config, step="prepare"), _only(names))
     except (ValueError, AssertionError) as error:
         raise ValueError(
@@ -111,7 +111,7 @@ def train(
     """Run the training loop; return losses and the number of skipped steps."""
     model.train()
     bound = Precision(precision).prepare(model)
-    options = OptimConfig(lr=lr, weight_decay=0.0, min_lr_frac=0.0)  # what still moves hops between two codes
+    options = OptimConfig(lr=lr, weight_decay=0.0, min_lr_frac=0.0)  # late steps would hop between codes
     optimizer, schedule = build_optimizer(options, model), Schedule.of(options, steps)
     losses: list[Tensor] = []
     applied = 0

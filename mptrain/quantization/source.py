@@ -138,6 +138,6 @@ def _fill(model: nn.Module, state: dict[str, Tensor], where: Path) -> None:
         raise ValueError(f"{where} {what}: its run's config.json belongs to another model")
     try:
         model.load_state_dict(filled, assign=True)
-    except RuntimeError as error:  # shapes
+    except RuntimeError as error:  # shapes differ
         why = " ".join(str(error).split())
         raise ValueError(f"{where} does not fit its run's config.json: {why}") from error

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-ONE_LINE = 24  # characters of a label that stay in one line
+ONE_LINE = 24  # characters of a label that are not broken
 
 
 def render(template: str, /, **shown: Any) -> str:

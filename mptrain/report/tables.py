@@ -18,7 +18,7 @@ from mptrain.report import wording
 from mptrain.report.compare.comparison import Interval
 
 T = TypeVar("T")
-GAP = 2  # spaces between columns, one of them the box's
+GAP = 2  # spaces between columns, one of them from the box
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from mptrain.tools.locks import locked
 from mptrain.tools.settings import to_plain
 
 PROBE_STEPS = 8  # 3 of warm-up, then 5 whose median is the speed
-FEW_STEPS = 100  # with fewer, a ratio of losses says nothing about where training goes
+FEW_STEPS = 100  # with fewer, a ratio of losses is not meaningful
 PROBES = ".fp32-probes"
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 

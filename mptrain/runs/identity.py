@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 FILE = "run.json"
 HISTORY = "history.json"  # what changed from one attempt of a run to the next
-LOCK = ".lock"  # in a run's folder, held while the run is at work
-JOB_LOCK = ".job.lock"  # beside it, held by the sweep whose job the run is, from before it is prepared
+LOCK = ".lock"  # in a run's folder, held while the run is in progress
+JOB_LOCK = ".job.lock"  # next to it, held by the sweep from before it prepares the job
 COMPARED = ("model", "data", "optim", "trainer", "seed")  # settings that make two runs comparable step by step
-STORAGE = ("weights", "moments")  # of optim: the formats of what is stored
-ASIDE = (  # change no number of a run
+STORAGE = ("weights", "moments")  # of optim: storage formats
+ASIDE = (  # these change no number of a run
     "run_dir", "runs_dir", "sweep_dir", "sweep_seeds", "resume", "resume_anyway",
     "baseline", "logger", "checkpoint",
 )  # fmt: skip
-MARKED = 1 << 16  # values of a parameter in the mark of the weights
+MARKED = 1 << 16  # values per parameter that are hashed
 
 
 def fingerprint(config: Any, corpus: str, machine: str, torch_version: str, fp32_gemm: str) -> str:
@@ -41,7 +41,7 @@ def fingerprint(config: Any, corpus: str, machine: str, torch_version: str, fp32
     plain = to_plain(config)
     same = {key: plain[key] for key in COMPARED if key != "data"}  # the corpus's hash says more than its path
     dist = plain["dist"]
-    if dist["kind"] != "single" or dist["tp"] > 1:  # speed and memory are those of a layout
+    if dist["kind"] != "single" or dist["tp"] > 1:  # speed and memory depend on the layout
         same["layout"] = [dist["kind"], dist["tp"], dist["replicas"], world_size()]
     same["optim"] = {key: value for key, value in same["optim"].items() if key not in STORAGE}
     return short_hash([same, corpus, machine, torch_version, fp32_gemm])
@@ -62,7 +62,7 @@ def numerics(policy: dict[str, Any]) -> dict[str, Any]:
     """Return a precision policy (plain values) without its name and its unused settings."""
     policy = copy.deepcopy(policy)
     policy.pop("name", None)
-    patterns = policy["keep"], policy.pop("keep_default", "")  # of runs before it, `keep` was both
+    patterns = policy["keep"], policy.pop("keep_default", "")  # older runs have both in `keep`
     policy["keep"] = "|".join(filter(None, patterns))
     quantization, loss_scale = policy["quantization"], policy["loss_scale"]
     if quantization["scaling"] == "none":
@@ -98,7 +98,7 @@ def environment() -> dict[str, Any]:
 def _version() -> str | None:
     try:
         return version("mptrain")
-    except PackageNotFoundError:  # run from a checkout
+    except PackageNotFoundError:  # not installed: run from a checkout
         return None
 
 

@@ -24,7 +24,7 @@ from mptrain.tools.locks import is_held
 
 Floats = npt.NDArray[np.float64]
 MARKS = ("config.json", "metrics.jsonl", "summary.json", "error.json", "job.json")  # one of them makes a run's folder
-TAIL_BYTES = 1 << 14  # of metrics.jsonl: holds the last row of metrics at any interval of up to 150 steps
+TAIL_BYTES = 1 << 14  # of metrics.jsonl: contains the last row of metrics for intervals up to 150 steps
 
 
 class Status(Enum):
@@ -101,7 +101,7 @@ class Run:
 
 def expand(paths: Iterable[Path]) -> list[Path]:
     """Run folders: those given, and those inside a given folder of runs (a sweep). ValueError for anything else."""
-    folders: dict[Path, Path] = {}  # by where they really are: one run given in two ways is one
+    folders: dict[Path, Path] = {}  # by resolved path: a run given twice counts once
     for path in paths:
         if is_run(path):
             folders.setdefault(path.resolve(), path)
@@ -152,7 +152,7 @@ def glance(folder: Path) -> Run:
     config, summary = settings_in(folder), object_in(folder / "summary.json")
     rows = [row for row in rows_in(folder / "metrics.jsonl", TAIL_BYTES) if isinstance(row.get("step"), int)]
     losses = {row["step"]: number(row["train/loss_step"]) for row in rows if "train/loss_step" in row}
-    if isinstance(summary.get("steps"), int):  # the last row may be longer than what was read
+    if isinstance(summary.get("steps"), int):  # the last row may be longer than the part read
         losses[summary["steps"]] = number(summary.get("train_loss"))
     status, why = _status(folder, config, summary, max(losses, default=0))
     speeds = [row["speed/tokens_per_s"] for row in rows if "speed/tokens_per_s" in row]

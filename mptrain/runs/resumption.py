@@ -30,14 +30,14 @@ from mptrain.runs.identity import ASIDE, FILE, HISTORY, numerics
 from mptrain.tools.files import object_in, write_whole
 from mptrain.tools.settings import from_plain, to_plain
 
-OWN = ("run_dir", "resume", "resume_anyway")  # of the command, never of the run it resumes
-MEANT_ELSEWHERE = ("seed", "data")  # of another run: the batches would be others
-NUMERICS = ("model", "optim", "trainer", "debug")  # and precision
+OWN = ("run_dir", "resume", "resume_anyway")  # taken from the command, never from the resumed run
+MEANT_ELSEWHERE = ("seed", "data")  # changing these would change the batches
+NUMERICS = ("model", "optim", "trainer", "debug")  # in addition to precision
 HARMLESS = (  # of trainer: change when something is done, not what is computed
     "trainer.eval_every", "trainer.eval_batches", "trainer.max_skips_in_a_row", "trainer.on_spike",
     "trainer.checkpointing",
 )  # fmt: skip
-PLACES = ("machine", "torch", "ranks", "layout", "fp32_gemm")  # of run.json: where it ran; speed goes by them
+PLACES = ("machine", "torch", "ranks", "layout", "fp32_gemm")  # of run.json: where it ran, which determines speed
 CODE = ("mptrain", "commit")
 
 

@@ -59,7 +59,7 @@ def speed(runs: Mapping[int, Run], base: Mapping[int, Run], *, emulated: bool) -
 
 
 def _place(run: Run) -> tuple[Any, ...]:
-    if run.elsewhere:  # like no other
+    if run.elsewhere:  # comparable with no other run
         return (run.folder,)
     return run.about.get("host"), run.about.get("machine"), run.about.get("torch")
 
@@ -73,7 +73,7 @@ def _limit(run: Run, base: Run) -> float | None:
     ours = weighted_rate(rates, run.summary.get("gemm_coverage", {}))
     theirs = weighted_rate(rates, base.summary.get("gemm_coverage", {}))
     flops = number(base.about.get("flops_per_token"))
-    step_s = 1 / base.figure("tokens_per_s")  # of one token
+    step_s = 1 / base.figure("tokens_per_s")  # seconds per token
     if ours is None or theirs is None or not math.isfinite(flops * step_s):
         return None
     in_gemms = min(step_s, flops / (theirs * 1e12))

@@ -22,9 +22,9 @@ from mptrain.report.compare.seeds import Planned, planned
 from mptrain.report.compare.verdict import Divergence, diverged, divergence, judge, rules
 from mptrain.runs.read import Floats, Run, Status, expand, read
 
-MARGIN_FRAC = 0.005  # of the loss; DeepSeek-V3 reports 0.25 % between FP8 and BF16
-POINTS = 240  # of a drawn curve: one a pixel and a half
-WINDOWS = 50  # a curve is averaged over a 50th of training
+MARGIN_FRAC = 0.005  # relative to the loss; DeepSeek-V3 reports 0.25 % between FP8 and BF16
+POINTS = 240  # of a drawn curve: one per 1.5 pixels
+WINDOWS = 50  # curves are averaged over a 50th of training
 
 
 class NothingToCompare(ValueError):
@@ -64,7 +64,7 @@ def _chosen(groups: list[MatchedGroup], baseline: Path | None) -> str | None:
     variants = [variant for group in groups for variant in group.variants]
     if baseline is None:
         stored = {variant.key for variant in variants if variant.stored_fp32}
-        alone = stored.pop() if len(stored) == 1 else None  # an ablation of how weights are stored, in BF16 throughout
+        alone = stored.pop() if len(stored) == 1 else None  # an ablation of weight storage, all in BF16
         return next((variant.key for variant in variants if variant.is_fp32), alone)
     for variant in variants:
         if any(run.folder.resolve() == baseline.resolve() for run in variant.runs):
@@ -221,7 +221,7 @@ def _delta(side: Side, base: Side, figure: str, *, relative: bool = True) -> Int
     ours, theirs = side.values(figure), base.values(figure)
     plan = base.plan
     shared = plan.counted(ours.keys() & theirs.keys() - base.astray.keys())
-    if plan.last or ours.keys() & theirs.keys():  # several looks are for pairs alone
+    if plan.last or ours.keys() & theirs.keys():  # several looks exist for pairs only
         return paired([(ours[s] - theirs[s]) / (theirs[s] if relative else 1.0) for s in shared], plan.last)
     sound = [value for seed, value in theirs.items() if seed not in base.astray]
     interval = welch(list(ours.values()), sound)

@@ -22,7 +22,7 @@ class Kind(Enum):
     worse = "worse"
     undecided = "undecided"
     diverged = "diverged"
-    none = "no verdict"  # no finished run, or nothing to compare with: the reason is said instead
+    none = "no verdict"  # no finished run, or nothing to compare with: the text has the reason
 
 
 @dataclass(frozen=True)

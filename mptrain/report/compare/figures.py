@@ -15,7 +15,7 @@ from mptrain.report.draw.layers import MOST, layers_svg, worst
 from mptrain.report.draw.lines import MOST_SHADED, Series, difference_svg, lines_svg, tail
 from mptrain.report.draw.timeline import timeline_svg
 
-ROOM = 120  # characters of labels in a caption
+ROOM = 120  # characters for labels in a caption
 KEYS = {"training loss": "train_delta", "top-1": "top1_delta"}  # else val_delta
 
 

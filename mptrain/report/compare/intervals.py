@@ -15,7 +15,7 @@ from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincinv, nctdtr, ndtri, stdtrit  # scipy.stats has them too, and takes a second to import
+from scipy.special import betaincinv, nctdtr, ndtri, stdtrit  # scipy.stats has them too, but takes a second to import
 
 from mptrain.report.compare.comparison import Interval
 from mptrain.runs.read import Floats
@@ -122,7 +122,7 @@ def paired_proportions(gained: int, lost: int, n: int) -> Interval:
 
 def perplexity(loss: Interval) -> Interval:
     """Turn a loss in nats into a perplexity, a difference of losses into the ratio of perplexities."""
-    mean, low, high = (math.exp(min(nats, 700.0)) for nats in (loss.mean, loss.low, loss.high))  # a float64 ends there
+    mean, low, high = (math.exp(min(nats, 700.0)) for nats in (loss.mean, loss.low, loss.high))  # the limit of float64
     return Interval(mean, low, high, loss.n, loss.method)
 
 

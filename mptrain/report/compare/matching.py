@@ -14,9 +14,9 @@ from typing import Any
 from mptrain.runs.identity import STORAGE, numerics, short_hash
 from mptrain.runs.read import Run, leaf_names
 
-SENT = {"compress": "none", "gather": "compute"}  # of dist: what gradients and weights travel in
-USUAL = {"weights": "fp32", "moments": "fp32", "inject": "", **SENT}  # said of a variant only where it is otherwise
-SCHEDULE = ("max_steps", "batch_size", "accumulate", "clip", "eval_batches")  # of trainer: what a loss depends on
+SENT = {"compress": "none", "gather": "compute"}  # of dist: formats of gradients and weights in transit
+USUAL = {"weights": "fp32", "moments": "fp32", "inject": "", **SENT}  # defaults, left out of a variant's label
+SCHEDULE = ("max_steps", "batch_size", "accumulate", "clip", "eval_batches")  # of trainer: what affects the loss
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def trial(run: Run, corpus: str | None) -> dict[str, Any]:
     dist = settings.get("dist", {})
     if dist.get("kind", "single") == "single" and dist.get("tp", 1) == 1:
         return shared
-    return shared | {"dist": {key: dist.get(key) for key in ("kind", "tp", "replicas")}}  # speeds are those of a layout
+    return shared | {"dist": {key: dist.get(key) for key in ("kind", "tp", "replicas")}}  # speeds depend on the layout
 
 
 def variant(run: Run) -> dict[str, Any]:

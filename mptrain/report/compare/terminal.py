@@ -12,7 +12,7 @@ from mptrain.report.compare import cells
 from mptrain.report.compare.comparison import Comparison, Group, Kind, Variant
 from mptrain.report.tables import GAP, compact_table, fitting, print_left_out, taken
 
-LEAST, MOST = 12, 32  # characters of a label in the table; the lines below it have the whole
+LEAST, MOST = 12, 32  # characters of a label in the table; the lines below show all of it
 DROPPED = (
     "coverage",
     "underflow_frac",

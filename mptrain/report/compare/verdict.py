@@ -24,8 +24,8 @@ from mptrain.runs.baseline import FEW_STEPS
 from mptrain.runs.read import Run
 from mptrain.telemetry.ledger import SKIPS_ALARM
 
-LOST_FRAC = 0.5  # of what training had won, given back: diverged
-EVENTS_BEFORE = 50  # steps in which an event may be the cause of what follows
+LOST_FRAC = 0.5  # share of training's improvement whose loss means divergence
+EVENTS_BEFORE = 50  # steps before a divergence in which an event may be its cause
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _given_back(run: Run) -> tuple[int, str] | None:
     smoothed = smooth(curve, window)[window - 1 :]
     lowest = int(np.argmin(smoothed))
     least, start = float(smoothed[lowest]), float(smoothed[0])
-    limit = least + LOST_FRAC * max(start - least, 0.05 * abs(least))  # a loss that never fell may wander by 2.5 %
+    limit = least + LOST_FRAC * max(start - least, 0.05 * abs(least))  # a loss that never fell may vary by 2.5 %
     if smoothed[-1] <= limit:
         return None
     below = np.flatnonzero(smoothed <= limit)

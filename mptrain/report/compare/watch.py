@@ -21,7 +21,7 @@ from mptrain.tools.files import object_in
 EVERY_S = 1.0
 FOLLOW_S = 5.0  # a comparison reads every row of every run
 DONE = (Status.finished, Status.failed)
-MARKS = {  # a sign and a word beside the colour
+MARKS = {  # a sign and a word in addition to the colour
     Status.finished: ("✓", "green"),
     Status.running: ("▶", "bold"),
     Status.stopped: ("■", "yellow"),
@@ -119,7 +119,7 @@ def _end(run: Run) -> tuple[Path, int] | None:
     path = run.folder / ("summary.json" if run.status is Status.finished else "error.json")
     try:
         return path, path.stat().st_mtime_ns
-    except OSError:  # set aside since: the run has begun again
+    except OSError:  # moved since: the run has begun again
         return None
 
 

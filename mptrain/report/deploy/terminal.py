@@ -14,7 +14,7 @@ from mptrain.report.deploy import cells
 from mptrain.report.deploy.matrix import Deployed, Evaluation, Matrix
 from mptrain.report.tables import compact_table, fitting, print_left_out, table_of
 
-SHOWN = 10  # layers, the worst
+SHOWN = 10  # worst layers to show
 DROPPED = ("layers", "worst_layer", "same_frac", "kl_nats", "size_frac", "base_delta", "speed_ratio")
 
 

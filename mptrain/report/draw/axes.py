@@ -14,12 +14,12 @@ from typing import NamedTuple
 from mptrain.report import wording
 from mptrain.report.draw.svg import GREY, INK, line, text
 
-# Okabe and Ito's without their yellow, which is lost on white. 7 colours, 6 dashes and 6 shapes: 42 differ in two.
+# Okabe and Ito's without yellow, which is invisible on white. 7 colours, 6 dashes and 6 shapes: 42 differ in two.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
 DASHES = ("8 3", "2.5 2.5", "10 3 2.5 3", "5 2", "14 4", "7 2.5 2 2.5 2 2.5")
 SHAPES = ("circle", "square", "triangle", "diamond", "down", "cross")
 GRID = "#e2e2e2"
-LABEL = 26  # characters of a label in a figure; the whole of it is in the tooltip and in the tables
+LABEL = 26  # characters of a label in a figure; tooltip and tables show all of it
 NARROW, BROAD = frozenset(" ijlftrI.,:;'|!()[]-"), frozenset("mwMW%@—…")
 
 

@@ -21,7 +21,7 @@ WHOLE, FIGURES, TOP, PITCH, THICK = 800.0, 190.0, 20.0, 24.0, 14.0  # FIGURES: p
 SHADE = "#b9b9b9"
 WITHIN = f"fill='{SHADE}' fill-opacity='.45'"  # the margin
 PIECE = f"stroke='{INK}' stroke-width='.6'"
-# Lightness, then what is drawn over it: stays apart in grey print. Roles beyond these share the last.
+# Ground colour and the pattern over it: distinct in grey print. Further roles share the last.
 FILLS = (
     ("#0072b2", ""),
     ("#ffffff", "<path d='M0 6L6 0' stroke='#d55e00' stroke-width='1.6'/>"),
@@ -165,7 +165,7 @@ def stacks_svg(rows: Sequence[Stack], limit_gib: float = 0.0) -> str:
     """Draw peaks in GiB by role; ``limit_gib``: the available memory, a line across."""
     left, bottom = _left([row.drawn for row in rows]), TOP + PITCH * len(rows)
     roles = list(dict.fromkeys(role for row in rows for role in row.memory.roles_gib))
-    key = f"{zlib.crc32(repr([(row.label, row.memory) for row in rows]).encode()):08x}"  # ids are the whole page's
+    key = f"{zlib.crc32(repr([(row.label, row.memory) for row in rows]).encode()):08x}"  # ids are unique in a page
     most = max(limit_gib, *(max(r.memory.peak_gib or 0.0, sum(r.memory.roles_gib.values())) for r in rows))
     x = Axis(0.0, most or 1.0, left, WHOLE - FIGURES)
     parts = [_patterns(key), *_x_axis(x, bottom, " GiB")]

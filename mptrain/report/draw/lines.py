@@ -16,9 +16,9 @@ from mptrain.report.draw.axes import Axis, Style
 from mptrain.report.draw.svg import GREY, INK, line, rect, svg, text
 
 LEFT, TOP, HEIGHT, WHOLE = 62.0, 26.0, 290.0, 960.0  # the plot and its labels are WHOLE pixels wide
-PITCH = 15.0  # of the labels
-BAND_REACH = 0.5  # times the span of the curves: what a band may add to a plot on either side
-MOST_SHADED = 6  # curves whose own extremes are shaded: more of them would be mud
+PITCH = 15.0  # distance of the labels
+BAND_REACH = 0.5  # most that a band may add to a plot on either side, in spans of the curves
+MOST_SHADED = 6  # most curves with shaded extremes: more would be illegible
 SHADED = "fill='#b9b9b9' fill-opacity='.55'"  # the band
 Point = tuple[float, float]
 
@@ -245,7 +245,7 @@ def _range_of(series: Sequence[Series], band: Curve | None) -> list[float]:
     values = [value for one in steady for value in _finite([*one.curve.values, *one.curve.low, *one.curve.high])]
     if not band:
         return values
-    floor = 0.0 if min(values) >= 0 else -math.inf  # no seed's loss would be below 0
+    floor = 0.0 if min(values) >= 0 else -math.inf  # a loss is never below 0
     return values + [max(floor, value) for value in _near(values, [*band.low, *band.high])]
 
 

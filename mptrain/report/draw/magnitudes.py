@@ -110,7 +110,7 @@ def heat_map_svg(
     octaves, whole = histograms.octaves(), histograms.elements.clamp(min=1)
     used = octaves.sum(0).nonzero().flatten()
     first, last = (int(used[0]), int(used[-1])) if len(used) else (127, 128)
-    first = max(first, last - 63)  # 2^-63 of the largest is below what any format but BF16 and FP32 holds beside it
+    first = max(first, last - 63)  # only BF16 and FP32 hold 2^-63 of the largest as well
     columns, height = last - first + 1, 15 if len(labels) <= 60 else 10
     left = 60 + (6.4 if height == 15 else 5.8) * max(map(len, labels))
     plot = Box(left, 6, min(18.0, 760 / columns) * columns, height * len(labels), first - 127.0, last - 126.0)

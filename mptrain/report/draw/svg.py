@@ -16,7 +16,7 @@ COLOURS = {
     "int4": "#666666",
 }
 INK, GREY, BAD = "#222222", "#777777", "#d55e00"
-BLUES = ((255, 255, 255), (158, 202, 225), (49, 130, 189), (8, 48, 107))  # of ColorBrewer, light to dark
+BLUES = ((255, 255, 255), (158, 202, 225), (49, 130, 189), (8, 48, 107))  # from ColorBrewer, light to dark
 FONT = "font-family='system-ui,Segoe UI,Helvetica,Arial,sans-serif'"
 
 

@@ -14,8 +14,8 @@ from mptrain.report.draw.axes import Axis, Style
 from mptrain.report.draw.svg import GREY, line, superscript, svg, text
 
 LEFT, TOP, SCALES, PITCH, WHOLE = 62.0, 26.0, 150.0, 15.0, 960.0
-ROW = 11.0  # a lane's row, one a kind of event
-NEAR = 7.0  # pixels within which events of a kind become one mark
+ROW = 11.0  # height of a lane's row, one per kind of event
+NEAR = 7.0  # pixels within which events of a kind merge into one mark
 
 
 class Kind(NamedTuple):

@@ -170,7 +170,7 @@ def _of_file(path: Path) -> Tensors:
         dtypes[dtype] += 1
     if not histograms:
         raise ValueError(f"{path} holds no floating-point weights ({sum(skipped.values())} other tensors)")
-    histograms.sort(key=lambda one: natural(one[0][0]))  # files are in alphabetical order, layer 10 before layer 2
+    histograms.sort(key=lambda one: natural(one[0][0]))  # alphabetically, layer 10 would come before layer 2
     notes = [f"other tensors, left out: {_listed(skipped)}"] if skipped else []
     amax = torch.tensor([histogram.amax for _, histogram in histograms])
     tables = {"histogram": torch.stack([histogram.counts for _, histogram in histograms]), "amax": amax}
@@ -280,7 +280,7 @@ def _row(
 
 
 def _used(name: str, recorded: dict[str, Tensor], cast: Judgement | None) -> Cast:
-    scale = float(recorded.get("scale", math.nan))  # NaN: the tensor had many
+    scale = float(recorded.get("scale", math.nan))  # NaN: the tensor had several scales
     figures: dict[str, Any] = {"scale": scale} if math.isfinite(scale) else {}
     if cast:
         figures |= {"subnormal": cast.subnormal, "headroom_bits": cast.headroom_bits}

@@ -15,7 +15,7 @@ from mptrain.report.tables import table_of
 from mptrain.report.wording import LAYER_WIDTH, percent, put, scale_text, short
 from mptrain.telemetry.histogram import Share
 
-SHOWN = 20  # rows of a table without --all: what a terminal holds beside the other tables
+SHOWN = 20  # rows of a table without --all: what a terminal holds with the other tables
 BAD, DOUBTFUL = 1e-2, 1e-4  # shares of elements lost from which a cell is red, yellow
 COARSE = 0.25  # share of subnormals from which a cell is yellow: a quarter of the elements keeps fewer bits
 
@@ -23,7 +23,7 @@ COARSE = 0.25  # share of subnormals from which a cell is yellow: a quarter of t
 def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Format | None, every: bool) -> None:
     """Print all figures of ``rows``; ``only``: one format with all its figures; ``every``: no row left out."""
     console.print(tensors.title, style="bold", highlight=False, soft_wrap=True)
-    width = LAYER_WIDTH if console.width >= 97 else max(9, LAYER_WIDTH - (93 - console.width))  # figures stay whole
+    width = LAYER_WIDTH if console.width >= 97 else max(9, LAYER_WIDTH - (93 - console.width))  # figures are never cut
     shown = rows if every else rows[:SHOWN]
     judged = any(row.formats for row in rows)
     if judged:
@@ -144,7 +144,7 @@ def _table(
     title: str, heads: Sequence[str], rows: list[Row], width: int, cells: Callable[[Row], Iterable[str | Text]]
 ) -> Table:
     table = table_of(["layer", "role"], map(_brief, heads), title=title, title_style="bold")
-    for column in table.columns[:2]:  # may be cut; of the figures, none
+    for column in table.columns[:2]:  # only these may be cut, not the figures
         column.no_wrap = False
     for row in rows:
         table.add_row(*_place(row, width), *cells(row))
