@@ -146,7 +146,7 @@ def print_report(console: Console, source: Source, report: Report, every: bool) 
         table.add_row(*_cells(layer))
     console.print(table)
     if len(shown) < len(worst):
-        console.print(f"{len(worst) - len(shown)} more layers: --all", highlight=False)
+        console.print(f"{len(worst) - len(shown)} more layers; use --all", highlight=False)
     if report.kept:
         unquantized_bytes = sum(layer.bytes for layer in report.kept)
         why = reasons({layer.name: layer.kept for layer in report.kept})

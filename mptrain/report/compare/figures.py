@@ -48,7 +48,7 @@ def _losses(group: Group, styles: Sequence[Style]) -> Figure:
     if not series:
         return Figure("loss", "Training loss", "", "no run has recorded a training loss.")
     shaded = any(one.curve.low for one in series) and len(series) <= MOST_SHADED
-    seeds = "; lightly shaded: the extremes of its seeds" if shaded else ""
+    seeds = "; shading spans their extremes" if shaded else ""
     window = f", averaged over {group.window_steps:,} steps" if group.window_steps > 1 else ""
     caption = f"Mean over the seeds{window}{seeds}. {_band(group, group.band)}"
     return Figure("loss", "Training loss", _loss_lines(series, group.band), caption)
@@ -64,11 +64,11 @@ def _late_losses(group: Group, styles: Sequence[Style]) -> Figure | None:
     if not half:
         return None
     band = tail(group.band, half[0].curve.steps[0]) if group.band else None
-    return Figure("loss-late", "Training loss, the last half", _loss_lines(half, band), "The same, closer.")
+    return Figure("loss-late", "Training loss, second half", _loss_lines(half, band), "Zoom on the second half.")
 
 
 def _loss_lines(series: list[Series], band: Curve | None) -> str:
-    return lines_svg(series, name="training loss (nats)", band=band, band_name="the baseline with other seeds (95 %)")
+    return lines_svg(series, name="training loss (nats)", band=band, band_name="baseline with a new seed (95 %)")
 
 
 def _differences(group: Group, styles: Sequence[Style]) -> Figure:
@@ -80,9 +80,9 @@ def _differences(group: Group, styles: Sequence[Style]) -> Figure:
     ]
     if not series:
         return Figure("difference", title, "", "no other variant has steps and seeds in common with the baseline.")
-    band = "the baseline with other seeds (95 %)"
+    band = "baseline with a new seed (95 %)"
     svg = difference_svg(series, name="difference of training loss", noise=group.noise, band_name=band)
-    caption = f"Seed by seed against {group.baseline}, then the mean; above 0 is worse. {_band(group, group.noise)}"
+    caption = f"Per-seed difference from {group.baseline}, averaged; above 0 is worse. {_band(group, group.noise)}"
     return Figure("difference", title, svg, f"{caption} {_off(series)}")
 
 
@@ -106,14 +106,14 @@ def _speed(group: Group, styles: Sequence[Style]) -> Figure:
         return Figure("speed", title, "", "no ratio of speeds was measured.")
     caption = "Medians over the seeds, whiskers: their extremes."
     if any(v.emulated for v in group.variants):
-        caption += " Emulated: the numerics are real, the speed is not, so none is shown."
+        caption += " Emulated: the numerics are exact, the speed is not meaningful, so none is shown."
     return Figure("speed", title, speed_svg(group.variants, styles), caption)
 
 
 def _memory(group: Group, styles: Sequence[Style]) -> Figure:
     if not any(v.memory.peak_gib is not None and math.isfinite(v.memory.peak_gib) for v in group.variants):
         return Figure("memory", "Peak memory", "", "no run has measured it.")
-    caption = "Median over the seeds, and its ratio to the baseline's; by role where the runs tell them apart."
+    caption = "Median over the seeds, and its ratio to the baseline's; by role where runs recorded it."
     return Figure("memory", "Peak memory", memory_svg(group.variants, styles), caption)
 
 
@@ -137,11 +137,11 @@ def _layers(group: Group, styles: Sequence[Style]) -> Figure:
     if not counted:
         return Figure("layers", title, "", "no variant has counted casts.")
     if not any(row["overflow_events"] or row["underflow_frac"] for v in counted for row in v.health.layers):
-        return Figure("layers", title, "", "no counted cast turned anything into zero or overflowed.")
-    caption = "Share of a tensor's elements that a cast turned into zero, on sampled steps; worst first."
+        return Figure("layers", title, "", "no counted cast underflowed or overflowed.")
+    caption = "Fraction of a tensor's elements flushed to zero by the cast, on sampled steps; worst first."
     left_out = worst(counted).left_out
     if left_out:
-        caption += f" The worst {MOST} of {MOST + left_out}: {left_out} less bad are left out."
+        caption += f" The worst {MOST} of {MOST + left_out} are shown."
     silent = [v.label for v in group.variants if not v.health.layers]
     if silent:
         caption += f" No counted casts: {_listed(silent)}."
@@ -168,10 +168,8 @@ def _paired(group: Group, styles: Sequence[Style], which: str) -> tuple[list[Ser
 
 def _band(group: Group, band: Curve | None) -> str:
     if band is None or not band.low:
-        return (
-            "No grey band: the baseline's seeds are too few to tell how far another would be." if group.baseline else ""
-        )
-    return f"Grey: where {group.baseline} with another seed would lie (95 %)."
+        return "No grey band: the baseline has too few seeds for one." if group.baseline else ""
+    return f"Grey: 95 % prediction band for {group.baseline} with a new seed."
 
 
 def _off(series: Sequence[Series]) -> str:

@@ -94,7 +94,7 @@ def _plot(
     if any(_outside(one, x, y) for one in series):
         parts += [_outside(one, x, y) for one in series]
         ring = f"<circle cx='11' cy='-4' r='6' fill='none' stroke='{INK}' stroke-width='1.4'/>"
-        legend.append((ring, "outside the band from here on"))
+        legend.append((ring, "leaves the band here"))
     parts += axes.x_grid(x, bottom)
     parts += _end_labels(series, x, y)
     parts += _legend(legend, bottom + 50)

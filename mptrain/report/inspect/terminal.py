@@ -41,7 +41,7 @@ def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Form
         console.print(lost_updates(lost if every else lost[:SHOWN], width))
     notes = list(tensors.notes)
     if len(rows) > len(shown):
-        notes.append(f"{len(rows) - len(shown)} more of {len(rows)} rows, less bad than these: --all shows every one")
+        notes.append(f"{len(rows) - len(shown)} more of {len(rows)} rows, not shown; use --all")
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
 
