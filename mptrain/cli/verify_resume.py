@@ -34,8 +34,10 @@ def run(argv: list[str]) -> int:
     table = Table(title="interrupted vs. uninterrupted runs")
     for name in ("run", "kills", "verdict", "seconds"):
         table.add_column(name, overflow="fold")
-    for one in verdicts:
-        same = "the same bits" if one.worst == 0 else f"losses within {one.worst:.1g} nats"
-        table.add_row(one.what, str(one.kills), "; ".join(one.differences[:3]) or same, f"{one.seconds:.0f}")
+    for verdict in verdicts:
+        same = "the same bits" if verdict.worst == 0 else f"losses within {verdict.worst:.1g} nats"
+        table.add_row(
+            verdict.what, str(verdict.kills), "; ".join(verdict.differences[:3]) or same, f"{verdict.seconds:.0f}"
+        )
     console.print(table)
-    return 1 if any(one.differences for one in verdicts) else 0
+    return 1 if any(verdict.differences for verdict in verdicts) else 0

@@ -136,23 +136,23 @@ def _convert(
     with quiet_import():
         from torchao.quantization import quantize_
 
-    def wanted(module: nn.Module, name: str) -> bool:
+    def chosen_layer(module: nn.Module, name: str) -> bool:
         return name in chosen and not is_quantized(module.weight)  # type: ignore[arg-type]
 
     config = method.config(size)
     if not method.calibrated:
-        quantize_(model, config, filter_fn=wanted)
+        quantize_(model, config, filter_fn=chosen_layer)
         return
     with quiet_import():
         from torchao.prototype.smoothquant import SmoothQuantConfig
-    quantize_(model, SmoothQuantConfig(config, "prepare", alpha=method.smooth), filter_fn=wanted)
+    quantize_(model, SmoothQuantConfig(config, "prepare", alpha=method.smooth), filter_fn=chosen_layer)
     seen = 0
     for batch in batches:
         model(**batch)
         seen += 1
     if not seen:
         raise ValueError(f"{method.name} must see activations: give quantize_model batches=, or use --to int8-dynamic")
-    quantize_(model, SmoothQuantConfig(config, "convert", alpha=method.smooth), filter_fn=wanted)
+    quantize_(model, SmoothQuantConfig(config, "convert", alpha=method.smooth), filter_fn=chosen_layer)
     places = [*model.named_modules(remove_duplicate=False)]
     for name, old in chosen.items():  # torchao swapped each layer only in its first place
         for alias, module in places:

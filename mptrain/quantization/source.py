@@ -130,9 +130,9 @@ def _fill(model: nn.Module, state: dict[str, Tensor], where: Path) -> None:
         if name in state:
             names.setdefault(id(parameter), name)
     masters = {name: nn.Parameter(state[name].float().contiguous()) for name in names.values()}
-    wanted = model.state_dict(keep_vars=True)
-    filled = {name: masters[names[id(parameter)]] for name, parameter in wanted.items() if id(parameter) in names}
-    lacking, extra = sorted(wanted.keys() - filled.keys()), sorted(state.keys() - wanted.keys())
+    parameters = model.state_dict(keep_vars=True)
+    filled = {name: masters[names[id(parameter)]] for name, parameter in parameters.items() if id(parameter) in names}
+    lacking, extra = sorted(parameters.keys() - filled.keys()), sorted(state.keys() - parameters.keys())
     if lacking or extra:
         what = f"lacks {lacking[0]}" if lacking else f"holds {extra[0]}, which the model has not"
         raise ValueError(f"{where} {what}: its run's config.json belongs to another model")

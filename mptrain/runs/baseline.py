@@ -50,24 +50,24 @@ class Figures:
         return max(self.losses, default=0)
 
 
-def find(folders: list[Path], wanted: str) -> Figures | None:
-    """Return the longest, then newest, FP32 run with the fingerprint ``wanted`` in the folders of runs, or None."""
+def find(folders: list[Path], fingerprint: str) -> Figures | None:
+    """Return the longest, then newest, FP32 run with this fingerprint in the folders of runs, or None."""
     candidates: list[tuple[int, float, Path]] = []
     for path in {path for folder in folders for path in folder.glob("*/summary.json")}:
         summary = object_in(path)
-        if summary.get("precision") == "fp32" and summary.get("fingerprint") == wanted:
+        if summary.get("precision") == "fp32" and summary.get("fingerprint") == fingerprint:
             candidates.append((int(summary["steps"]), path.stat().st_mtime, path.parent))
     return read_run(max(candidates)[2]) if candidates else None
 
 
-def named(folder: Path, config: Any, wanted: str) -> Figures:
+def named(folder: Path, config: Any, fingerprint: str) -> Figures:
     """Return the FP32 run in ``folder``. ValueError, naming the settings that differ, if it cannot be compared."""
     summary = object_in(folder / "summary.json")
     if not summary:
         raise ValueError(f"baseline={folder} holds no finished run (no summary.json): give the folder of an FP32 run")
     if summary.get("precision") != "fp32":
         raise ValueError(f"baseline={folder} is a {summary.get('precision')} run: give one with precision=fp32")
-    if summary.get("fingerprint") != wanted:
+    if summary.get("fingerprint") != fingerprint:
         theirs, ours = object_in(folder / "config.json"), to_plain(config)
         pairs = [d for key in COMPARED for d in _differences(theirs.get(key), ours[key], key)]
         what = "; ".join(pairs) or "another machine, corpus or version of torch"
@@ -89,7 +89,7 @@ def read_losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss_step"] for row in rows if isinstance(row.get("train/loss_step"), float)}
 
 
-def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> Figures:
+def probe(config: Any, fingerprint: str, runs: Path, say: Callable[[str], None]) -> Figures:
     """Measure FP32 for a few steps in another process, or read the figures of an earlier probe.
 
     A failure becomes a note.
@@ -97,27 +97,27 @@ def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> F
     folder = runs / PROBES
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", lambda: say("waiting for the FP32 probe of another run")):
-        known = kept(wanted, runs)
+        known = kept(fingerprint, runs)
         if known is None:
             say(f"FP32 probe: {PROBE_STEPS} steps in a process of its own")
             result = _run_probe(config)
             if "error" in result:
                 return Figures(note=f"the FP32 probe failed: {result['error']}")
             known = _read(result)
-            keep(known, wanted, runs)
+            keep(known, fingerprint, runs)
     return known
 
 
-def kept(wanted: str, runs: Path) -> Figures | None:
+def kept(fingerprint: str, runs: Path) -> Figures | None:
     """Read the figures of an earlier probe with this fingerprint."""
-    result = object_in(runs / PROBES / f"{wanted}.json")
+    result = object_in(runs / PROBES / f"{fingerprint}.json")
     return _read(result) if result else None
 
 
-def keep(figures: Figures, wanted: str, runs: Path) -> None:
+def keep(figures: Figures, fingerprint: str, runs: Path) -> None:
     """Store a probe's figures for later runs."""
     (runs / PROBES).mkdir(parents=True, exist_ok=True)
-    write_whole(runs / PROBES / f"{wanted}.json", figures_json(figures))
+    write_whole(runs / PROBES / f"{fingerprint}.json", figures_json(figures))
 
 
 def _read(result: dict[str, Any]) -> Figures:

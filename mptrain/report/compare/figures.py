@@ -47,7 +47,7 @@ def _losses(group: Group, styles: Sequence[Style]) -> Figure:
     series = _series(group, styles, "curve")
     if not series:
         return Figure("loss", "Training loss", "", "no run has recorded a training loss.")
-    shaded = any(one.curve.low for one in series) and len(series) <= MOST_SHADED
+    shaded = any(line.curve.low for line in series) and len(series) <= MOST_SHADED
     seeds = "; shading spans their extremes" if shaded else ""
     window = f", averaged over {group.window_steps:,} steps" if group.window_steps > 1 else ""
     caption = f"Mean over the seeds{window}{seeds}. {_band(group, group.band)}"
@@ -57,10 +57,10 @@ def _losses(group: Group, styles: Sequence[Style]) -> Figure:
 def _late_losses(group: Group, styles: Sequence[Style]) -> Figure | None:
     """Draw the second half again, without the steep first steps; None if it is too short."""
     series = _series(group, styles, "curve")
-    last = max((one.curve.steps[-1] for one in series), default=0)
-    first = min((one.curve.steps[0] for one in series), default=0)
-    half = [one._replace(curve=tail(one.curve, first + (last - first) // 2)) for one in series]
-    half = [one for one in half if len(_finite(one.curve)) >= 3]
+    last = max((line.curve.steps[-1] for line in series), default=0)
+    first = min((line.curve.steps[0] for line in series), default=0)
+    half = [line._replace(curve=tail(line.curve, first + (last - first) // 2)) for line in series]
+    half = [line for line in half if len(_finite(line.curve)) >= 3]
     if not half:
         return None
     band = tail(group.band, half[0].curve.steps[0]) if group.band else None
@@ -173,7 +173,7 @@ def _band(group: Group, band: Curve | None) -> str:
 
 
 def _off(series: Sequence[Series]) -> str:
-    if all(one.steady for one in series) or not any(one.steady for one in series):
+    if all(line.steady for line in series) or not any(line.steady for line in series):
         return ""
     return "A diverged curve may leave the plot, which is drawn for the others."
 

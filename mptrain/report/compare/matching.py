@@ -113,8 +113,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differing(settings: Iterable[dict[str, Any]]) -> list[str]:
     """Return the names whose values differ."""
     every = list(settings)
-    names = dict.fromkeys(name for one in every for name in one)
-    return [name for name in names if len({str(one.get(name)) for one in every}) > 1]
+    names = dict.fromkeys(name for flat_settings in every for name in flat_settings)
+    return [name for name in names if len({str(flat_settings.get(name)) for flat_settings in every}) > 1]
 
 
 def labels(groups: Iterable[MatchedGroup]) -> dict[str, str]:
@@ -122,15 +122,15 @@ def labels(groups: Iterable[MatchedGroup]) -> dict[str, str]:
     others."""
     variants = {v.key: v for group in groups for v in group.variants}
     named: dict[str, list[Matched]] = defaultdict(list)
-    for one in variants.values():
-        named[one.name].append(one)
+    for matched in variants.values():
+        named[matched.name].append(matched)
     by_key = {}
     for name, alike in named.items():
-        leaves = leaf_names(differing([one.settings for one in alike]))
-        for one in alike:
-            values = {leaf: one.settings[key] for key, leaf in leaves.items() if key in one.settings}
+        leaves = leaf_names(differing([matched.settings for matched in alike]))
+        for matched in alike:
+            values = {leaf: matched.settings[key] for key, leaf in leaves.items() if key in matched.settings}
             differences = [f"{leaf}={_brief(value)}" for leaf, value in values.items() if USUAL.get(leaf) != value]
-            by_key[one.key] = " ".join([name, *differences])
+            by_key[matched.key] = " ".join([name, *differences])
     return by_key
 
 

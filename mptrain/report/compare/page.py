@@ -63,7 +63,7 @@ def _run_columns(group: Group) -> list[Column[RunRow]]:
     owner = {id(run): variant.label for variant in group.variants for run in variant.runs}
     variant = Column[RunRow]("variant", "variant", "", lambda r: Cell(owner[id(r)]), numeric=False)
     why = Column[RunRow]("why", "why", "", lambda r: Cell(r.why), numeric=False)
-    doubted = any(run.why for one in group.variants for run in one.runs)
+    doubted = any(run.why for owned in group.variants for run in owned.runs)
     return [variant, *cells.run_columns(group), *([why] if doubted else [])]
 
 

@@ -186,23 +186,23 @@ def group_of(parts: Iterable[str], tip: str, attributes: str = "") -> str:
     return f"<g {attributes}><title>{escape(tip)}</title>{''.join(parts)}</g>"
 
 
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Return places as near as possible to the ``wanted`` ones (least squares), ``gap`` apart and within ``low`` and
+def spread(targets: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Return places as near as possible to the ``targets`` (least squares), ``gap`` apart and within ``low`` and
     ``high``.
 
     ``high`` is exceeded only if they cannot all fit.
     """
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    order = sorted(range(len(targets)), key=lambda index: targets[index])
     blocks: list[tuple[float, int]] = []  # mean of the wanted places less the gaps before them, and how many
     for place, index in enumerate(order):
-        mean, size = wanted[index] - place * gap, 1
+        mean, size = targets[index] - place * gap, 1
         while blocks and blocks[-1][0] >= mean:
             before, many = blocks.pop()
             mean, size = (before * many + mean * size) / (many + size), many + size
         blocks.append((mean, size))
-    top = max(low, high - gap * (len(wanted) - 1))
+    top = max(low, high - gap * (len(targets) - 1))
     flat = [min(max(mean, low), top) for mean, size in blocks for _ in range(size)]
-    places = [0.0] * len(wanted)
+    places = [0.0] * len(targets)
     for place, index in enumerate(order):
         places[index] = flat[place] + place * gap
     return places

@@ -144,10 +144,10 @@ def _end_labels(series: list[Series], x: Axis, y: Axis) -> list[str]:
     """Draw the labels in the order of the curves' ends; a line leads to those of curves that reach the plot's right."""
     right = x.end
     ends = [[p for p in _points(one.curve, x, y) if p][-1] for one in series]
-    wanted = [min(max(end[1], y.end), y.start) for end in ends]
-    places = axes.spread(wanted, PITCH, y.end, y.start)
+    heights = [min(max(end[1], y.end), y.start) for end in ends]
+    places = axes.spread(heights, PITCH, y.end, y.start)
     labels = []
-    for one, end, at, place in zip(series, ends, wanted, places, strict=True):
+    for one, end, at, place in zip(series, ends, heights, places, strict=True):
         parts = []
         if end[0] > right - 8 and y.end <= end[1] <= y.start:
             parts.append(line(end[0], at, right + 18, place, one.style.colour, 0.7))

@@ -69,8 +69,8 @@ def _scales(scaled: Sequence[tuple[Variant, Style, Curve]], x: Axis) -> tuple[li
         tick = text(LEFT - 6, y.at(power) + 4, f"2{superscript(power)}", anchor="end")
         parts.append(axes.marked(tick, "y-tick"))
     parts.append(line(LEFT, bottom, x.end, bottom, axes.GRID, 0.8))
-    wanted = [y.at(_logs(scale)[-1]) for _, _, scale in scaled]
-    places = axes.spread(wanted, PITCH, TOP, bottom)
+    heights = [y.at(_logs(scale)[-1]) for _, _, scale in scaled]
+    places = axes.spread(heights, PITCH, TOP, bottom)
     for (variant, style, scale), place in zip(scaled, places, strict=True):
         shapes = [axes.curve(_stairs(scale, x, y), style), *axes.end_label(x.end, place, style)]
         parts.append(axes.group_of(shapes, f"loss scale of {variant.label}", f"data-series='{escape(variant.label)}'"))
