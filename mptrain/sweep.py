@@ -2,11 +2,11 @@
 
 Hydra composes the jobs and starts them, here, in other processes or on a cluster. What this module adds lives in files
 of the sweep's folder alone, so that every launcher can share it: ``sweep.json`` (what the sweep varies), a folder for
-each run with ``job.json`` (its settings), ``error.json`` if it failed and ``console.log`` with what it had to say.
+each run with ``job.json`` (its settings), ``error.json`` if it failed and ``console.log`` with its output.
 
 A job is known by its settings, not by its number: the same sweep started again finishes what is missing, a larger one
 in the same folder adds to it, and jobs that would compute the same (FP32 at three amax histories) are run once.
-A job that fails leaves its error and lets the others go on.
+A job that fails leaves its error; the others continue.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ from mptrain.tools.locks import locked
 from mptrain.tools.settings import to_plain
 
 PLAN, JOB, ERROR = "sweep.json", "job.json", "error.json"
-WORST = math.inf  # what a job that failed, or whose loss is not a number, tells a search that minimizes
+WORST = math.inf  # reported to a minimizing search by a job that failed or has no finite loss
 UNNAMED = (  # not part of a folder's name
     "sweep_dir", "sweep_seeds", "runs_dir", "logger", "logger.wandb", "logger.project", "device",
 )  # fmt: skip
 
-_watch: watch.Watch | None = None  # of the sweep that this process has started
+_watch: watch.Watch | None = None  # of the sweep started by this process
 _held: TextIO | None = None  # its lock on the sweep's folder
 
 
 class Sweep(Callback):
-    """Hydra tells it when a sweep begins (see conf/config.yaml); :func:`reported` ends it, however it ended."""
+    """Hydra callback at the start of a sweep (see conf/config.yaml); :func:`reported` ends it."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Choose the sweep's folder, write its plan and start the live table."""
@@ -78,20 +78,20 @@ class Sweep(Callback):
         try:
             folder = _plan(config)
             _held = claim(folder)
-        except (OSError, ValueError) as error:  # Hydra would make a warning of it and go on
+        except (OSError, ValueError) as error:  # Hydra would only warn and continue
             print(f"error: sweep_dir={config.sweep_dir} cannot be used: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         console = Console()
-        told = [word.partition("=")[2] for word in _given(config) if word.startswith("trainer.max_steps=")]
-        if told and told[-1].isdigit() and int(told[-1]) < FEW_STEPS:
-            few = f"{told[-1]} steps a run are too few for a verdict"
-            console.print(f"{few}: trainer.max_steps={FEW_STEPS} or more gives one", highlight=False)
+        given_steps = [word.partition("=")[2] for word in _given(config) if word.startswith("trainer.max_steps=")]
+        if given_steps and given_steps[-1].isdigit() and int(given_steps[-1]) < FEW_STEPS:
+            few = f"{given_steps[-1]} steps per run are too few for a verdict"
+            console.print(f"{few}: use trainer.max_steps={FEW_STEPS} or more", highlight=False)
         _watch = watch.Watch(folder, console)
         _watch.start()
 
 
 def _plan(composed: DictConfig) -> Path:
-    """Write ``sweep.json``; hand the folder to every job as an override like any other."""
+    """Write ``sweep.json``; pass the folder to every job as an override like any other."""
     given = _given(composed)
     varied = _varied(given)
     if not composed.sweep_dir:
@@ -118,38 +118,40 @@ def _plan(composed: DictConfig) -> Path:
         "holds_fp32": "fp32" in varied.get("precision", []),
         "wandb_project": composed.logger.project if composed.logger.wandb else None,
     }
-    write_whole(folder / PLAN, json.dumps(plan, indent=2) + "\n")
+    _write(folder / PLAN, plan)
     return folder
 
 
 def _seeds(composed: DictConfig, varied: dict[str, list[str]]) -> list[int] | None:
-    """The seeds in the order they are given; None if a search or a pattern chooses them."""
+    """Return the seeds in the order they are given; None if a search or a pattern chooses them."""
     given = varied.get("seed", [str(composed.seed)])
     return [int(seed) for seed in given if seed.isdigit()] or None
 
 
 def _given(composed: DictConfig) -> list[str]:
-    """The overrides of the sweep: those of the configuration, then those of the command line, which count."""
+    """Return the overrides of the sweep: the configuration's, then the command line's, which take precedence."""
     params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
     return [*(f"{key}={value}" for key, value in params.items()), *composed.hydra.overrides.task]
 
 
 def _varied(overrides: Sequence[str]) -> dict[str, list[str]]:
-    """The settings that a sweep varies, with their values where they are a list; of one given twice the last counts."""
-    found: dict[str, list[str]] = {}
+    """Return the settings that a sweep varies, with their values if they are a list; the last of a setting given
+    twice."""
+    varied: dict[str, list[str]] = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.get_key_element()
-        found.pop(key, None)
+        varied.pop(key, None)
         if override.is_discrete_sweep():
-            found[key] = [str(value) for value in override.sweep_string_iterator()]
+            varied[key] = [str(value) for value in override.sweep_string_iterator()]
         elif override.is_sweep_override():
-            found[key] = []
-    return found
+            varied[key] = []
+    return varied
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Around ``main()``: at the end of a sweep the table, the verdicts and the report; nothing for a single run."""
+    """Wrap ``main()``: at the end of a sweep print the table and verdicts, write the report; nothing for a single
+    run."""
     global _watch, _held
     failed = 0
     try:
@@ -165,12 +167,12 @@ def reported() -> Iterator[None]:
 
 
 def report(folder: Path, console: Console) -> int:
-    """Compare the runs of a sweep: print, write report.html, report.md and report.json, tell W&B.
+    """Compare the runs of a sweep: print, write report.html, report.md and report.json, log to W&B.
 
     Returns the number of jobs that failed.
     """
-    found = [runs.glance(path) for path in sorted(folder.iterdir()) if runs.is_run(path)]
-    failed = [run for run in found if run.status is Status.failed]
+    all_runs = [runs.glance(path) for path in sorted(folder.iterdir()) if runs.is_run(path)]
+    failed = [run for run in all_runs if run.status is Status.failed]
     try:
         comparison = compare([folder])
     except ValueError as error:
@@ -183,20 +185,20 @@ def report(folder: Path, console: Console) -> int:
         log_comparison(comparison, folder, console, project)
     for run in failed:
         console.print(f"{run.name} failed: {run.why} ({folder / run.name / ERROR})", highlight=False, soft_wrap=True)
-    if any(run.status is not Status.finished for run in found):
-        console.print("not every run is finished: the same command continues with what is missing", highlight=False)
+    if any(run.status is not Status.finished for run in all_runs):
+        console.print("some runs are unfinished; rerun the same command to complete them", highlight=False)
     others = ", ".join(path.name for path in written[1:])
     console.print(f"report: {written[0]} (and {others})", highlight=False, soft_wrap=True)
     return len(failed)
 
 
 def is_job() -> bool:
-    """Tell whether this is one of a sweep's jobs. (A job's own mode says RUN; only sweeps number their jobs.)"""
+    """Return whether this is one of a sweep's jobs. (A job's own mode says RUN; only sweeps number their jobs.)"""
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
 def require_single(composed: DictConfig) -> None:
-    """ValueError for a single run that is given what only sweeps have."""
+    """Raise ValueError for a single run with settings that only sweeps have."""
     ablation = HydraConfig.get().runtime.choices.get("ablation")
     given = {"sweep_dir": composed.sweep_dir, "sweep_seeds": composed.sweep_seeds, "ablation": ablation}
     for name in (name for name, value in given.items() if value):
@@ -204,7 +206,7 @@ def require_single(composed: DictConfig) -> None:
 
 
 def job(composed: DictConfig) -> float:
-    """Run one job of a sweep, unless it is done; returns the validation loss (nats), inf where there is none.
+    """Run one job of a sweep, unless it is finished; return the validation loss (nats), inf if there is none.
 
     submitit may start it as several tasks (``hydra.launcher.tasks_per_node``): they are the ranks of one run.
     """
@@ -229,7 +231,7 @@ def job(composed: DictConfig) -> float:
 
 
 def as_ranks() -> None:
-    """Tell torch which of its tasks this one is, where submitit starts several."""
+    """Export the rank of this task to torch, if submitit starts several."""
     if "SUBMITIT_EXECUTOR" in os.environ:
         from submitit.helpers import TorchDistributedEnvironment
 
@@ -239,10 +241,10 @@ def as_ranks() -> None:
 
 
 def _follow(composed: DictConfig) -> float:
-    """Train as the ranks of a job but the first do, who write nothing of the sweep's."""
+    """Train as one of the other ranks of a job, which write none of the sweep's files."""
     settings = config.parse(composed)
     with contextlib.suppress(Told):
-        if _joined(settings).share(False):  # the first one knows
+        if _joined(settings).share(False):  # rank 0 decides
             run = build.build(settings)
             if run is not None:
                 run.train()
@@ -254,30 +256,31 @@ def _joined(settings: RunConfig) -> Ranks:
 
 
 def folder_name(overrides: list[str], varied: list[str]) -> str:
-    """``precision=fp8,seed=1``: what tells this job from the others (all it was given, where that is not known)."""
+    """Name a job's folder by its distinguishing settings (all given ones, if they are unknown):
+    ``precision=fp8,seed=1``."""
     pairs = [override.partition("=") for override in overrides]
-    told = [(key, value) for key, _, value in pairs if key in varied] or [
+    shown = [(key, value) for key, _, value in pairs if key in varied] or [
         (key, value) for key, _, value in pairs if key not in UNNAMED
     ]
-    words = [f"{key.rpartition('.')[2]}={re.sub(r'[^a-zA-Z0-9.+-]+', '_', value).strip('_')}" for key, value in told]
+    words = [f"{key.rpartition('.')[2]}={re.sub(r'[^a-zA-Z0-9.+-]+', '_', value).strip('_')}" for key, value in shown]
     name = ",".join(words).replace("/", "_") or "run"
     return name if len(name) <= 100 else f"{name[:90]}-{short_hash(name)[:8]}"
 
 
 def _folder(sweep: Path, name: str, mark: str) -> Path:
-    """The folder of the job with these settings: the one that holds it already, or a new one."""
+    """Return the folder of the job with these settings: an existing one, or a new one."""
     with locked(sweep / ".jobs.lock"):
         for path in sweep.glob(f"*/{JOB}"):
             known = object_in(path)
             if known.get("mark") == mark:
                 names = dict.fromkeys([*known["names"], name])
-                write_whole(path, json.dumps({"mark": mark, "names": [*names]}) + "\n")
+                _write(path, {"mark": mark, "names": [*names]})
                 return path.parent
         folder, number = sweep / name, 2
-        while folder.exists():  # of other settings: an edited YAML, or another model in the same folder
+        while folder.exists():  # exists for other settings: an edited YAML, or another model
             folder, number = sweep / f"{name}-{number}", number + 1
         folder.mkdir()
-        write_whole(folder / JOB, json.dumps({"mark": mark, "names": [name]}) + "\n")
+        _write(folder / JOB, {"mark": mark, "names": [name]})
         return folder
 
 
@@ -295,9 +298,7 @@ def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
         baseline="none" if known else settings.baseline,
         logger=replace(settings.logger, group=settings.logger.group or folder.parent.name),
     )
-    write_whole(
-        folder / "config.json", json.dumps(to_plain(settings), indent=2) + "\n"
-    )  # known even if it cannot begin
+    _write(folder / "config.json", to_plain(settings))  # written even if the run cannot begin
     with (folder / "console.log").open("a") as log:
         try:
             run = build.build(settings, Console(file=log, width=120))
@@ -309,13 +310,13 @@ def _train(settings: RunConfig, folder: Path, plan: dict[str, Any]) -> None:
             return
     stopped = run.trainer.interrupts.stopped_by
     del run
-    gc.collect()  # the next job of this process must not find this one's tensors in its memory
+    gc.collect()  # free this job's tensors before the next one of this process
     if stopped is not None:
         raise SystemExit(128 + stopped)
 
 
 def _set_aside(folder: Path) -> None:
-    """Keep what an attempt without a checkpoint left behind, out of the way of the next one."""
+    """Move the files of an attempt without a checkpoint out of the way of the next one."""
     left = [path for path in folder.iterdir() if path.name != JOB and not path.name.startswith((".", "attempt-"))]
     if not left:
         return
@@ -327,13 +328,17 @@ def _set_aside(folder: Path) -> None:
 
 
 def _fail(folder: Path, error: Exception) -> None:
-    """Leave the error where the report finds it."""
+    """Write the error where the report finds it."""
     text = "".join(traceback.format_exception(error))
-    write_whole(folder / ERROR, json.dumps({"error": explain(error), "traceback": text}, indent=2) + "\n")
+    _write(folder / ERROR, {"error": explain(error), "traceback": text})
+
+
+def _write(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a job: a second one with the same settings waits and finds it done."""
+    """Lock a job: a second process with the same settings waits and finds it finished."""
     with locked(folder / JOB_LOCK):
         yield

@@ -58,7 +58,7 @@ def test_the_same_sweep_again_repeats_nothing_and_a_larger_one_adds(monkeypatch,
     assert {name: after[name] for name in before} == before
     assert set(before) == {"seed=0", "seed=1"}
     assert set(after) == {"seed=0", "seed=1", "seed=2"}
-    assert "2 runs are there already" in said
+    assert "2 runs already finished" in said
 
 
 def test_without_a_folder_the_sweep_has_one_of_its_own(monkeypatch, tmp_path):

@@ -161,7 +161,7 @@ def test_every_precision_runs_to_the_end_and_is_compared_with_the_fp32_run(monke
         # A scale from the amaxes of steps before may saturate an element or a few of the 10^5; no other precision may.
         assert summary["overflow_events"] <= (100 if name == "fp8-delayed" else 0)
         if summary["emulated"]:
-            assert "numerics are real, speed is not" in text
+            assert "numerics are exact, speed is not" in text
         if name == "fp8":
             assert "current scaling fits" in text
 

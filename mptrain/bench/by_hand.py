@@ -1,6 +1,7 @@
-"""The loop that a user writes by hand for several ranks, in plain torch: what the trainer's steps are measured against.
+"""A hand-written training loop for several ranks, in plain torch: the reference for the trainer's steps.
 
-The same model, data, wrappers and arithmetic, nothing else: no look at the gradients for Inf, no agreement, no meters.
+The same model, data, wrappers and arithmetic, nothing else: no check of the gradients for Inf, no agreement
+between ranks, no meters.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class ByHand:
         return self.model
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Run one optimizer step."""
         alone = getattr(self.wrapped, "no_sync", nullcontext) if self.done else nullcontext  # a static graph is learned
         for micro in range(self.micro_batches):
             batch = self.data.batch(self.done, micro=micro, **self.sizes)

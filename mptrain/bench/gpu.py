@@ -2,7 +2,7 @@
 
 CUDA events after a warm-up, medians, variants alternating in rounds, BF16 measured twice (an A/A twin: what differs
 between them is noise), random tokens, fused AdamW, clipping, no host read in a step. Every row is written to the JSON
-file as soon as it is known. ``--dry-run`` goes the same way on a CPU with tiny sizes; its times mean nothing.
+file as soon as it is known. ``--dry-run`` runs the same code on a CPU with tiny sizes; its times mean nothing.
 
 MFU divides by the time that the FLOPs would take at the dense peak of the formats they ran in (FP8 in the converted
 layers, the rest in ``compute``); FLOPs are the model's own count, attention in full (see ``flops_per_token``).
@@ -10,8 +10,6 @@ layers, the rest in ``compute``); FLOPs are the model's own count, attention in 
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import gc
 import importlib.metadata
 import itertools
@@ -30,6 +28,7 @@ import yaml
 from torch import nn
 
 from mptrain import Precision, PrecisionPolicy, models
+from mptrain.bench.rows import arguments, now
 from mptrain.precision import backends
 from mptrain.precision.policy import conf_dir
 from mptrain.telemetry.peaks import peaks, weighted_rate
@@ -37,7 +36,7 @@ from mptrain.tools.files import write_whole
 
 VOCABULARY = 50304  # GPT-2's 50257 rounded up to a multiple of 128, as the published runs do
 WARMUP, STEPS, ROUNDS = 6, 8, 3
-RESIDENT_SHARE = 0.2  # of the GPU's memory may hold weights and moments of the variants that wait for their turn
+RESIDENT_SHARE = 0.2  # of the GPU's memory, for weights and moments of waiting variants
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,10 @@ SIZES = {  # limits and ceilings: derived for one H100, FP8 on the linear layers
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: a precision of conf/precision on a backend, compiled or not. ``twin`` is measured again as a control."""
+    """One row: a precision of conf/precision on a backend, compiled or not.
+
+    A ``twin`` is measured again as a control.
+    """
 
     precision: str
     backend: str = "auto"
@@ -84,16 +86,16 @@ def variants(dry_run: bool) -> list[Variant]:
     if dry_run:
         quantized += [("fp8", "emulated"), ("fp8-delayed", "emulated")]
     rest = [(name, "auto") for name in ("fp16", "tf32", "fp32")]
-    made = []
+    listed = []
     for compiled in (True, False):
-        made += [Variant("bf16", compiled=compiled), Variant("bf16", compiled=compiled, twin=True)]
-        made += [Variant(precision, backend, compiled) for precision, backend in quantized + rest]
-    return made
+        listed += [Variant("bf16", compiled=compiled), Variant("bf16", compiled=compiled, twin=True)]
+        listed += [Variant(precision, backend, compiled) for precision, backend in quantized + rest]
+    return listed
 
 
 @dataclass
 class Settings:
-    """``device`` cpu is the dry run."""
+    """The settings of the benchmark. ``device`` cpu is the dry run."""
 
     device: torch.device
     minutes: float
@@ -104,7 +106,7 @@ class Settings:
         return self.device.type == "cpu"
 
     def model(self, size: Size) -> nn.Module:
-        """The model of ``size`` on the device, the same weights for every variant."""
+        """Return the model of ``size`` on the device, the same weights for every variant."""
         values = yaml.safe_load((conf_dir() / "model" / f"{size.recipe}.yaml").read_text())
         module = models.load(values.pop("kind"))
         values |= {"vocab_size": VOCABULARY, "block_size": size.tokens} | size.changes
@@ -114,7 +116,7 @@ class Settings:
         return built
 
     def shrunk(self, size: Size) -> Size:
-        """The same way through the code in seconds: two layers, width 64, 32 tokens."""
+        """Return the size of the dry run, which takes seconds: two layers, width 64, 32 tokens."""
         tiny = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 256}
         return replace(size, batch=2, tokens=32, changes=tiny) if self.dry_run else size
 
@@ -156,7 +158,7 @@ class Runner:
             return
         torch.cuda.reset_peak_memory_stats()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]  # type: ignore[no-untyped-call]
-        self.step()  # the caches and the allocator were another variant's
+        self.step()  # caches and allocator were left by another variant
         for mark in marks[:-1]:
             mark.record()
             self.step()
@@ -171,20 +173,19 @@ def _allocated(device: torch.device) -> int:
 
 
 def fp8_share(runner: Runner, flops: float) -> float:
-    """Share of a token's FLOPs that the converted layers do: 6 a weight, as ``flops_per_token`` counts them."""
+    """Return the share of a token's FLOPs in the converted layers: 6 per weight, as ``flops_per_token`` counts them."""
     layers = [runner.model.get_submodule(name) for name in runner.precision.report.converted]
     return 6.0 * sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2) / flops
 
 
 def mfu(rate: float, flops: float, share: float, compute: str, tflops: Mapping[str, float]) -> float | None:
-    """Return ideal over real time at ``rate`` tokens/s, each FLOP at the dense peak of its format, of ``tflops``; None
-    where a peak is unknown."""
+    """Return ideal over real time at ``rate`` tokens/s, each FLOP at its format's peak in ``tflops``; None if unknown."""
     ideal = weighted_rate(tflops, {"fp8": share, compute: 1 - share} if share else {compute: 1.0})
     return rate * flops / (ideal * 1e12) if ideal else None
 
 
 def fill(row: dict[str, Any], runner: Runner, size: Size, settings: Settings) -> None:
-    """Put what is known of ``runner`` into its row."""
+    """Write what is known of ``runner`` into its row."""
     policy, backend = runner.precision.policy, runner.precision.backend
     flops, compute = float(runner.model.flops_per_token()), str(policy.compute)  # type: ignore[operator]
     share, emulated = fp8_share(runner, flops), backend.emulated
@@ -210,7 +211,7 @@ def fill(row: dict[str, Any], runner: Runner, size: Size, settings: Settings) ->
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Each row's speed over BF16's, compiled against compiled."""
+    """Divide each row's speed by BF16's, compiled by compiled."""
     fast = [row for row in rows if row.get("tokens_per_s")]
     plain = [row for row in fast if row["precision"] == "bf16" and not row["twin"]]
     against = {(row["model"], row["compiled"]): row["tokens_per_s"] for row in plain}
@@ -220,7 +221,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 
 def why_not(variant: Variant, device: torch.device) -> str:
-    """Why a variant cannot run here; empty if it can."""
+    """Return why a variant cannot run here; empty if it can."""
     if variant.compiled and variant.precision == "fp8-delayed" and variant.backend == "te":
         return "Transformer Engine refuses delayed scaling under torch.compile"
     try:
@@ -266,24 +267,27 @@ class Report:
 def machine(settings: Settings) -> dict[str, str]:
     """Describe what the numbers belong to: card, versions, commit, date."""
     gpu = "none (dry run)" if settings.dry_run else torch.cuda.get_device_name()
-    found = {"gpu": gpu, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-    found |= {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    about = {"gpu": gpu, "date": now(), "python": platform.python_version()}
+    about |= {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
     for package in ("transformer_engine", "torchao", "triton"):
         try:
-            found[package] = importlib.metadata.version(package)
+            about[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            about[package] = "not installed"
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found | {"commit": commit.stdout.strip() if commit.returncode == 0 else "unknown"}
+    return about | {"commit": commit.stdout.strip() if commit.returncode == 0 else "unknown"}
 
 
 def measure(name: str, settings: Settings, report: Report) -> None:
-    """All variants of one model in rounds. Those that fit in memory together stay; the others are made again."""
+    """Measure all variants of one model in rounds.
+
+    Those that fit in memory together stay; the others are built again.
+    """
     size, deadline = settings.shrunk(SIZES[name]), time.monotonic() + settings.minutes * 60
     listed = variants(settings.dry_run)
     rows = {variant: report.add(name, variant, why_not(variant, settings.device)) for variant in listed}
-    kept: dict[Variant, Runner] = {}
+    idle: dict[Variant, Runner] = {}
     for turn in range(ROUNDS):
         for variant, row in rows.items():
             if row["reason"]:
@@ -291,31 +295,31 @@ def measure(name: str, settings: Settings, report: Report) -> None:
             if time.monotonic() > deadline:
                 row["reason"] = "" if turn else f"not run: the time budget of {settings.minutes:g} minutes was spent"
                 continue
-            visit(variant, row, size, settings, kept)
-            if row["reason"] and kept:  # perhaps only because of the others in memory: once more, alone
-                kept.clear()
+            visit(variant, row, size, settings, idle)
+            if row["reason"] and idle:  # perhaps only because of the others in memory: retry alone
+                idle.clear()
                 clean()
-                visit(variant, row, size, settings, kept)
+                visit(variant, row, size, settings, idle)
             report.write()
             clean()
 
 
 def clean() -> None:
-    """Return what a variant left to the GPU, an exception's frames included, before the next is built."""
+    """Free the memory of a variant, an exception's frames included, before the next is built."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def visit(variant: Variant, row: dict[str, Any], size: Size, settings: Settings, kept: dict[Variant, Runner]) -> None:
-    """One turn of one variant. Out of memory, or any other failure, is a row with its reason."""
+def visit(variant: Variant, row: dict[str, Any], size: Size, settings: Settings, idle: dict[Variant, Runner]) -> None:
+    """Measure one variant once. Out of memory, or any other failure, becomes the reason in its row."""
     row["reason"] = ""
     try:
-        runner = kept.get(variant) or Runner(variant, size, settings)
+        runner = idle.get(variant) or Runner(variant, size, settings)
         runner.times_ms = row.setdefault("times_ms", [])
         runner.visit(2 if settings.dry_run else STEPS)
         fill(row, runner, size, settings)
         if settings.dry_run or _allocated(settings.device) < RESIDENT_SHARE * torch.cuda.mem_get_info()[1]:
-            kept[variant] = runner
+            idle[variant] = runner
     except torch.OutOfMemoryError:
         row["reason"] = f"out of memory at batch {size.batch} x {size.tokens}"
     except Exception as error:
@@ -324,9 +328,7 @@ def visit(variant: Variant, row: dict[str, Any], size: Size, settings: Settings,
 
 def run(argv: list[str]) -> int:
     """Measure and print; 0, or 2 with the reason if there is nothing to measure on."""
-    parser = argparse.ArgumentParser(prog="mptrain bench gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write rows to this file as they come")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: does it run, not how fast")
+    parser = arguments("mptrain bench gpu", __doc__, dry_run="tiny sizes on the CPU: does it run, not how fast")
     parser.add_argument("--models", default=",".join(SIZES), help=f"comma-separated, of {', '.join(SIZES)}")
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget of all models together")
     args = parser.parse_args(argv)
@@ -339,7 +341,7 @@ def run(argv: list[str]) -> int:
         return 2
     settings = Settings(torch.device("cpu" if args.dry_run else "cuda"), args.minutes / len(names), args.json)
     report = Report(settings, argv)
-    torch._dynamo.config.recompile_limit = 256  # of the default 8 variants share the code: the ninth would run eager
+    torch._dynamo.config.recompile_limit = 256  # variants share code: beyond the default of 8 they run eager
     for name in names:
         measure(name, settings, report)
         report.write()

@@ -1,17 +1,16 @@
-"""Common parts of the benchmarks on several ranks: sizes, rows, clocks that all ranks stop together, and runs to
-measure.
-"""
+"""Common parts of the benchmarks on several ranks: sizes, rows, a timer across ranks, and runs to measure."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar
 
 import torch
 
-from mptrain.bench import cpu
-from mptrain.bench.cpu import LR, TWIN, Step
+from mptrain.bench import rows
+from mptrain.bench.cpu import LR
+from mptrain.bench.rows import Step
 from mptrain.build.assemble import assemble
 from mptrain.build.preflight import Prepared
 from mptrain.config import RunConfig
@@ -30,7 +29,7 @@ WRAPPERS = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that are measured, and how often.
+    """The sizes to measure, and how often.
 
     ``steps``: in one measurement, ``micro_batches`` of each rank in a step. ``saved``: the model of the checkpoints.
     """
@@ -48,56 +47,28 @@ TINY = Sizes(SMALLEST, batch=1, micro_batches=2, saved=SMALLEST, steps=2, repeat
 
 
 @dataclass
-class Row(cpu.Row):
+class Row(rows.Row):
     """One figure, of wall time if it is one of time. ``cpu``: the same of CPU time, for information."""
 
     cpu: float | None = None
 
-    def __str__(self) -> str:
-        shown = replace(self, wall=self.cpu)
-        return cpu.Row.__str__(shown)
+    SECOND: ClassVar[str] = "cpu"
 
 
 def timed(work: Step) -> tuple[float, float]:
-    """(wall, CPU) seconds of ``work`` on all ranks: the slowest one's, and of all together. A collective."""
+    """Return (wall, CPU) seconds of ``work`` on all ranks: the slowest one's, and of all together. A collective."""
     ranks = World()
     ranks.barrier()
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     work()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
-    found = ranks.gather((time.perf_counter() - wall_s, time.process_time() - cpu_s))
-    return max(wall for wall, _ in found), sum(cpu for _, cpu in found)
-
-
-class Turns:
-    """(wall, CPU) seconds of variants that take turns."""
-
-    def __init__(self, variants: dict[str, Step], repeats: int) -> None:
-        self.samples: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-        for work in variants.values():
-            timed(work)
-        order = list(variants.items())
-        for _ in range(repeats):
-            for name, work in order:
-                self.samples[name].append(timed(work))
-            order.reverse()
-
-    def fill(self, row: Row, name: str, reference: str) -> Row:
-        """The median ratio of ``name`` to ``reference``, of wall and CPU time, and of its twin in wall time."""
-        wall, cpu = (self.ratio(name, reference, clock) for clock in (0, 1))
-        return replace(row, measured=wall, cpu=cpu, noise=self.ratio(reference + TWIN, reference))
-
-    def ratio(self, name: str, reference: str, clock: int = 0) -> float:
-        pairs = zip(self.samples[name], self.samples[reference], strict=True)
-        return statistics.median(a[clock] / b[clock] for a, b in pairs)
-
-    def seconds(self, name: str) -> float:
-        return statistics.median(wall for wall, _ in self.samples[name])
+    spent = ranks.gather((time.perf_counter() - wall_s, time.process_time() - cpu_s))
+    return max(wall for wall, _ in spent), sum(cpu for _, cpu in spent)
 
 
 def settings(wrapper: str, sizes: Sizes, device: str, model: gpt.Config, telemetry: TelemetryConfig) -> RunConfig:
-    """BF16 training that learns nothing, so that every step is like the first."""
+    """Return BF16 training with a learning rate near zero, so that every step is like the first."""
     accumulate = sizes.micro_batches * World().size
     return RunConfig(
         precision=PrecisionPolicy.named("bf16"),
@@ -121,7 +92,7 @@ def repeated(step: Step, times: int) -> Step:
 
 
 def trainer_of(prepared: Prepared) -> Trainer:
-    """Ours, ready to step."""
+    """Return our trainer, ready to step."""
     trainer = assemble(prepared, NullSink())
     trainer.model.train()
     return trainer

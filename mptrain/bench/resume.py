@@ -1,13 +1,13 @@
-"""Proof that a run that was killed and resumed is the same run: real processes, real SIGKILLs, every bit compared.
+"""End-to-end resume check: kill real runs with SIGKILL and verify that the resumed run is bit-identical.
 
-A whole run saves at the same steps as the one that is killed. Compared are the last checkpoints, tensor by tensor
-(weights, moments, loss scale, FP8 scales and histories, totals of the telemetry, what compression owes), all that is no
-tensor (ledger, trackers, the losses that spikes are judged by), and every number of every step in ``metrics.jsonl`` and
-``events.jsonl`` but speeds. The order of data and random numbers are functions of (seed, step): a wrong one shows in
-the losses.
+A whole run saves at the same steps as the one that is killed. It compares the last checkpoints, tensor by tensor
+(weights, moments, loss scale, FP8 scales and histories, totals of the telemetry, residuals of compression), their
+other state (ledger, trackers, the losses that detect spikes), and every number of every step in ``metrics.jsonl``
+and ``events.jsonl``, except speeds and the event of the resumption itself. The order of data and random numbers
+are functions of (seed, step): a wrong one shows in the losses.
 
-Where the number of processes changes in between, sums are made in another order: then the training losses must agree
-within :data:`TOLERANCE`, which is 3 times what a change of layout was measured to make of them in 100 steps.
+If the number of processes changes in between, sums are in another order: then the training losses must agree
+within :data:`TOLERANCE`, 3 times the measured effect of a change of layout in 100 steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mptrain.tools.files import rows_in
 from mptrain.tools.settings import to_plain
 
 UNTIMED = ("speed/", "memory/")  # metrics that differ from run to run
-TOLERANCE = {"fp32": 3e-6, "tf32": 1e-3}  # nats; of precisions that round to 8 bits and less:
+TOLERANCE = {"fp32": 3e-6, "tf32": 1e-3}  # nats; COARSE for precisions that round to 8 bits and less
 COARSE = 4e-2
 LIMIT_S = 600.0
 ENDLESS = 1_000_000
@@ -45,8 +45,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Verdict:
-    """``differences``: what is not the same, empty for an exact resumption. ``worst``: largest difference of a loss
-    (nats)."""
+    """``differences``: those between the two runs, empty for an exact resumption.
+
+    ``worst``: largest difference of a loss (nats).
+    """
 
     what: str
     kills: int
@@ -55,29 +57,23 @@ class Verdict:
     seconds: float = 0.0
 
 
-def verify(config: RunConfig, ranks: int, folder: Path, say: Say, *, steps: int) -> Verdict:
-    """``steps`` steps against half of them, a SIGKILL, and the rest, on ``ranks`` processes."""
+def verify(config: RunConfig, ranks: int, folder: Path, say: Say, *, steps: int, then: int = 0) -> Verdict:
+    """Compare ``steps`` steps on ``ranks`` processes with half of them, a SIGKILL, and the rest.
+
+    ``then``: number of processes for the rest, whose losses are compared instead of bits; 0: the same number.
+    """
     began = time.monotonic()
     config = _cadence(config, steps, every=max(1, steps // 4))
-    whole, parts = folder / "whole", folder / "killed"
+    whole, parts = folder / "whole", folder / ("changed" if then else "killed")
     _finish(config, whole, ranks, say)
     _half(config, parts, ranks, steps)
-    _finish(config, parts, ranks, say)
-    return Verdict(_name(config, ranks), 1, differences(whole, parts), 0.0, time.monotonic() - began)
-
-
-def verify_change(config: RunConfig, ranks: int, then: int, folder: Path, say: Say, *, steps: int) -> Verdict:
-    """Half of the steps on ``ranks`` processes, the rest on ``then``, against all of them on ``ranks``."""
-    began = time.monotonic()
-    config = _cadence(config, steps, every=max(1, steps // 4))
-    whole, parts = folder / "whole", folder / "changed"
-    _finish(config, whole, ranks, say)
-    _half(config, parts, ranks, steps)
-    _finish(_laid_out(config, then), parts, then, say)
+    _finish(_laid_out(config, then) if then else config, parts, then or ranks, say)
+    if not then:
+        return Verdict(_name(config, ranks), 1, differences(whole, parts), 0.0, time.monotonic() - began)
     worst = _worst_loss(whole, parts)
     limit = TOLERANCE.get(config.precision.name, COARSE)
-    found = [] if worst <= limit else [f"a loss differs by {worst:.2g} nats, where {limit:g} is the most"]
-    return Verdict(f"{_name(config, ranks)}, then {then}", 1, found, worst, time.monotonic() - began)
+    above = [] if worst <= limit else [f"a loss differs by {worst:.2g} nats, where {limit:g} is the most"]
+    return Verdict(f"{_name(config, ranks)}, then {then}", 1, above, worst, time.monotonic() - began)
 
 
 def verify_kills(
@@ -104,8 +100,8 @@ def verify_kills(
     if done < kills:
         raise ValueError(f"the run ended after {done} kills: set --steps higher")
     code = running.wait(timeout=LIMIT_S)
-    found = [f"torchrun ended with status {code}"] if code else []
-    return Verdict(_name(config, ranks), done, found + differences(whole, parts), 0.0, time.monotonic() - began)
+    failed = [f"torchrun ended with status {code}"] if code else []
+    return Verdict(_name(config, ranks), done, failed + differences(whole, parts), 0.0, time.monotonic() - began)
 
 
 def _hit(running: subprocess.Popen[Any], folder: Path, chance: random.Random) -> bool:
@@ -124,7 +120,7 @@ def _hit(running: subprocess.Popen[Any], folder: Path, chance: random.Random) ->
     if not workers:
         return False
     os.kill(chance.choice(workers), signal.SIGKILL)
-    _wait(running, 60.0, lambda: not set(workers) & set(_children(running.pid)))  # torchrun ends the others
+    _wait(running, 60.0, lambda: not set(workers) & set(_children(running.pid)))  # torchrun terminates the others
     return True
 
 
@@ -135,30 +131,31 @@ def _wait(running: subprocess.Popen[Any], most_s: float, happened: Callable[[], 
 
 
 def differences(whole: Path, parts: Path) -> list[str]:
-    """Tell what differs between two finished runs, bit for bit."""
+    """Describe what differs between two finished runs, bit for bit."""
     first, second = _last(whole), _last(parts)
     if first.name != second.name:
         return [f"one ended at {first.name}, the other at {second.name}"]
-    found = []
+    different = []
     heads = [storage.read_head(path) for path in (first, second)]
     for key in ("tree", "ranks"):
         if heads[0][key] != heads[1][key]:
-            found.append(f"{key} of the checkpoint: {_first_difference(heads[0][key], heads[1][key])}")
+            different.append(f"{key} of the checkpoint: {_first_difference(heads[0][key], heads[1][key])}")
     tensors = [{name: tensor for name, _, tensor in storage.whole_tensors(path)} for path in (first, second)]
-    found += [f"{name} is in one checkpoint only" for name in tensors[0].keys() ^ tensors[1].keys()]
+    different += [f"{name} is in one checkpoint only" for name in tensors[0].keys() ^ tensors[1].keys()]
     for name in tensors[0].keys() & tensors[1].keys():
         if not _same_bits(tensors[0][name], tensors[1][name]):
-            found.append(f"{name} differs")
+            different.append(f"{name} differs")
     for file in ("metrics.jsonl", "events.jsonl"):
-        one, other = (_told(path / file) for path in (whole, parts))
+        one, other = (_untimed(path / file) for path in (whole, parts))
         if one != other:
-            found.append(f"{file}: {_first_difference(one, other)}")
-    return found
+            different.append(f"{file}: {_first_difference(one, other)}")
+    return different
 
 
-def _told(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's file without what depends on the clock."""
-    return [{key: v for key, v in row.items() if not key.startswith(UNTIMED)} for row in rows_in(path)]
+def _untimed(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a run's file without what depends on the clock, and without the news that it was resumed."""
+    rows = (row for row in rows_in(path) if row.get("event") != "resumed")
+    return [{key: v for key, v in row.items() if not key.startswith(UNTIMED)} for row in rows]
 
 
 def _first_difference(one: Any, other: Any, where: str = "") -> str:
@@ -180,7 +177,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _worst_loss(whole: Path, parts: Path) -> float:
-    """The largest difference of a training loss, in nats; inf if a step is missing in one."""
+    """Return the largest difference of a training loss, in nats; inf if a step is missing in one."""
     losses = [
         {row["step"]: row["train/loss_step"] for row in rows_in(path / "metrics.jsonl") if "train/loss_step" in row}
         for path in (whole, parts)
@@ -204,14 +201,14 @@ def _name(config: RunConfig, ranks: int) -> str:
 def _start(config: RunConfig, folder: Path, ranks: int, restarts: int = 0) -> subprocess.Popen[Any]:
     folder.mkdir(parents=True, exist_ok=True)
     config = replace(config, run_dir=str(folder), runs_dir=str(folder.parent / "runs"))
-    asked = folder.parent / f"{folder.name}.json"
-    asked.write_text(json.dumps(to_plain(config)))
-    program = ["-m", "mptrain.cli.subprocesses", "run", str(asked)]
+    settings_file = folder.parent / f"{folder.name}.json"
+    settings_file.write_text(json.dumps(to_plain(config)))
+    program = ["-m", "mptrain.cli.subprocesses", "run", str(settings_file)]
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         program = [*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.1", *program]
     threads = os.environ.get("OMP_NUM_THREADS", "1")
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}  # of one process as of several: sums depend on it
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}  # the same for one process and several: sums depend on it
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, *program], stdout=log, stderr=log, env=environment)
 
@@ -221,8 +218,8 @@ def _finish(config: RunConfig, folder: Path, ranks: int, say: Say) -> None:
     code = _start(config, folder, ranks).wait(timeout=LIMIT_S)
     if code:
         log = folder.parent / f"{folder.name}.log"
-        told = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
-        raise ValueError(f"a run ended with status {code}: {told[-1] if told else f'see {log}'}")
+        errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
+        raise ValueError(f"a run ended with status {code}: {errors[-1] if errors else f'see {log}'}")
 
 
 def _saved(folder: Path) -> int:
@@ -240,7 +237,7 @@ def _half(config: RunConfig, folder: Path, ranks: int, steps: int) -> None:
 
 
 def _kill(running: subprocess.Popen[Any]) -> None:
-    """The launcher and all its workers, at once."""
+    """Kill the launcher and all its workers, at once."""
     for pid in [*_children(running.pid), running.pid]:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -250,15 +247,15 @@ def _kill(running: subprocess.Popen[Any]) -> None:
 
 
 def _children(pid: int) -> list[int]:
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             words = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if int(words[1]) == pid and words[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
 def _last(folder: Path) -> Path:
@@ -278,30 +275,26 @@ def main(
     steps: int,
     kills: int,
 ) -> list[Verdict]:
-    """Every precision at every number of processes, then the changes from one number to another; or the kills."""
+    """Verify every precision at every number of processes, then the change of that number; or the kills."""
     config = composed(overrides)
-    found = []
+    cases = [(number, 0) for number in ranks]
+    if not kills and len(ranks) > 1:
+        cases.append((ranks[-1], ranks[0]))
+    verdicts = []
     for policy in map(PrecisionPolicy.named, precisions):
-        mixed = replace(config, precision=policy)
-        for number in ranks:
-            here = folder / f"{policy.name}-{number}"
-            shutil.rmtree(here, ignore_errors=True)
-            laid = _laid_out(mixed, number)
+        for number, then in cases:
+            case_folder = folder / "-".join(map(str, (policy.name, number, *([then] if then else []))))
+            shutil.rmtree(case_folder, ignore_errors=True)
+            laid_out = _laid_out(replace(config, precision=policy), number)
             if kills:
-                found.append(verify_kills(laid, number, here, say, steps=steps, kills=kills))
+                verdicts.append(verify_kills(laid_out, number, case_folder, say, steps=steps, kills=kills))
             else:
-                found.append(verify(laid, number, here, say, steps=steps))
-        if not kills and len(ranks) > 1:
-            first, then = ranks[-1], ranks[0]
-            here = folder / f"{policy.name}-{first}-{then}"
-            shutil.rmtree(here, ignore_errors=True)
-            laid = _laid_out(mixed, first)
-            found.append(verify_change(laid, first, then, here, say, steps=steps))
-    return found
+                verdicts.append(verify(laid_out, number, case_folder, say, steps=steps, then=then))
+    return verdicts
 
 
 def _laid_out(config: RunConfig, ranks: int) -> RunConfig:
-    """``dist`` as asked; for one process single, and for several ddp where nothing was asked."""
+    """Set ``dist`` for ``ranks`` processes: single for one; for several what was set, or ddp instead of single."""
     kind = "single" if ranks == 1 else config.dist.kind
     if ranks > 1 and kind == "single" and config.dist.tp == 1:
         kind = "ddp"

@@ -1,4 +1,4 @@
-"""The stall of training when it saves: the part of ``mptrain bench dist`` about checkpoints."""
+"""The checkpoints' part of ``mptrain bench dist``: how long training stalls when it saves."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from mptrain.bench.cpu import TWIN
 from mptrain.bench.ranked import WRAPPERS, Row, Sizes, settings, timed, trainer_of
+from mptrain.bench.rows import TWIN, paired_median
 from mptrain.build.preflight import prepare
 from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.telemetry.monitor import TelemetryConfig
 from mptrain.training.trainer import Trainer
 
-STALL = 0.10  # of a background save, over a synchronous one, at most
-REPEATS = 4  # at most: each takes 15 s with 124 M parameters
-MOST_STEPS = 100  # while a checkpoint is written; one that fails never ends
+STALL = 0.10  # upper bound of a background save's stall over a synchronous one's
+REPEATS = 4  # upper limit: each takes 15 s with 124 M parameters
+MOST_STEPS = 100  # while a checkpoint is written; a failed one never appears
 
 
 def measure_checkpoints(sizes: Sizes, device: str, folder: Path) -> Iterator[Row]:
-    """Measure the stall of training when it saves."""
+    """Measure the stall of training when it saves, by wrapper."""
     small = replace(sizes, batch=1, micro_batches=1)
     for wrapper in reversed(WRAPPERS):
         prepared = prepare(settings(wrapper, small, device, sizes.saved, TelemetryConfig(record_every=0)))
@@ -38,7 +38,7 @@ def measure_checkpoints(sizes: Sizes, device: str, folder: Path) -> Iterator[Row
 
 
 class Saving:
-    """A trainer that saves now one way, now the other, each time after a step more."""
+    """A trainer that saves synchronously and in the background in turns, one step further each time."""
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self.trainer = trainer
@@ -51,11 +51,11 @@ class Saving:
             trainer.step()
 
     def save(self, background: bool) -> float:
-        """Seconds that training waits."""
+        """Save and return the seconds that training waits."""
         return timed(lambda: self.trainer.save(self.kinds[background]))[0]
 
     def repeat(self) -> None:
-        """Everything once."""
+        """Measure everything once."""
         for twin in ("", TWIN):
             self.add("step" + twin, timed(self.trainer.step)[0])
             self.add("synchronous" + twin, self.save(background=False))
@@ -63,12 +63,12 @@ class Saving:
         self.add("stall", self.background())
 
     def background(self) -> float:
-        """The stall of a background save; steps go on until it is on disk."""
+        """Return the stall of a background save; keep stepping until it is on disk."""
         stall, path = self.save(background=True), self.kinds[True].path(self.trainer.step_number)
         steps: list[float] = []
         while len(steps) < MOST_STEPS and self.trainer.ranks.share(not path.exists()):
             steps.append(timed(self.trainer.step)[0])
-        if steps:  # the last one may have gone on when all was written
+        if steps:  # the last one may overlap the end of the write
             self.add("step while writing", statistics.median(steps))
         self.kinds[True].wait()
         return stall
@@ -76,19 +76,16 @@ class Saving:
     def add(self, name: str, seconds: float) -> None:
         self.samples.setdefault(name, []).append(seconds)
 
-    def ratio(self, name: str, reference: str) -> float:
-        pairs = zip(self.samples[name], self.samples[reference], strict=True)
-        return statistics.median(a / b for a, b in pairs)
-
     def rows(self, title: str, first: float) -> Iterator[Row]:
-        noise = self.ratio("synchronous" + TWIN, "synchronous")
-        synchronous, step = (statistics.median(self.samples[name]) for name in ("synchronous", "step"))
-        stall = self.ratio("stall", "synchronous")
+        samples = self.samples
+        noise, step_noise = (paired_median(samples[name + TWIN], samples[name]) for name in ("synchronous", "step"))
+        synchronous, step = (statistics.median(samples[name]) for name in ("synchronous", "step"))
+        stall = paired_median(samples["stall"], samples["synchronous"])
         yield Row(f"{title}: stall of a background save / synchronous save", STALL, measured=stall, noise=noise)
         yield Row(f"{title}: the first one's, which allocates the copies", measured=first / synchronous)
         yield Row(f"{title}: synchronous save", unit="s", measured=synchronous)
-        row = Row(f"{title}: step while it is written / step", noise=self.ratio("step" + TWIN, "step"))
-        if "step while writing" in self.samples:
-            yield replace(row, measured=statistics.median(self.samples["step while writing"]) / step)
+        row = Row(f"{title}: step while it is written / step", noise=step_noise)
+        if "step while writing" in samples:
+            yield replace(row, measured=statistics.median(samples["step while writing"]) / step)
         else:
             yield replace(row, reason="it was written before a step could begin")

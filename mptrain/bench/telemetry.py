@@ -1,38 +1,33 @@
-"""``mptrain bench telemetry``: what the flight recorder costs on this CPU, beside the ways people watch tensors today.
+"""``mptrain bench telemetry``: the cost of the flight recorder on this CPU, next to other ways of watching tensors.
 
 One torch thread, BF16 training steps of two GPTs. *Inside the calls* is thread CPU time spent in the recorder's own
-functions (hooks, passes over tensors, the record and its file) as a share of the step's: small shares cannot be told
-from noise by timing whole steps. An interval's share is that of one sampled step and of the steps between, measured
-apart. Whole steps stand beside it: variants take turns, with an A/A twin of the unwatched step; medians of paired
+functions (hooks, passes over tensors, the record and its file) as a share of the step's: timing whole steps cannot
+separate small shares from noise. An interval's share is that of one sampled step and of the steps between, measured
+apart. Whole steps are shown next to it: variants take turns, with an A/A twin of the unwatched step; medians of paired
 ratios.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 
-from mptrain import Precision
-from mptrain.bench.cpu import CLIP, LR, TWIN, Row, Step, Times, machine
+from mptrain.bench.cpu import CLIP, Training
+from mptrain.bench.rows import TWIN, Report, Row, Step, Turns, arguments, machine, one_thread
 from mptrain.models import gpt
 from mptrain.telemetry import record
 from mptrain.telemetry.monitor import Monitor, TelemetryConfig
-from mptrain.tools.files import write_whole
 
 MODELS = {
     "nano": (gpt.Config(256, 256, n_layer=4, n_head=4, n_embd=256), 4),
@@ -41,33 +36,12 @@ MODELS = {
 TINY = {"tiny": (gpt.Config(256, 16, n_layer=1, n_head=1, n_embd=32), 2)}
 DEFAULT = TelemetryConfig().record_every
 BOUNDS = {1: 0.03, 10: 0.003, DEFAULT: 0.001}  # share of the step's time, by interval
-STEPS = 3  # in one measurement of whole steps
-
-
-class Training:
-    """A model with its precision and optimizer, and one batch of random bytes."""
-
-    def __init__(self, sizes: gpt.Config, batch: int) -> None:
-        torch.manual_seed(0)
-        self.model = gpt.build(sizes)
-        self.precision = Precision("bf16").prepare(self.model)
-        self.optimizer = AdamW(self.model.parameters(), lr=LR, fused=True)
-        self.tokens, self.targets = torch.randint(sizes.vocab_size, (2, batch, sizes.block_size))
-
-    def gradients(self) -> None:
-        with self.precision.forward():
-            loss = self.model(self.tokens, self.targets)
-        self.precision.backward(loss)
-
-    def step(self) -> None:
-        """Run one step without the recorder."""
-        self.gradients()
-        self.precision.step(self.optimizer, clip=CLIP)
-        self.optimizer.zero_grad(set_to_none=True)
+PRECISION = "bf16"
+STEPS = 3  # per measurement of whole steps
 
 
 class Clock:
-    """Thread CPU seconds spent inside the functions it wraps; of calls within calls the outermost counts."""
+    """Thread CPU seconds spent inside the functions it wraps; only the outermost of nested calls counts."""
 
     def __init__(self) -> None:
         self.seconds, self._depth = 0.0, 0
@@ -87,10 +61,10 @@ class Clock:
 
 
 class Recorded(Training):
-    """Step under a monitor that samples every step and writes its records, with a clock on all it does."""
+    """Training under a monitor that samples every step and writes its records, with a clock on all it does."""
 
     def __init__(self, sizes: gpt.Config, batch: int, folder: Path) -> None:
-        super().__init__(sizes, batch)
+        super().__init__(sizes, batch, PRECISION)
         self.clock, self.number, self.file = Clock(), 0, folder / record.FILE
         self.monitor = Monitor(self.model, self.precision, TelemetryConfig(record_every=1), 1 << 30)
         observer = self.monitor._observer
@@ -114,14 +88,15 @@ class Recorded(Training):
         record.append(self.file, sample.record)
 
     def unsampled(self) -> None:
-        """A step between two samples."""
+        """Run a step between two samples."""
         self.monitor.due(self.number)
         super().step()
 
 
 def shares(training: Recorded, repeats: int) -> tuple[float, float]:
-    """(sampled, unsampled): time inside the calls as a share of the rest of the step, median over the repetitions."""
-    found = []
+    """Return (sampled, unsampled): time inside the calls as a share of the rest of the step, median over the
+    repetitions."""
+    medians = []
     for step in (training.step, training.unsampled):
         ratios = []
         for _ in range(repeats + 1):
@@ -130,9 +105,9 @@ def shares(training: Recorded, repeats: int) -> tuple[float, float]:
             step()
             whole = time.thread_time() - start
             ratios.append(training.clock.seconds / (whole - training.clock.seconds))
-        found.append(statistics.median(ratios[1:]))
+        medians.append(statistics.median(ratios[1:]))
         training.monitor._config = TelemetryConfig(record_every=1 << 30)
-    return found[0], found[1]
+    return medians[0], medians[1]
 
 
 def look_at(x: Tensor) -> list[Tensor]:
@@ -143,7 +118,7 @@ def look_at(x: Tensor) -> list[Tensor]:
 
 @contextmanager
 def hooks(training: Training, look: Callable[[Tensor], object]) -> Iterator[None]:
-    """``look`` at the input, the output and its gradient of every linear layer, weights and their gradients."""
+    """Call ``look`` on the input, the output and its gradient of every linear layer, on weights and their gradients."""
     handles = []
 
     def after(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
@@ -165,11 +140,11 @@ def hooks(training: Training, look: Callable[[Tensor], object]) -> Iterator[None
 
 
 def peers() -> dict[str, Callable[[Training], AbstractContextManager[object]]]:
-    """The ways people watch tensors today."""
-    kept: list[Tensor] = []
+    """Return other ways of watching tensors."""
+    last_figures: list[Tensor] = []
 
     def on_device(x: Tensor) -> bool:
-        kept[:] = look_at(x)
+        last_figures[:] = look_at(x)
         return True
 
     return {
@@ -182,14 +157,14 @@ def peers() -> dict[str, Callable[[Training], AbstractContextManager[object]]]:
 
 @functools.cache
 def compiled_look() -> Callable[[Tensor], object]:
-    """The same, fused by torch.compile."""
-    torch._dynamo.config.recompile_limit = 32  # dtypes and states of autograd and autocast, each a graph
+    """Return :func:`look_at` compiled by torch."""
+    torch._dynamo.config.recompile_limit = 32  # one graph per dtype and state of autograd and autocast
     return torch.compile(look_at, dynamic=True)
 
 
 @contextmanager
 def anomalies() -> Iterator[None]:
-    """Torch warns that this is slow, which is what is measured."""
+    """Detect anomalies without torch's warning that this is slow: that is what is measured."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.autograd.detect_anomaly(check_nan=True):
@@ -197,9 +172,9 @@ def anomalies() -> Iterator[None]:
 
 
 def measure(name: str, sizes: gpt.Config, batch: int, repeats: int, compile_peers: bool) -> Iterator[Row]:
-    """Shares inside the calls by interval, then whole steps against the unwatched one."""
+    """Measure the shares inside the calls by interval, then whole steps against the unwatched one."""
     with tempfile.TemporaryDirectory() as folder:
-        recorded, plain = Recorded(sizes, batch, Path(folder)), Training(sizes, batch)
+        recorded, plain = Recorded(sizes, batch, Path(folder)), Training(sizes, batch, PRECISION)
         sampled, between = shares(recorded, repeats * 2)
         for interval, bound in BOUNDS.items():
             share = (sampled + (interval - 1) * between) / interval
@@ -210,10 +185,10 @@ def measure(name: str, sizes: gpt.Config, batch: int, repeats: int, compile_peer
         variants: dict[str, Step] = {"off": partial(steps, plain), "off" + TWIN: partial(steps, plain)}
         variants["recorder"] = partial(steps, recorded)
         variants |= {peer: partial(steps, plain, context) for peer, context in contexts.items()}
-        times = Times(variants, repeats)
+        turns = Turns(variants, repeats)
         for variant in ("recorder", *contexts):
             row = Row(f"{name}: whole step, {variant}, every step", unit="x")
-            yield times.fill(row, variant, "off", lambda a, b: a / b)
+            yield turns.fill(row, variant, "off")
 
 
 def steps(
@@ -225,24 +200,14 @@ def steps(
 
 
 def run(argv: list[str]) -> int:
-    """Measure and print; 0 whatever the figures are: they are a finding, not a failure."""
-    parser = argparse.ArgumentParser(prog="mptrain bench telemetry", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write rows to this file as they come")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes: does it run, not how fast")
+    """Measure and print. Always returns 0: missed targets are results, not failures."""
+    command = "mptrain bench telemetry"
+    parser = arguments(command, __doc__)
     parser.add_argument("--repeats", type=int, default=5, help="repetitions of a measurement (default 5)")
     args = parser.parse_args(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    about = machine() | {"command": " ".join(["mptrain bench telemetry", *argv])}
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    rows: list[dict[str, Any]] = []
-    try:
+    with one_thread():
+        report = Report(args.json, machine(command, argv))
         for name, (sizes, batch) in (TINY if args.dry_run else MODELS).items():
             for row in measure(name, sizes, batch, 1 if args.dry_run else args.repeats, not args.dry_run):
-                print(row, flush=True)
-                rows.append(asdict(row) | {"verdict": row.verdict})
-                if args.json:
-                    write_whole(args.json, json.dumps({"machine": about, "rows": rows}, indent=1))
-    finally:
-        torch.set_num_threads(threads)
+                report.add(row)
     return 0

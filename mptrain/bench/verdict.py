@@ -1,9 +1,10 @@
-"""``mptrain bench verdict``: how often the verdict of ``mptrain compare`` is wrong, and how often it decides.
+"""``mptrain bench verdict``: error rates and power of the verdicts of ``mptrain compare``, by simulation.
 
-Simulated seeds, drawn from every distribution of the stated family and from some outside it, go through the rules of
-``mptrain.report.compare.intervals``. A rate is the share of verdicts that are wrong where the truth is on the border:
-called worse at a difference of 0, called equivalent at the margin; the worse of the two, for skew makes them unequal.
-``--constants`` makes the tables of that module from the same draws. One process, no training.
+Simulated seeds, drawn from every distribution of the stated family and from some outside it, are judged by the
+rules of ``mptrain.report.compare.intervals``. A rate is the share of verdicts that are wrong where the truth is
+on the border: called worse at a difference of 0, called equivalent at the margin; the worse of the two, because
+skew makes them unequal. ``--constants`` computes the tables of that module from the same draws. One process, no
+training.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from mptrain.runs.read import Floats
 from mptrain.tools.files import json_text, write_whole
 
 SKEW = 0.5
-LOGNORMAL_S, WEIBULL_K = 0.164055, 2.215598  # of skewness 0.5
+LOGNORMAL_S, WEIBULL_K = 0.164055, 2.215598  # for a skewness of 0.5
 _ROOT = (2 * SKEW / (4 - math.pi)) ** (2 / 3)
 SKEW_NORMAL_D = math.sqrt(math.pi / 2 * _ROOT / (1 + _ROOT))
 ALPHA = 1 - TAIL
 SEEDS = (2, 3, 4, 5, 6, 8, 10, 20)
-SIZES = (0, 1, 2, 5, 10, 30)  # of the other side of unpaired seeds: so many more
-RATIOS = (0.1, 1 / 3, 1.0, 2.0, 3.0, 5.0, 10.0)  # of the smaller side's spread to the other's
+SIZES = (0, 1, 2, 5, 10, 30)  # additional seeds of the other side, if unpaired
+RATIOS = (0.1, 1 / 3, 1.0, 2.0, 3.0, 5.0, 10.0)  # spread of the smaller side over the other's
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Floats]
 
 
@@ -50,8 +51,8 @@ def _weibull(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
 
 def _skew_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
     d = SKEW_NORMAL_D
-    drawn = d * np.abs(rng.standard_normal(shape)) + math.sqrt(1 - d * d) * rng.standard_normal(shape)
-    return (drawn - d * math.sqrt(2 / math.pi)) / math.sqrt(1 - 2 * d * d / math.pi)
+    values = d * np.abs(rng.standard_normal(shape)) + math.sqrt(1 - d * d) * rng.standard_normal(shape)
+    return (values - d * math.sqrt(2 / math.pi)) / math.sqrt(1 - 2 * d * d / math.pi)
 
 
 def _outliers(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
@@ -82,8 +83,8 @@ OUTSIDE: dict[str, Draw] = {
 def t_of(draws: Floats) -> Floats:
     """Return Student's t of each column of ``draws`` [seeds, runs], whose true mean is 0."""
     n = len(draws)
-    found: Floats = draws.mean(0) / (draws.std(0, ddof=1) / math.sqrt(n))
-    return found
+    t: Floats = draws.mean(0) / (draws.std(0, ddof=1) / math.sqrt(n))
+    return t
 
 
 def welch_t(ours: tuple[Floats, Floats], theirs: tuple[Floats, Floats], n: int, m: int, ratio: float) -> Floats:
@@ -94,9 +95,9 @@ def welch_t(ours: tuple[Floats, Floats], theirs: tuple[Floats, Floats], n: int, 
     parts = ours[1] * ratio**2 / n, theirs[1] / m
     error = parts[0] + parts[1]
     freedom = np.minimum(error**2 / (parts[0] ** 2 / (n - 1) + parts[1] ** 2 / (m - 1)), 2.0 * (n - 1))
-    grid = np.linspace(1, 2.0 * n, 4000)  # of degrees of freedom: the quantile itself takes 10 times as long
-    found: Floats = (ratio * ours[0] - theirs[0]) / np.sqrt(error) / np.interp(freedom, grid, stdtrit(grid, TAIL))
-    return found
+    grid = np.linspace(1, 2.0 * n, 4000)  # degrees of freedom: interpolation is 10 times as fast as the quantile
+    t: Floats = (ratio * ours[0] - theirs[0]) / np.sqrt(error) / np.interp(freedom, grid, stdtrit(grid, TAIL))
+    return t
 
 
 def unpaired_cases(rng: np.random.Generator, n: int, runs: int) -> Iterator[tuple[str, Floats]]:
@@ -106,8 +107,8 @@ def unpaired_cases(rng: np.random.Generator, n: int, runs: int) -> Iterator[tupl
         for size in (n, n + more):
             moments = {}
             for name in WORST:
-                drawn = FAMILY[name](rng, (size, runs))
-                moments[name] = drawn.mean(0), drawn.var(0, ddof=1)
+                values = FAMILY[name](rng, (size, runs))
+                moments[name] = values.mean(0), values.var(0, ddof=1)
             sides.append(moments)
         for ours, theirs in ((a, b) for a in sides[0] for b in sides[1]):
             for sign in (1, -1) if ours in SKEWED and theirs in SKEWED else (1,):
@@ -211,8 +212,8 @@ def rates(rng: np.random.Generator, runs: int) -> Iterator[tuple[str, float, flo
             needed = seeds_needed(Interval(0.0, -1.0, 1.0, 3, "", (1.0,) * sides), distance)
             assert needed is not None
             for name in ("normal", *SKEWED):
-                drawn = [FAMILY[name](rng, (needed, runs)) for _ in range(sides)]
-                share = min(decided([sign * side for side in drawn], distance) for sign in (1, -1))
+                draws = [FAMILY[name](rng, (needed, runs)) for _ in range(sides)]
+                share = min(decided([sign * side for side in draws], distance) for sign in (1, -1))
                 yield (
                     f"decided, {needed} {of} at {distance:g} spreads: {name}",
                     share,
@@ -221,27 +222,28 @@ def rates(rng: np.random.Generator, runs: int) -> Iterator[tuple[str, float, flo
 
 
 def run(argv: list[str]) -> int:
-    """Simulate and print; 1 if a rate is beyond what the rules promise (less what so many runs miss by chance)."""
+    """Simulate and print; return 1 if a rate is beyond what the rules promise (less what so many runs miss by
+    chance)."""
     parser = argparse.ArgumentParser(prog="mptrain bench verdict", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=100_000, help="simulated comparisons of a kind (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--constants", action="store_true", help="make the tables of factors instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rates")
-    asked = parser.parse_args(argv)
-    rng = np.random.default_rng(asked.seed)
-    if asked.constants:
-        constants(asked.seed, asked.runs)
+    args = parser.parse_args(argv)
+    rng = np.random.default_rng(args.seed)
+    if args.constants:
+        constants(args.seed, args.runs)
         return 0
     rows = []
-    for what, rate, limit in rates(rng, asked.runs):
-        said, missed = "", False
+    for what, rate, limit in rates(rng, args.runs):
+        bound, missed = "", False
         if limit is not None:
             sign, word = (1, "at most") if limit == ALPHA else (-1, "at least")
-            missed = sign * (rate - limit) > 5 * math.sqrt(limit * (1 - limit) / (asked.runs // 4))
-            said = f"{word} {limit:.1%}{'  MISSED' if missed else ''}"
+            missed = sign * (rate - limit) > 5 * math.sqrt(limit * (1 - limit) / (args.runs // 4))
+            bound = f"{word} {limit:.1%}{'  MISSED' if missed else ''}"
         rows.append({"what": what, "rate": rate, "limit": limit, "missed": missed})
-        print(f"{what:96}{rate:8.2%}  {said}", flush=True)
-    if asked.json:
+        print(f"{what:96}{rate:8.2%}  {bound}", flush=True)
+    if args.json:
         command = " ".join(["mptrain bench verdict", *argv])
-        write_whole(asked.json, json_text({"command": command, "rows": rows}, indent=1))
+        write_whole(args.json, json_text({"command": command, "rows": rows}, indent=1))
     return int(any(row["missed"] for row in rows))

@@ -1,7 +1,7 @@
 """The command line: ``mptrain COMMAND``. (``python train.py`` trains.)
 
-Each file of this folder whose docstring begins with ``mptrain NAME`` is a command: its function ``run(argv)`` gets the
-words after the name and returns the exit status. Only the command that is called is imported.
+Each file of this folder whose docstring begins with ``mptrain NAME`` is a command: its function ``run(argv)``
+gets the arguments after the name and returns the exit status. Only the command in use is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ORDER = ("doctor", "formats", "inspect", "compare", "export", "plan", "quantize"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; exit status 2 and a clear message for what the user can mend."""
+    """Run one command; exit with status 2 and a clear message for errors that the user can correct."""
     words = sys.argv[1:] if argv is None else argv
     with clear_errors():
         if not words or words[0] in ("-h", "--help"):
@@ -40,14 +40,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def commands() -> dict[str, str]:
     """Return every command and what it does in a line, read off the files without importing them."""
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for module in pkgutil.iter_modules(__path__):
         source = (Path(__path__[0]) / f"{module.name}.py").read_text()
         name, text = module.name.replace("_", "-"), ast.get_docstring(ast.parse(source)) or ""
         if text.startswith(f"``mptrain {name}``"):
-            found[name] = text.splitlines()[0].partition(": ")[2]
+            descriptions[name] = text.splitlines()[0].partition(": ")[2]
     return dict(
-        sorted(found.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item))
+        sorted(descriptions.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item))
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from mptrain.cli.arguments import command_parser
 from mptrain.tools.settings import did_you_mean
 
 SUBJECTS = {
@@ -15,20 +16,14 @@ SUBJECTS = {
     "gpu": "formats, kernels and training on a GPU",
     "verdict": "how often the verdict of a comparison is right",
 }
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
-    """Measure one subject. ValueError if there is none of that name."""
+    """Measure one subject. ValueError for an unknown one."""
     if argv[:1] in (["-h"], ["--help"]):
-        parser = argparse.ArgumentParser(
-            prog="mptrain bench",
-            usage="mptrain bench SUBJECT [...]",
-            description=DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog="\n".join(f"  {name:11}{text}" for name, text in SUBJECTS.items()),
-        )
-        parser.print_help()
+        subjects = "\n".join(f"  {name:11}{text}" for name, text in SUBJECTS.items())
+        options = {"usage": "mptrain bench SUBJECT [...]", "epilog": subjects}
+        command_parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, **options).print_help()
         return 0
     if not argv:
         raise ValueError(f"mptrain bench needs a subject: {', '.join(f'bench {name}' for name in SUBJECTS)}")

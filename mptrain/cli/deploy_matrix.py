@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mptrain.cli.arguments import command_parser
 from mptrain.quantization import matrix
 from mptrain.quantization.methods import METHODS
 from mptrain.report.compare.compare import compare
@@ -18,29 +19,27 @@ from mptrain.tools.files import json_text, write_whole
 from mptrain.tools.machine import pick_device
 from mptrain.tools.settings import to_plain
 
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
-
 
 def run(argv: list[str]) -> int:
-    """Measure and print; of one folder also write ``deploy.json`` into it, and write its report again."""
-    asked = _parser().parse_args(argv)
+    """Measure and print; for a single folder also write ``deploy.json`` into it, and its report again."""
+    args = _parser().parse_args(argv)
     console = Console()
-    made = matrix.deploy(
-        asked.runs,
-        asked.to,
-        batches=asked.batches,
-        repeats=asked.repeats,
-        group_size=asked.group_size,
-        keep=asked.keep,
-        device=pick_device(asked.device),
+    result = matrix.deploy(
+        args.runs,
+        args.to,
+        batches=args.batches,
+        repeats=args.repeats,
+        group_size=args.group_size,
+        keep=args.keep,
+        device=pick_device(args.device),
         say=lambda text: console.print(text, style="dim", highlight=False),
     )
-    print_matrix(console, made)
-    text = json_text(to_plain(made), indent=1) + "\n"
-    if asked.json:
-        write_whole(asked.json, text)
-    if len(asked.runs) == 1:
-        folder = asked.runs[0]
+    print_matrix(console, result)
+    text = json_text(to_plain(result), indent=1) + "\n"
+    if args.json:
+        write_whole(args.json, text)
+    if len(args.runs) == 1:
+        folder = args.runs[0]
         write_whole(folder / FILE, text)
         report = f" and {folder / 'report.html'}" if not is_run(folder) and _reported(folder) else ""
         console.print(f"written: {folder / FILE}{report}", highlight=False, soft_wrap=True)
@@ -48,7 +47,10 @@ def run(argv: list[str]) -> int:
 
 
 def _reported(folder: Path) -> bool:
-    """Tell whether the sweep's report was written, the matrix in it. (Runs may be deployed that cannot be compared.)"""
+    """Write the sweep's report with the matrix in it; return False if its runs cannot be compared.
+
+    (Runs may be deployed that cannot be compared.)
+    """
     try:
         write_all(compare([folder]), folder)
     except ValueError:
@@ -57,7 +59,7 @@ def _reported(folder: Path) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mptrain deploy-matrix", description=DESCRIPTION)
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs, or one folder of them (a sweep)")
     known = ", ".join(name for name, method in METHODS.items() if not method.calibrated)
     what = f"formats to deploy in, of {known} (default: {' '.join(matrix.FORMATS)})"

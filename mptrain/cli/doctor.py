@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mptrain import kernels
+from mptrain.cli.arguments import command_parser
 from mptrain.config import RunConfig, composed, parse_open
 from mptrain.precision import Precision
 from mptrain.precision.backends import all_backends, resolve
@@ -19,18 +19,18 @@ from mptrain.telemetry.audit import StepAudit
 from mptrain.telemetry.coverage import Audit
 from mptrain.tools import machine
 
-ROWS = 128  # of every matrix product: enough for every FP8 GEMM
-SIZES = {"vocab_size": 256, "image_size": 8, "channels": 1, "classes": 10}  # where neither model nor data names one
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
+ROWS = 128  # rows of every matrix product: enough for every FP8 GEMM
+SIZES = {"vocab_size": 256, "image_size": 8, "channels": 1, "classes": 10}  # where neither model nor data sets one
 
 
 def run(argv: list[str]) -> int:
-    """Which backends this machine has; with ``--audit precision=fp8 ...``: what every GEMM of a step runs in."""
-    parser = argparse.ArgumentParser(prog="mptrain doctor", description=DESCRIPTION)
+    """Print which backends this machine has; with ``--audit precision=fp8 ...``, the precision of every GEMM of a
+    step."""
+    parser = command_parser(__doc__)
     parser.add_argument("--audit", nargs="*", metavar="SETTING=VALUE", help="audit one step, e.g. precision=fp8")
-    asked = parser.parse_args(argv)
-    if asked.audit is not None:
-        return _audit(asked.audit)
+    args = parser.parse_args(argv)
+    if args.audit is not None:
+        return _audit(args.audit)
     device = machine.pick_device("auto")
     console = Console()
     console.print(f"{machine.describe(device)}, torch {torch.__version__}", highlight=False)
@@ -52,11 +52,12 @@ def run(argv: list[str]) -> int:
 
 
 def _audit(overrides: list[str]) -> int:
-    """Exit code 1 if less than audit.min_coverage ran in what the policy asks (claims of a backend count)."""
+    """Print the audit; return 1 if less than audit.min_coverage ran in what the policy asks (claims of a backend
+    count)."""
     config = composed(overrides)
-    audit, said = audited_step(config)
+    audit, what = audited_step(config)
     console = Console()
-    console.print(said, highlight=False, soft_wrap=True)
+    console.print(what, highlight=False, soft_wrap=True)
     print_audit(console, audit)
     console.print("attention's share grows with the length of the sequences", highlight=False)
     try:
@@ -68,7 +69,7 @@ def _audit(overrides: list[str]) -> int:
 
 
 def audited_step(config: RunConfig) -> tuple[Audit, str]:
-    """The audit of one step on random samples, and what was run in a few words. No data, no run folder, no compiler.
+    """Audit one step on random samples, and describe it in a few words. No data, no run folder, no compiler.
 
     ValueError names the setting that cannot work here.
     """
@@ -89,5 +90,5 @@ def audited_step(config: RunConfig) -> tuple[Audit, str]:
         precision.backward(loss)
     assert step.result is not None
     shape = " x ".join(str(size) for size in next(iter(batch.values())).shape)
-    said = f"random {module.INPUT} ({shape}), backend {precision.backend.name} ({precision.backend.carrier})"
-    return step.result, f"{machine.describe(device)}: {said}"
+    what = f"random {module.INPUT} ({shape}), backend {precision.backend.name} ({precision.backend.carrier})"
+    return step.result, f"{machine.describe(device)}: {what}"

@@ -1,4 +1,4 @@
-"""Errors as a user reads them: one message that names the setting, and exit status 2.
+"""Error messages for users: one line that names the setting to change, and exit status 2.
 
 Nothing heavy is imported here: ``mptrain --help`` answers in a quarter of a second, torch alone takes two.
 """
@@ -25,19 +25,19 @@ USER_ERRORS = (  # (module, class) besides ValueError and OSError
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn what the user can mend into one message and exit code 2, Ctrl-C and SIGTERM into a line and 130.
+    """Turn errors that the user can correct into one message and exit code 2, Ctrl-C and SIGTERM into a line and 130.
 
     HYDRA_FULL_ERROR=1 shows the traceback instead of the message.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints errors in its own way and exits with 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both unwind: probes end, half-made files go
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both unwind: probes end, partial files are removed
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; every saved checkpoint is whole (resume=auto run_dir=FOLDER continues)", file=sys.stderr)
+        print("interrupted; saved checkpoints are complete (resume=auto run_dir=FOLDER continues)", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        if not _is_told(error):  # by rank 0
+        if not _is_told(error):  # reported by rank 0
             if SHOW_TRACEBACK or not _is_the_users(error):
                 raise
             _tell(error)
@@ -48,7 +48,7 @@ def clear_errors() -> Iterator[None]:
 
 
 def _is_the_users(error: BaseException) -> bool:
-    """Tell whether the user can correct the error; a library that is not imported cannot have raised one."""
+    """Return whether the user can correct the error; a library that is not imported cannot have raised one."""
     kinds = [ValueError, OSError]
     for module, name in USER_ERRORS:
         kinds += [getattr(sys.modules[module], name)] if module in sys.modules else []
@@ -61,7 +61,7 @@ def _is_told(error: BaseException) -> bool:
 
 
 def _tell(error: BaseException) -> None:
-    """Print the message: once, where several ranks find the same before they join."""
+    """Print the message: once, where several ranks raise the same error before they join."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     group = sys.modules.get("torch.distributed")
     joined = group is not None and group.is_available() and group.is_initialized()
@@ -71,7 +71,8 @@ def _tell(error: BaseException) -> None:
 
 
 def explain(error: BaseException) -> str:
-    """The message of an error, with Hydra's and OmegaConf's own made to name the setting and the nearest match."""
+    """Return the message of an error; Hydra's and OmegaConf's are rewritten to name the setting and the nearest
+    match."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower trainer.batch_size, or set trainer.checkpointing=true"
@@ -96,7 +97,7 @@ def explain(error: BaseException) -> str:
 
 def _unknown_key(path: str) -> str:
     """Walk the schema along a dotted path to the first part that is not there."""
-    from mptrain.config import RunConfig  # Hydra's error: it is imported
+    from mptrain.config import RunConfig  # already imported: the error is Hydra's
 
     known: Any = to_plain(RunConfig())
     walked: list[str] = []

@@ -1,4 +1,4 @@
-"""``plan --inference``: what a model takes to be served, in each format, and on how many GPUs."""
+"""``mptrain plan --inference``: what a model takes to be served, in each format, and on how many GPUs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mptrain.cli.arguments import command_parser
 from mptrain.memory import gpus
 from mptrain.memory.inference import catalogue, huggingface
 from mptrain.memory.inference import table as inference_table
@@ -21,28 +22,25 @@ from mptrain.tools.settings import require
 DEFAULT_FORMATS = ("bf16", "fp8", "int4")
 MOST_GPUS = 100_000
 EPILOG = "Sizes need a unit: 80GiB is 2^30 bytes each, 80GB 10^9."
-DESCRIPTION = (__doc__ or "").partition(": ")[2]
 
 
 def run(argv: list[str]) -> int:
-    """The command. ValueError for what cannot be planned or fits nowhere, naming the option to change."""
-    asked = _parser().parse_args(argv)
+    """Plan and print. ValueError for what cannot be planned or fits nowhere, naming the option to change."""
+    args = _parser().parse_args(argv)
     console = Console()
-    if asked.list:
+    if args.list:
         models, cards = catalogue.models(), gpus.by_memory()
-        if asked.json:
-            print(
-                json_text({"models": [asdict(one) for one in models], "gpus": [asdict(one) for one in cards]}, indent=1)
-            )
+        if args.json:
+            print(json_text({"models": [*map(asdict, models)], "gpus": [*map(asdict, cards)]}, indent=1))
         else:
             inference_table.print_catalogue(console, models, cards)
         return 0
-    subject, target = _subject(asked), _target(asked)
-    request = _request(asked, subject)
-    rows = [row_of(subject, name, request, target, asked.convention) for name in dict.fromkeys(asked.format)]
+    subject, target = _subject(args), _target(args)
+    request = _request(args, subject)
+    rows = [row_of(subject, name, request, target, args.convention) for name in dict.fromkeys(args.format)]
     if target.memory and not any(row.gpus and row.largest != 0 for row in rows):
         raise ValueError(why_nowhere(rows, target))
-    if asked.json:
+    if args.json:
         print(json_text(as_json(subject, target, rows), indent=1))
     else:
         inference_table.print_plan(console, subject, target, rows)
@@ -50,9 +48,7 @@ def run(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mptrain plan --inference", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False
-    )
+    parser = command_parser(__doc__, epilog=EPILOG, allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="NAME|PATH", help="of the catalogue, or a config.json, or its folder")
     what.add_argument("--parameters", metavar="N", help="only a number of parameters: 1e9, 7B")
@@ -62,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", metavar="REGEX", help=f"layers or groups not quantized, full match (default: {KEEP})")
     parser.add_argument("--keep-format", metavar="F", help=f"of those, norms, biases: {' '.join(WIDE)} (default: bf16)")
     parser.add_argument("--group-size", type=int, metavar="N", help="weights a scale, for int4 (default: 128) and int8")
-    text = f"of the KV cache: {' '.join(KV_FORMATS)} (default: what is computed in)"
+    text = f"format of the KV cache: {' '.join(KV_FORMATS)} (default: the compute format)"
     parser.add_argument("--kv-format", metavar="F", help=text)
     parser.add_argument("--batch", type=int, metavar="N", help="sequences at once (default: 1)")
     for name in ("input", "output"):
@@ -77,61 +73,61 @@ def _parser() -> argparse.ArgumentParser:
         "--fit", metavar="SIZE", help="memory of one GPU that may be used, instead of all that --gpu has"
     )
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="so many (default: as few as it takes; one with --fit alone)"
+        "--gpus", type=int, metavar="N", help="number of GPUs (default: the minimum; one with --fit alone)"
     )
-    text = "article: beside it the planning article's sums, which mix GB and GiB"
+    text = "article: also the planning article's sums, which mix GB and GiB"
     parser.add_argument("--convention", choices=("exact", "article"), default="exact", help=text)
     parser.add_argument("--json", action="store_true", help="print bytes as JSON instead of a table")
     parser.set_defaults(format=None)
     return parser
 
 
-def _subject(asked: argparse.Namespace) -> Subject:
-    asked.format = asked.format or list(DEFAULT_FORMATS)
-    if asked.parameters is not None:
-        count = catalogue.parse_count(asked.parameters)
+def _subject(args: argparse.Namespace) -> Subject:
+    args.format = args.format or list(DEFAULT_FORMATS)
+    if args.parameters is not None:
+        count = catalogue.parse_count(args.parameters)
         return Subject(f"{count:,} parameters", "", count)
-    path, named = Path(asked.model), asked.model.lower() in catalogue.model_names()
+    path, named = Path(args.model), args.model.lower() in catalogue.model_names()
     if path.suffix == ".json" or len(path.parts) > 1 or (path.exists() and not named):
-        made = huggingface.read(path)
-        return Subject(made.name, str(path), made.parameters, made.activated, made)
-    model = catalogue.model(asked.model)
-    made = model.architecture
-    active = catalogue.parse_count(model.activated) if model.activated else made.activated
-    return Subject(model.name, model.source, catalogue.parse_count(model.parameters), active, made)
+        architecture = huggingface.read(path)
+        return Subject(architecture.name, str(path), architecture.parameters, architecture.activated, architecture)
+    model = catalogue.model(args.model)
+    architecture = model.architecture
+    active = catalogue.parse_count(model.activated) if model.activated else architecture.activated
+    return Subject(model.name, model.source, catalogue.parse_count(model.parameters), active, architecture)
 
 
-def _request(asked: argparse.Namespace, subject: Subject) -> Request:
-    """The options that were given; ValueError for those that a bare count of parameters has no use for."""
+def _request(args: argparse.Namespace, subject: Subject) -> Request:
+    """Return the given options. ValueError for those that mean nothing for a bare number of parameters."""
     names = ("batch", "input_tokens", "output_tokens", "prefill", "kv_format", "keep")
-    given = {name: getattr(asked, name) for name in (*names, "keep_format", "group_size")}
+    given = {name: getattr(args, name) for name in (*names, "keep_format", "group_size")}
     given = {name: value for name, value in given.items() if value is not None}
     useless = [name for name in names if name in given and subject.architecture is None]
     if useless:
         option = useless[0].replace("_", "-")
-        raise ValueError(f"--{option} needs --model=NAME: --parameters says nothing of layers, heads and tokens")
+        raise ValueError(f"--{option} needs --model=NAME: --parameters has no layers, heads or tokens")
     model = subject.architecture
     if model is not None and model.learned_positions:
         for name in ("input_tokens", "output_tokens"):
             given.setdefault(name, max(1, min(2048, model.context // 2)))
-    if asked.overhead is not None:
-        given["overhead"] = parse_bytes(asked.overhead, "--overhead")
+    if args.overhead is not None:
+        given["overhead"] = parse_bytes(args.overhead, "--overhead")
     return Request(**given)
 
 
-def _target(asked: argparse.Namespace) -> Target:
-    if asked.gpus is not None:
-        require(1 <= asked.gpus <= MOST_GPUS, "--gpus", asked.gpus, f"from 1 to {MOST_GPUS:,}")
-        if asked.gpu is None and asked.fit is None:
-            raise ValueError(f"--gpus={asked.gpus} needs their memory: set --gpu=H100 or --fit=80GiB")
-    if asked.gpu is None and asked.fit is None:
+def _target(args: argparse.Namespace) -> Target:
+    if args.gpus is not None:
+        require(1 <= args.gpus <= MOST_GPUS, "--gpus", args.gpus, f"from 1 to {MOST_GPUS:,}")
+        if args.gpu is None and args.fit is None:
+            raise ValueError(f"--gpus={args.gpus} needs their memory: set --gpu=H100 or --fit=80GiB")
+    if args.gpu is None and args.fit is None:
         return Target()
-    gpu = gpus.named(asked.gpu) if asked.gpu else None
+    gpu = gpus.named(args.gpu) if args.gpu else None
     name = f"{gpu.name} {gpu.stated}" if gpu else "GPU"
     memory = gpu.memory if gpu else 0
-    if asked.fit is not None:
-        memory = parse_bytes(asked.fit, "--fit")
-        require(memory > 0, "--fit", asked.fit, "above 0 B, e.g. 80GiB")
+    if args.fit is not None:
+        memory = parse_bytes(args.fit, "--fit")
+        require(memory > 0, "--fit", args.fit, "above 0 B, e.g. 80GiB")
         if gpu and memory > gpu.memory:
-            raise ValueError(f"--fit={asked.fit} is more than the {gib(gpu.memory)} ({gpu.stated}) that {gpu.name} has")
-    return Target(name, memory, asked.gpus or (0 if gpu else 1))
+            raise ValueError(f"--fit={args.fit} is more than the {gib(gpu.memory)} ({gpu.stated}) that {gpu.name} has")
+    return Target(name, memory, args.gpus or (0 if gpu else 1))

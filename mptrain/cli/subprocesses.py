@@ -1,4 +1,4 @@
-"""Programs that a run or a command starts: ``python -m mptrain.cli.subprocesses probe|run SETTINGS ...``."""
+"""Programs started by a run or a command: ``python -m mptrain.cli.subprocesses probe|run SETTINGS ...``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mptrain.tools.settings import from_plain
 
 
 def probe(argv: list[str]) -> None:
-    """The FP32 probe of a run, started by it: settings (JSON file) in, figures (JSON file) out."""
-    asked, answer = argv
-    config = from_plain(RunConfig, json.loads(Path(asked).read_text()), "config")
-    Path(answer).write_text(baseline.figures_json(fp32.probe(config)))
+    """Probe FP32 for a run: read settings from one JSON file, write figures to another."""
+    settings_file, figures_file = argv
+    config = from_plain(RunConfig, json.loads(Path(settings_file).read_text()), "config")
+    Path(figures_file).write_text(baseline.figures_json(fp32.probe(config)))
 
 
 def run(argv: list[str]) -> None:
     """Run from a JSON file of settings; ``mptrain verify-resume`` starts this, alone or under torchrun."""
     with left_cleanly():
-        made = build.build(from_plain(RunConfig, json.loads(Path(argv[0]).read_text()), "config"))
-        if made is None:
+        training = build.build(from_plain(RunConfig, json.loads(Path(argv[0]).read_text()), "config"))
+        if training is None:
             raise SystemExit(0)
-        made.train()
-        stopped = made.trainer.interrupts.stopped_by
+        training.train()
+        stopped = training.trainer.interrupts.stopped_by
         raise SystemExit(0 if stopped is None else 128 + stopped)
 
 

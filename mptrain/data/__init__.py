@@ -1,9 +1,9 @@
 """Training data in numpy, one source a file. A new file here is a new ``kind`` for the YAMLs of conf/data.
 
-Such a file holds ``INPUT`` (what its samples are: ``tokens`` or ``images``, to be matched by the model's), a dataclass
-``Config`` and ``build(config)``, which returns a :class:`Dataset`.
+Such a file holds ``INPUT`` (the kind of its samples, ``tokens`` or ``images``, which must match the model's), a
+dataclass ``Config`` and ``build(config)``, which returns a :class:`Dataset`.
 
-The order of training samples is a function of (seed, step) alone: nothing about it is saved, and a run may resume at
+The order of training samples is a function of (seed, step) alone: none of it is saved, and a run can resume at
 any step on any number of processes.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -24,8 +23,6 @@ from torch import Tensor
 from mptrain.tools import registry
 
 Batch = dict[str, Tensor]
-ENTROPY_CHUNK = 1 << 22
-"""Tokens counted at a time: 8 MB of 2-byte tokens, so that the entropy of a corpus of any size needs little memory."""
 
 
 class Tokens(Protocol):
@@ -37,7 +34,7 @@ class Tokens(Protocol):
 
 
 class Dataset(ABC):
-    """The order of samples, written once; a subclass says what a sample is.
+    """The order of samples, in one place; a subclass defines a sample.
 
     ``unit``: what throughput counts; ``fingerprint``: SHA-256 (hex) of the content and its split, losses compare only
     within one.
@@ -72,11 +69,11 @@ class Dataset(ABC):
 
     @abstractmethod
     def train_at(self, positions: list[int]) -> Batch:
-        """The training samples at these positions, as the model's forward takes them."""
+        """Return the training samples at these positions, as the model's forward takes them."""
 
     @abstractmethod
     def validation_at(self, samples: list[int]) -> Batch:
-        """The validation samples with these numbers, likewise."""
+        """Return the validation samples with these numbers, likewise."""
 
     def batch(
         self,
@@ -89,7 +86,7 @@ class Dataset(ABC):
         rank: int = 0,
         world_size: int = 1,
     ) -> Batch:
-        """Samples of one micro-batch on one process.
+        """Return the samples of one micro-batch on one process.
 
         A step draws microbatches * world_size * batch_size positions from Philox keyed on (seed, step), and
         (micro, rank) takes its slice: the step's samples are the same however they are split.
@@ -99,13 +96,14 @@ class Dataset(ABC):
         if seed < 0 or step < 0:
             raise ValueError(f"seed={seed} and step={step} must not be negative; try seed=0")
         first = (micro * world_size + rank) * batch_size
-        # Raw words: numpy keeps their stream for ever, unlike that of integers(). Modulo's bias: 2^-30 at 2^34 tokens.
+        # Raw words: numpy guarantees their stream, unlike that of integers(). Modulo's bias: 2^-30 at 2^34 tokens.
         words = np.random.Philox(key=[seed, step]).random_raw(microbatches * world_size * batch_size)
         positions = words[first : first + batch_size] % np.uint64(self.train_positions)
         return self.train_at(positions.tolist())
 
     def validation(self, batch_size: int, batches: int) -> Iterator[Batch]:
-        """Up to ``batches`` batches of evenly spaced samples without overlap: the same in every run, whatever the seed.
+        """Yield up to ``batches`` batches of evenly spaced samples without overlap: the same in every run, whatever
+        the seed.
 
         A split with fewer samples than asked for gives the whole batches it has, or one smaller batch of all.
         """
@@ -169,18 +167,6 @@ class TokenDataset(Dataset):
 
     def validation_at(self, samples: list[int]) -> Batch:
         return self._samples(self.validation_tokens, [sample * self.block_size for sample in samples])
-
-    @cached_property
-    def unigram_entropy_nats(self) -> float:
-        """Entropy of the training tokens' frequencies, nats a token: what a model that ignores context can reach.
-
-        Counted at first use: one pass over the training tokens.
-        """
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for first in range(0, len(self.train_tokens), ENTROPY_CHUNK):
-            counts += np.bincount(self.train_tokens[first : first + ENTROPY_CHUNK], minlength=self.vocab_size)
-        frequency = counts[counts > 0] / len(self.train_tokens)
-        return float(-(frequency * np.log(frequency)).sum())
 
     def _samples(self, tokens: Tokens, starts: list[int]) -> Batch:
         """Copy the samples at ``starts`` out of ``tokens``: targets are the tokens one position later."""
@@ -256,11 +242,22 @@ class ImageDataset(Dataset):
         return self.held_out.at(samples)
 
 
+def require_share(kind: str, validation_frac: float, usual: float) -> None:
+    """Raise ValueError unless both splits get part of the data."""
+    if not 0.0 < validation_frac < 1.0:
+        raise ValueError(
+            f"{kind}: validation_frac={validation_frac} must be in (0, 1); try data.validation_frac={usual}"
+        )
+
+
 def kinds() -> list[str]:
-    """Names that ``kind:`` may take in conf/data."""
+    """Return the names that ``kind:`` may take in conf/data."""
     return registry.kinds(__name__)
 
 
 def load(kind: str) -> ModuleType:
-    """The module of one kind, with its ``Config`` and ``build``. ValueError (did you mean ...) for an unknown one."""
+    """Return the module of one kind, with its ``Config`` and ``build``.
+
+    ValueError (did you mean ...) for an unknown one.
+    """
     return registry.load(__name__, kind)

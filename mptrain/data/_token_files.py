@@ -1,8 +1,9 @@
-"""Recognition of token files: what a file says it is, and whether one that says nothing can be tokens at all.
+"""Recognition of token files: by their header, or by whether a file without one can hold tokens at all.
 
-A file with a header (llm.c's or numpy's, of either byte order) is read as the header says. A file without one is 2-byte
-tokens only if it looks like that; otherwise it is refused, for a wrong guess trains on noise without a word.
-``data.dtype=uint16`` or ``uint32`` says what a file without a header holds, and nothing is guessed.
+A file with a header (llm.c's or numpy's, of either byte order) is read as the header says. A file without one is
+read as 2-byte tokens only if it looks like them; otherwise it is rejected, because a wrong guess would silently
+train on noise. ``data.dtype=uint16`` or ``uint32`` sets the type of files without a header, and nothing is
+guessed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ KINDS = {20240520: (1, NARROW), 20240801: (7, WIDE)}
 """llm.c's magic numbers: version, token type. Read as tokens they begin with 55432 and 55713, past GPT-2's 50256."""
 DTYPES = {"auto": "", "uint16": NARROW, "uint32": WIDE}
 NUMPY = b"\x93NUMPY"
-MAGIC = (  # first bytes of what is not a token file
+MAGIC = (  # first bytes of files that hold no tokens
     (b"\x1f\x8b\x08", "gzip data"), (b"PK\x03\x04", "a zip archive (.zip, .npz, .pt)"), (b"BZh", "bzip2 data"),
     (b"\xfd7zXZ\x00", "xz data"), (b"\x28\xb5\x2f\xfd", "zstd data"), (b"\x04\x22\x4d\x18", "lz4 data"),
     (b"PAR1", "a Parquet file"), (b"ARROW1", "an Arrow file"), (b"FEA1", "a Feather file"),
@@ -28,7 +29,7 @@ MAGIC = (  # first bytes of what is not a token file
     (b"%PDF", "a PDF"), (b"\x7fELF", "a program"), (b"\x89PNG", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"),
     (b"\xff\xfe", "UTF-16 text"), (b"\xfe\xff", "UTF-16 text"), (b"GGUF", "a GGUF model"),
 )  # fmt: skip
-SAMPLE = 1 << 16  # 2-byte values looked at in the beginning and in the middle of a file
+SAMPLE = 1 << 16  # 2-byte values checked at the beginning and in the middle of a file
 HIGH_HALF = 16  # the upper 2 bytes of a 4-byte token are below this: vocabularies have less than 2^20 entries
 
 
@@ -90,7 +91,7 @@ def _numpy(path: str) -> npt.NDArray[Any]:
 
 
 def _foreign(head: bytes, size: int) -> str:
-    """Say what a file is that begins with ``head``; empty if nothing speaks against tokens."""
+    """Name the kind of file that begins with ``head``; empty if it may hold tokens."""
     for magic, name in MAGIC:
         if head.startswith(magic):
             return name
@@ -108,7 +109,7 @@ def _foreign(head: bytes, size: int) -> str:
 
 
 def _require_plausible(path: str, tokens: npt.NDArray[Any]) -> None:
-    """ValueError if 2-byte values look like tokens of another width or byte order, or like noise."""
+    """Raise ValueError if 2-byte values look like tokens of another width or byte order, or like noise."""
     middle = len(tokens) // 2 & ~3  # at a boundary of 8 bytes
     sample = np.concatenate([tokens[:SAMPLE], tokens[middle : middle + SAMPLE]])
     sample = sample[: len(sample) & ~3]
@@ -139,7 +140,7 @@ def _require_plausible(path: str, tokens: npt.NDArray[Any]) -> None:
 
 
 def _spread(values: npt.NDArray[Any]) -> tuple[float, int]:
-    """Entropy in bits, and how many different values there are, of bytes."""
+    """Return the entropy in bits of bytes, and the number of different values."""
     counts = np.bincount(values, minlength=256)
     share = counts[counts > 0] / len(values)
     return float(-(share * np.log2(share)).sum()), len(share)

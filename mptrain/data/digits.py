@@ -1,7 +1,7 @@
-"""Handwritten digits: 1,797 grey images of 8 x 8 pixels in 10 classes, which scikit-learn carries; nothing to download.
+"""Handwritten digits: 1,797 grey images of 8 x 8 pixels in 10 classes, shipped with scikit-learn; nothing to download.
 
-The test half of UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), 13 writers. Every fifth
-image of each class is held out, so a writer's digits are in both splits: the accuracy is that for writers known.
+The test half of UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), 13 writers. Every
+fifth image of each class is held out, so a writer's digits are in both splits: the accuracy is for known writers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mptrain.data import ImageDataset, Images
+from mptrain.data import ImageDataset, Images, require_share
 
 INPUT = "images"
 SIZE, CLASSES = 8, 10
@@ -25,15 +25,12 @@ class Config:
     validation_frac: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.validation_frac < 1.0:
-            raise ValueError(
-                f"digits: validation_frac={self.validation_frac} must be in (0, 1); try data.validation_frac=0.2"
-            )
+        require_share("digits", self.validation_frac, 0.2)
 
 
 def build(config: Config) -> ImageDataset:
-    """The images, their pixels 0 to 16 mapped to -1 to 1 in steps of 1/8, which every 16-bit format holds exactly."""
-    from sklearn.datasets import load_digits  # a second, which runs on other data need not wait for
+    """Return the images, their pixels 0 to 16 mapped to -1 to 1 in steps of 1/8, exact in every 16-bit format."""
+    from sklearn.datasets import load_digits  # lazy: importing scikit-learn takes a second
 
     pixels, labels = load_digits(return_X_y=True)
     images = (pixels / 8 - 1).astype(np.float32).reshape(-1, 1, SIZE, SIZE)
@@ -45,9 +42,9 @@ def build(config: Config) -> ImageDataset:
 
 
 def split(labels: npt.NDArray[np.integer], config: Config) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Indices of the training and of the validation images, evenly spaced within each class.
+    """Return indices of the training and of the validation images, evenly spaced within each class.
 
-    Validation images come sorted by class, so that evenly spaced ones of them are of all classes alike.
+    Validation images are sorted by class, so that evenly spaced ones cover all classes equally.
     """
     held_out = []
     for label in range(CLASSES):

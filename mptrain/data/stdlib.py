@@ -1,8 +1,9 @@
 """The Python standard library's own sources, as bytes: real text on every machine, with nothing to download.
 
-Every .py file of the running interpreter but its tests: 12.1 MB in 733 files on Python 3.11, 3.23 nats a byte without
-context. The text differs between versions of Python, so losses compare only within one ``fingerprint``. It is collected
-once into a cache ($MPTRAIN_CACHE, or $XDG_CACHE_HOME, or ~/.cache) and memory-mapped from there.
+Every .py file of the running interpreter except its tests: 12.1 MB in 733 files on Python 3.11, 3.23 nats per
+byte without context. The text differs between versions of Python, so losses compare only within one
+``fingerprint``. It is collected once into a cache ($MPTRAIN_CACHE, or $XDG_CACHE_HOME, or ~/.cache) and
+memory-mapped from there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mptrain.data import TokenDataset
+from mptrain.data import TokenDataset, require_share
 from mptrain.tools.files import write_whole
 
 INPUT = "tokens"
@@ -40,10 +41,7 @@ class Config:
     root: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.validation_frac < 1.0:
-            raise ValueError(
-                f"stdlib: validation_frac={self.validation_frac} must be in (0, 1); try data.validation_frac=0.1"
-            )
+        require_share("stdlib", self.validation_frac, 0.1)
 
 
 def build(config: Config) -> TokenDataset:
@@ -66,18 +64,21 @@ def build(config: Config) -> TokenDataset:
 
 
 def sources(root: Path) -> list[str]:
-    """Paths of the corpus's files relative to ``root``, with slashes, sorted."""
-    found = []
+    """Return the paths of the corpus's files relative to ``root``, with slashes, sorted."""
+    paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED]
-        # _sysconfigdata*.py records how this one interpreter was built: names of a machine's folders, not library text.
-        kept = (name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata"))
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in kept]
-    return sorted(found)
+        # _sysconfigdata*.py records how this interpreter was built: a machine's paths, not library text.
+        sources_here = (name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata"))
+        paths += [(Path(folder) / name).relative_to(root).as_posix() for name in sources_here]
+    return sorted(paths)
 
 
 def in_validation(path: str, fraction: float) -> bool:
-    """Whether a file is held out. Only a hash of its relative path decides: a file more or less moves no other."""
+    """Return whether a file is held out.
+
+    Only a hash of its relative path decides, so adding a file moves no other.
+    """
     return int.from_bytes(hashlib.sha256((SALT + path).encode()).digest()[:8]) < fraction * 2**64
 
 
@@ -91,18 +92,20 @@ def collect(root: Path, files: list[str], fraction: float) -> tuple[Bytes, Bytes
 
 
 def digest(content: Bytes) -> str:
-    """SHA-256 (hex) of an array's bytes: 10 ms for this corpus with the processor's SHA instructions, 30 ms without."""
+    """Return SHA-256 (hex) of an array's bytes: 10 ms for this corpus with the processor's SHA instructions, 30 ms
+    without."""
     return hashlib.sha256(content.data).hexdigest()
 
 
 def cache_root(config: Config) -> Path:
-    """The folder that caches live in; it need not exist."""
+    """Return the folder that caches live in; it need not exist."""
     named = config.cache_dir or os.environ.get("MPTRAIN_CACHE") or os.environ.get("XDG_CACHE_HOME")
     return Path(os.path.expanduser(named or "~/.cache"))
 
 
 def read_cache(folder: Path) -> tuple[Bytes, Bytes] | None:
-    """The two splits, memory-mapped; None when anything is missing or is not what the manifest says (torn, damaged)."""
+    """Return the two splits, memory-mapped; None when anything is missing or is not what the manifest says (torn,
+    damaged)."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         train, validation = (np.memmap(folder / f"{split}.bin", np.uint8, "r") for split in SPLITS)
@@ -113,9 +116,10 @@ def read_cache(folder: Path) -> tuple[Bytes, Bytes] | None:
 
 
 def write_cache(folder: Path, arrays: tuple[Bytes, Bytes]) -> bool:
-    """Store both splits, then the manifest that vouches for them. False when the disk refuses: memory then does.
+    """Store both splits, then the manifest with their hashes. Return False if the disk refuses; the corpus stays in
+    memory.
 
-    Each file appears whole or not at all, and two processes write the same bytes, so neither can break the other.
+    Each file is written atomically, and two processes write the same bytes, so neither can break the other.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

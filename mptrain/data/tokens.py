@@ -1,9 +1,9 @@
 """Token shards on disk, tokenized elsewhere: nanoGPT's and llm.c's formats are read, llm.c's is written.
 
-nanoGPT: 2-byte tokens and nothing else. llm.c: a header of 256 4-byte integers (magic, version, number of tokens), then
-tokens of 2 bytes (GPT-2) or 4 bytes (Llama 3). Both are little-endian; numpy's .npy files are read too, and what is
-none of these is refused (:mod:`mptrain.data._token_files`). Sources: nanoGPT's data/*/prepare.py and llm.c's
-dev/data/data_common.py.
+nanoGPT: 2-byte tokens and nothing else. llm.c: a header of 256 4-byte integers (magic, version, number of
+tokens), then tokens of 2 bytes (GPT-2) or 4 bytes (Llama 3). Both are little-endian; numpy's .npy files are read
+too, and other files are rejected (:mod:`mptrain.data._token_files`). Sources: nanoGPT's data/*/prepare.py and
+llm.c's dev/data/data_common.py.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Config:
 
 
 class Shards:
-    """Several arrays of tokens addressed as one, without joining them: only what is read is copied."""
+    """Several arrays of tokens addressed as one, without joining them: only the requested part is copied."""
 
     def __init__(self, parts: Sequence[npt.NDArray[Any]]) -> None:
         self.parts = list(parts)
@@ -62,7 +62,7 @@ class Shards:
         return self.ends[-1]
 
     def __getitem__(self, index: slice) -> npt.NDArray[Any]:
-        """Tokens ``start:stop`` (no step), as one array, over the border of a shard where it must."""
+        """Return tokens ``start:stop`` (no step) as one array, across shards where necessary."""
         start, stop, _ = index.indices(len(self))
         pieces = []
         number = bisect_right(self.ends, start)
@@ -91,7 +91,7 @@ def build(config: Config) -> TokenDataset:
 
 
 def scan(split: list[tuple[str, npt.NDArray[Any]]], vocab_size: int) -> tuple[bytes, int]:
-    """SHA-256 and largest token of a split. ValueError names the shard that has a token outside the vocabulary.
+    """Return SHA-256 and largest token of a split. ValueError names the shard that has a token outside the vocabulary.
 
     The fingerprint does not depend on how the tokens are cut into shards, but on their width.
     """
@@ -111,7 +111,7 @@ def scan(split: list[tuple[str, npt.NDArray[Any]]], vocab_size: int) -> tuple[by
 
 
 def _outside(chunk: npt.NDArray[Any], first: int, vocab_size: int) -> str:
-    """Say what is wrong with tokens of which the largest is not in the vocabulary."""
+    """Explain why tokens are outside the vocabulary."""
     top, where = int(chunk.max()), first + int(chunk.argmax())
     if int(chunk.byteswap().max()) < vocab_size:
         return (
@@ -128,7 +128,10 @@ def _outside(chunk: npt.NDArray[Any], first: int, vocab_size: int) -> str:
 
 
 def open_split(split: str, pattern: str, dtype: str = "auto") -> list[tuple[str, npt.NDArray[Any]]]:
-    """All shards that ``pattern`` names, sorted by name. ValueError when there is none, with near names if any."""
+    """Return all shards that ``pattern`` names, sorted by name.
+
+    ValueError when there is none, with near names if any.
+    """
     paths = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern)))
     if paths:
         return [(path, open_shard(path, dtype)) for path in paths]
@@ -137,7 +140,7 @@ def open_split(split: str, pattern: str, dtype: str = "auto") -> list[tuple[str,
         raise ValueError(f"data.{split}={pattern}: there is no folder {folder}")
     present = sorted(os.listdir(folder or "."))
     near = difflib.get_close_matches(name, present, n=3, cutoff=0.5) or [p for p in present if p.endswith(".bin")][:3]
-    hint = f"; did you mean {', '.join(os.path.join(folder, found) for found in near)}?" if near else ""
+    hint = f"; did you mean {', '.join(os.path.join(folder, neighbour) for neighbour in near)}?" if near else ""
     raise ValueError(f"data.{split}={pattern}: no such file{hint}")
 
 

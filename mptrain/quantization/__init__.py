@@ -1,4 +1,4 @@
-"""Post-training quantization of trained models and of Hugging Face's, through torchao: quantized, verified, written."""
+"""Post-training quantization of our and Hugging Face's models with torchao: quantize, verify, save."""
 
 from mptrain.quantization.apply import load_quantized, quantize_model
 from mptrain.quantization.artifact import load, save

@@ -1,4 +1,4 @@
-"""A model quantized in place, and proof that it was: some of torchao's conversions silently do nothing."""
+"""In-place quantization with verification: some of torchao's conversions silently do nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mptrain.tools.quiet import quiet_import
 
 SHORTEST_ROW = 32
 """Inputs of a layer that is worth it: in shorter rows scale and zero point weigh more than a sixth of the codes."""
-SLACK = 1.02  # of a rounding error, for the arithmetic in FP32 around it
+SLACK = 1.02  # factor on a rounding error, for the FP32 arithmetic around it
 
 
 @torch.no_grad()
@@ -33,12 +33,12 @@ def quantize_model(
     keep: str = "",
     batches: Iterable[Mapping[str, Tensor]] = (),
 ) -> Report:
-    """Quantize the linear layers of ``model`` in place. The report says of every weight what became of it, and why.
+    """Quantize the linear layers of ``model`` in place. The report lists every weight, and why it was left as it is.
 
-    ``keep``: full-match regex of module names left as they are; a head tied to its embedding always is. ``batches``:
-    what a calibrated method sees, as the model's forward takes it. Conv1D layers of transformers become linear ones.
-    ValueError, naming what to change, if the method is missing here, if no layer can be quantized, or if what torchao
-    made of one is not what was asked for: the model is then no good.
+    ``keep``: full-match regex of module names left as they are; a head tied to its embedding always is.
+    ``batches``: calibration data, as the model's forward takes it. Conv1D layers of transformers become linear
+    ones. ValueError, naming what to change, if the method is unavailable here, if no layer can be quantized, or
+    if torchao's result is not the requested one: the model is then unusable.
     """
     if isinstance(method, str):
         method = methods.named(method)
@@ -51,28 +51,28 @@ def quantize_model(
     as_linear(model)
     if method.cast:
         return _cast(model, method, keep)
-    chosen, kept = selected(model, method, size, keep)
+    chosen, unquantized = selected(model, method, size, keep)
     if not chosen:
-        why = reasons(kept) or "it has no linear layers"
+        why = reasons(unquantized) or "it has no linear layers"
         raise ValueError(f"{method.name} would quantize nothing: {why}")
     before = {name: layer.weight.detach() for name, layer in chosen.items()}
     _require_finite(before)
     _convert(model, method, size, chosen, batches)
-    made = {name: _verified(name, model.get_submodule(name), weight, method) for name, weight in before.items()}
-    if all(layer.sqnr_db == math.inf for layer in made.values()):
+    layers = {name: _verified(name, model.get_submodule(name), weight, method) for name, weight in before.items()}
+    if all(layer.sqnr_db == math.inf for layer in layers.values()):
         raise ValueError(
             f"{method.name} changed no weight by a bit: either it did not quantize, or the weights are what an earlier "
             "quantization left; start from the original"
         )
-    return _report(model, method, size, made, kept)
+    return _report(model, method, size, layers, unquantized)
 
 
 def load_quantized(
     folder: str | Path, method: str = "int8", *, group_size: int | None = None, keep: str = "", device: str = "cpu"
 ) -> nn.Module:
-    """The model of a Hugging Face folder, quantized: ``load_quantized("folder", "int8")``. In eval mode.
+    """Return the model of a Hugging Face folder, quantized and in eval mode: ``load_quantized("folder", "int8")``.
 
-    ValueError if the folder is not whole, its architecture unknown, or nothing can be quantized.
+    ValueError if the folder is incomplete, its architecture unknown, or nothing can be quantized.
     """
     model = huggingface.opened(Path(folder)).to(device)
     quantize_model(model, method, group_size=group_size, keep=keep)
@@ -82,9 +82,9 @@ def load_quantized(
 def selected(
     model: nn.Module, method: Method, size: int | None, keep: str
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The linear layers to quantize in groups of ``size`` (None: rows), and the kept ones with the reason."""
+    """Return the linear layers to quantize in groups of ``size`` (None: rows), and the kept ones with the reason."""
     try:
-        linear, kept = select(model, keep, multiple=1, setting="--keep")
+        linear, unquantized = select(model, keep, multiple=1, setting="--keep")
     except re.error as error:
         raise ValueError(f"--keep={keep} is not a regular expression: {error}") from error
     owners: dict[int, list[str]] = {}
@@ -97,14 +97,14 @@ def selected(
         others = [other for other in owners[id(layer.weight)] if other != name]
         why = f"its weight is also that of {others[0]} (tied)" if others else _misfit(layer, method, size)
         if why:
-            kept[name] = why
+            unquantized[name] = why
         else:
             chosen[name] = layer
-    return chosen, kept
+    return chosen, unquantized
 
 
 def _misfit(layer: nn.Linear, method: Method, size: int | None) -> str:
-    """Why the method cannot have the layer; empty: it can."""
+    """Return why the method does not fit the layer; empty if it does."""
     inputs = layer.in_features
     if inputs < SHORTEST_ROW:
         return f"in_features={inputs} are too few for a scale: rows of {SHORTEST_ROW} and more are worth it"
@@ -132,29 +132,29 @@ def _convert(
     chosen: dict[str, nn.Linear],
     batches: Iterable[Mapping[str, Tensor]],
 ) -> None:
-    """torchao's conversion of the chosen layers and no others. A module in two places is converted once."""
+    """Convert the chosen layers, and no others, with torchao. A module in two places is converted once."""
     with quiet_import():
         from torchao.quantization import quantize_
 
-    def wanted(module: nn.Module, name: str) -> bool:
+    def chosen_layer(module: nn.Module, name: str) -> bool:
         return name in chosen and not is_quantized(module.weight)  # type: ignore[arg-type]
 
     config = method.config(size)
     if not method.calibrated:
-        quantize_(model, config, filter_fn=wanted)
+        quantize_(model, config, filter_fn=chosen_layer)
         return
     with quiet_import():
         from torchao.prototype.smoothquant import SmoothQuantConfig
-    quantize_(model, SmoothQuantConfig(config, "prepare", alpha=method.smooth), filter_fn=wanted)
+    quantize_(model, SmoothQuantConfig(config, "prepare", alpha=method.smooth), filter_fn=chosen_layer)
     seen = 0
     for batch in batches:
         model(**batch)
         seen += 1
     if not seen:
         raise ValueError(f"{method.name} must see activations: give quantize_model batches=, or use --to int8-dynamic")
-    quantize_(model, SmoothQuantConfig(config, "convert", alpha=method.smooth), filter_fn=wanted)
+    quantize_(model, SmoothQuantConfig(config, "convert", alpha=method.smooth), filter_fn=chosen_layer)
     places = [*model.named_modules(remove_duplicate=False)]
-    for name, old in chosen.items():  # it swapped the layers, in the first place of each
+    for name, old in chosen.items():  # torchao swapped each layer only in its first place
         for alias, module in places:
             if module is old:
                 parent, _, leaf = alias.rpartition(".")
@@ -162,29 +162,32 @@ def _convert(
 
 
 def _verified(name: str, layer: nn.Module, before: Tensor, method: Method) -> Layer:
-    """Return what the layer holds now.
+    """Return the layer's new format, size and error.
 
-    ValueError unless it is the tensor and the codes that were asked for, and each weight is within half a step of what
-    it was.
+    ValueError unless it has the requested tensor class and codes, and each weight is within half a step of the
+    original.
     """
     weight: Any = layer.weight
     kind = type(weight).__name__
     if kind != method.tensor:
         raise ValueError(
-            f"{method.name} left {name} as it was (a {kind}, not {method.tensor}): "
+            f"{method.name} did not quantize {name} (a {kind}, not {method.tensor}): "
             f"keep it with --keep {name}, or use another method"
         )
     bits = BITS.get(getattr(weight, "target_dtype", None), 8 * weight.qdata.element_size())
     if weight.qdata.dtype is not method.dtype or bits != method.weight_bits or weight.qdata.shape != before.shape:
-        found = f"{bits} bits of {weight.qdata.dtype}, {list(weight.qdata.shape)}"
-        raise ValueError(f"{method.name} made {found} of {name}: mptrain does not know this torchao, install 0.18")
+        held = f"{bits} bits of {weight.qdata.dtype}, {list(weight.qdata.shape)}"
+        raise ValueError(f"{method.name} made {held} of {name}: mptrain does not know this torchao, install 0.18")
     now = weight.dequantize().float()
     pre_scale = getattr(weight, "act_pre_scale", None)
     factor = torch.ones(()) if pre_scale is None else pre_scale.float()  # activations are multiplied by it first
     now, was = now * factor, before.float()
     worst = ((now - was).abs() / (_half_step(weight, was) * factor.abs())).max().item()
     if not worst <= SLACK:
-        raise ValueError(f"{method.name} moved a weight of {name} by {worst:.3g} half steps: it is not that layer")
+        raise ValueError(
+            f"{method.name} moved a weight of {name} by {worst:.3g} half steps, which is not rounding: "
+            f"keep it with --keep {name}, or use another method"
+        )
     parts, _ = flattened(f"{name}.weight", weight)
     size = sum(part.nbytes for part in parts.values())
     named = f"int{bits}" if weight.qdata.dtype is torch.int8 else "fp8_e4m3"
@@ -192,7 +195,7 @@ def _verified(name: str, layer: nn.Module, before: Tensor, method: Method) -> La
 
 
 def _half_step(weight: Any, was: Tensor) -> Tensor:
-    """How far rounding may move each weight: half a scale; in E4M3 half a last place, where it is subnormal 2^-10 of
+    """Return how far rounding may move each weight: half a scale; in E4M3 half a last place, for subnormals 2^-10 of
     the scale. The largest weight of a group clips by another half, which is within the same bound."""
     blocks: Tensor = weight.scale.float()
     if blocks.numel() == 1:
@@ -205,17 +208,17 @@ def _half_step(weight: Any, was: Tensor) -> Tensor:
 
 
 def sqnr_db(was: Tensor, now: Tensor) -> float:
-    """Signal over quantization noise, in dB; infinite for the same values."""
+    """Return the signal over quantization noise, in dB; infinite for the same values."""
     with quiet_import():
         from torchao.quantization import compute_error
     return math.inf if torch.equal(was, now) else float(compute_error(was, now))
 
 
 def _cast(model: nn.Module, method: Method, keep: str) -> Report:
-    """Parameters and what is saved beside them; buffers that are not saved stay as the model made them."""
+    """Cast parameters and saved buffers; other buffers stay as the model made them."""
     if keep:
         raise ValueError(f"{method.name} is a change of the whole model: leave --keep out")
-    made = {}
+    layers = {}
     for name, owner, key, tensor in _tensors(model):
         if not tensor.is_floating_point():
             continue
@@ -225,35 +228,37 @@ def _cast(model: nn.Module, method: Method, keep: str) -> Report:
         if tensor.dim() > 1:
             error = sqnr_db(tensor.detach().float(), cast.float())
             label = name.removesuffix(".weight")
-            made[label] = Layer(label, method.name, cast.numel(), cast.nbytes, BYTES_FP32 * cast.numel(), error)
+            layers[label] = Layer(label, method.name, cast.numel(), cast.nbytes, BYTES_FP32 * cast.numel(), error)
         if key in owner._parameters:
-            tensor.data = cast  # the same parameter: ties stay
+            tensor.data = cast  # the same parameter object, so that ties are preserved
         else:
             setattr(owner, key, cast)
-    return _report(model, method, None, made, {})
+    return _report(model, method, None, layers, {})
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
-    """(name, module, name in it, tensor) of all that a state_dict holds; a tied one once."""
+    """Return (name, module, name in it, tensor) for each entry of the state_dict; a tied one once."""
     saved = set(model.state_dict())
     seen: set[int] = set()
-    found = []
+    tensors = []
     for prefix, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             name = f"{prefix}.{key}" if prefix else key
             if tensor is not None and name in saved and id(tensor) not in seen:
                 seen.add(id(tensor))
-                found.append((name, module, key, tensor))
-    return found
+                tensors.append((name, module, key, tensor))
+    return tensors
 
 
-def _report(model: nn.Module, method: Method, size: int | None, made: dict[str, Layer], kept: dict[str, str]) -> Report:
+def _report(
+    model: nn.Module, method: Method, size: int | None, quantized: dict[str, Layer], unquantized: dict[str, str]
+) -> Report:
     report = Report(method.name, size)
     multiplied = {id(module.weight): at for at, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, module, key, tensor in _tensors(model):
         label = name.removesuffix(".weight")
-        if label in made:
-            report.layers.append(made[label])
+        if label in quantized:
+            report.layers.append(quantized[label])
         elif tensor.dim() < 2:
             report.rest_elements += tensor.numel()
             report.rest_bytes += tensor.nbytes
@@ -262,7 +267,7 @@ def _report(model: nn.Module, method: Method, size: int | None, made: dict[str, 
             named = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(
                 tensor.dtype, f"{bits} bits"
             )
-            why = kept.get(label) or _not_linear(module, key, multiplied.get(id(tensor)))
+            why = unquantized.get(label) or _not_linear(module, key, multiplied.get(id(tensor)))
             report.layers.append(Layer(label, named, count, tensor.nbytes, BYTES_FP32 * count, kept=why))
     return report
 

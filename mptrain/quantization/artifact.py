@@ -1,9 +1,9 @@
-"""A quantized model as a folder: written whole or not at all, and loaded as the very model that was saved.
+"""The folder of a quantized model: written atomically, loaded bit for bit.
 
-``quantized.safetensors`` holds codes (INT4 two to a byte), scales, zero points and the tensors that are as they were;
-``quantization.json`` what it takes to put them together, with the file's checksum; ``config.json`` the model. The first
-is not called model.safetensors because transformers would load that: with fresh random weights for the quantized ones
-and no more than a warning.
+``quantized.safetensors`` holds codes (INT4 two to a byte), scales, zero points and the unquantized tensors;
+``quantization.json`` the metadata to rebuild them, with the file's checksum; ``config.json`` the model. The first
+is not called model.safetensors because transformers would load that, with random weights for the quantized ones
+and only a warning.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WEIGHTS = "quantized.safetensors"
 def save(out: str | Path, source: Source, report: Report) -> Path:
     """Write the model of ``source``, quantized as ``report`` says, into the new folder ``out``.
 
-    ValueError if something is in the way or the disk is full; nothing is then left behind.
+    ValueError if ``out`` exists or the disk is full; nothing is then left behind.
     """
     out = Path(out)
     require_free(out)
@@ -62,9 +62,10 @@ def save(out: str | Path, source: Source, report: Report) -> Path:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The model of a folder that :func:`save` wrote, in eval mode: its forward gives the same bits as the one saved.
+    """Return the model of a folder that :func:`save` wrote, in eval mode: its forward gives the same bits as the one
+    saved.
 
-    ValueError if the folder is not one, is of another version, or a file of it is damaged.
+    ValueError if it is not such a folder, is of another version, or is damaged.
     """
     folder, device = Path(folder), torch.device(device)
     described = read(folder)
@@ -77,25 +78,25 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
         model = _shell(folder, described)
         state = {**tensors, **weights}
         for name, _ in model.named_parameters():
-            if name in state:  # as assign=True keeps them, so that what is tied stays so
+            if name in state:  # assign=True keeps parameters as they are, so that ties are preserved
                 state[name] = nn.Parameter(state[name], requires_grad=False)
         state |= {name: state[first] for name, first in described["ties"].items()}
         model.load_state_dict(state, assign=True)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        made = f"torch {described.get('torch')} and torchao {described.get('torchao')}"
+        versions = f"torch {described.get('torch')} and torchao {described.get('torchao')}"
         raise ValueError(
-            f"{folder} does not fit together ({str(error).splitlines()[0]}); it was made by {made}"
+            f"{folder} cannot be restored ({str(error).splitlines()[0]}); it was made by {versions}"
         ) from error
     return model.eval().to(device)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """``quantization.json``. ValueError if it is not there, torn, or of another version."""
+    """Read ``quantization.json``. ValueError if it is missing, incomplete, or of another version."""
     described = object_in(folder / MARK)
     if not (folder / MARK).is_file():
         raise ValueError(f"{folder} is not a quantized model: it has no {MARK}")
     if "version" not in described:
-        raise ValueError(f"{folder / MARK} is torn: quantize the original again")
+        raise ValueError(f"{folder / MARK} is incomplete or corrupt: quantize the original again")
     if described["version"] != VERSION:
         raise ValueError(
             f"{folder} is of version {described['version']} and this mptrain reads {VERSION}: quantize again"
@@ -109,7 +110,7 @@ def size_bytes(folder: str | Path) -> int:
 
 
 def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """Plain tensors for the file, what quantized weights take beside them, and tied names -> the stored name."""
+    """Return plain tensors for the file, the metadata of the quantized ones, and tied names -> the stored name."""
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
     ties: dict[str, str] = {}
@@ -128,10 +129,10 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[s
 def _read_tensors(folder: Path, described: dict[str, Any]) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
-        raise ValueError(f"{folder} has lost its {WEIGHTS}: quantize the original again")
+        raise ValueError(f"{folder} lacks {WEIGHTS}: quantize the original again")
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies, so that each is aligned as the saved one was: a sum's order may depend on it.
+            # Copies, to align each as the saved one was: the order of sums may depend on it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error

@@ -1,10 +1,10 @@
-"""A quantized model against the one it was made from: loss, agreement, speed, and which layer is to blame.
+"""Evaluation of a quantized model against its original: loss, agreement, speed, and the error of each layer.
 
 Both see the same validation samples, so every difference is paired: what makes a sample hard cancels out, and the
-interval of the difference is some ten times narrower than that of either loss. Intervals over samples are Student's t
-on the samples' mean losses: there are dozens to thousands of them, of equal length, evenly spaced over the split; a
-bootstrap of as many gives the same ends and costs more. They say what other samples of this split would give; that of
-two samples of one document resemble each other is not in them. Accuracies have exact intervals (Clopper-Pearson), their
+interval of the difference is some ten times narrower than that of either loss. Intervals over samples are
+Student's t on the samples' mean losses: there are dozens to thousands of them, of equal length, evenly spaced
+over the split; a bootstrap of as many gives the same ends and costs more. They cover other samples of this split,
+but not the similarity of samples from one document. Accuracies have exact intervals (Clopper-Pearson), their
 paired difference Agresti and Min's.
 """
 
@@ -25,8 +25,8 @@ from mptrain.report.compare.intervals import mean_of, paired_proportions, propor
 from mptrain.report.deploy.matrix import Evaluation, Latency, LayerError
 from mptrain.tools.machine import describe
 
-ANSWERS = ("targets", "labels")  # of a batch; without them a model gives logits
-AT_A_TIME = 1 << 22  # logits turned into float64 probabilities at a time: 32 MiB
+ANSWERS = ("targets", "labels")  # keys of a batch; without them a model returns logits
+AT_A_TIME = 1 << 22  # logits converted to float64 probabilities at a time: 32 MiB
 OVER_SAMPLES, PAIRED = "t over samples", "paired t over samples"
 Batch = Mapping[str, Tensor]
 
@@ -40,32 +40,32 @@ def evaluate(
     weights_db: Mapping[str, float] | None = None,
     reference_logits: Callable[[int], Tensor] | None = None,
 ) -> Evaluation:
-    """``model`` beside ``reference`` on validation ``batches`` with their ``targets`` or ``labels``.
+    """Compare ``model`` with ``reference`` on validation ``batches`` with their ``targets`` or ``labels``.
 
     ``repeats``: timed forwards of each at one sample and at the batch, 0 for no latencies and no layers.
-    ``weights_db``: SQNR of weights by layer, where known. ``reference_logits``: what :func:`logits_of` gives for the
-    reference and batch i, if somebody remembers. ValueError without a batch.
+    ``weights_db``: SQNR of weights by layer, where known. ``reference_logits``: a cache of :func:`logits_of` for
+    the reference and batch i. ValueError without a batch.
     """
     chosen = list(batches)
     if not chosen:
         raise ValueError("no validation batch to evaluate on: ask for at least one, --batches 1")
     model.eval()
     reference.eval()
-    judged = Judged()
+    scores = Scores()
     with torch.no_grad():
         for index, batch in enumerate(chosen):
             theirs = reference_logits(index) if reference_logits else logits_of(reference, batch)
-            judged.add(logits_of(model, batch), theirs, answer_of(batch))
+            scores.add(logits_of(model, batch), theirs, answer_of(batch))
         parts = sizes_to_time(chosen[0]) if repeats else []
         latencies = [latency(model, reference, part, repeats) for part in parts]
         layers = layer_errors(model, reference, chosen[0], weights_db or {}) if repeats else []
-    return judged.evaluation(device_of(model), latencies, layers)
+    return scores.evaluation(device_of(model), latencies, layers)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """[samples, predictions, choices]; a model that classifies makes one prediction a sample."""
-    found = model(**inputs_of(model, batch))
-    logits: Tensor = getattr(found, "logits", found)  # transformers wraps them
+    """Return [samples, predictions, choices]; a model that classifies makes one prediction a sample."""
+    output = model(**inputs_of(model, batch))
+    logits: Tensor = getattr(output, "logits", output)  # transformers wraps them
     return logits if logits.ndim == 3 else logits.unsqueeze(1)
 
 
@@ -80,12 +80,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def answer_of(batch: Batch) -> Tensor:
-    """int64 [samples] for images, [samples, predictions] for tokens."""
+    """Return the right answers: int64 [samples] for images, [samples, predictions] for tokens."""
     return next(batch[name] for name in ANSWERS if name in batch)
 
 
 @dataclass
-class Judged:
+class Scores:
     """Figures of each sample so far, in float64: means over its predictions."""
 
     losses: list[float] = field(default_factory=list)
@@ -99,7 +99,7 @@ class Judged:
     images: bool = False
 
     def add(self, logits: Tensor, theirs: Tensor, answers: Tensor) -> None:
-        """``logits``, ``theirs`` (the reference's): [samples, predictions, choices]."""
+        """Add the figures of logits [samples, predictions, choices]; ``theirs``: the reference's."""
         self.images = answers.ndim == 1
         answers = answers.to(logits.device).reshape(logits.shape[:2])
         size = max(1, AT_A_TIME // math.prod(logits.shape[1:]))
@@ -148,7 +148,10 @@ class Judged:
 
 
 def loss_delta(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Mean of the paired differences of samples' losses, nats. Its exponential is the ratio of perplexities."""
+    """Return the mean of the paired differences of samples' losses, nats.
+
+    Its exponential is the ratio of perplexities.
+    """
     return mean_of([a - b for a, b in zip(ours, theirs, strict=True)], PAIRED)
 
 
@@ -161,7 +164,7 @@ def top1_delta(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
 
 
 def sizes_to_time(batch: Batch) -> list[Batch]:
-    """The batch cut to one sample, and the whole of it."""
+    """Return the batch cut to one sample, and the whole of it."""
     one = {name: tensor[:1] for name, tensor in batch.items()}
     return [one, batch] if len(answer_of(batch)) > 1 else [one]
 
@@ -173,7 +176,7 @@ def latency(
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Latency:
-    """Time the two in turns, so that what else the machine does falls on both; the first turn warms up.
+    """Time the two in turns, so that other load on the machine affects both; the first turn warms up.
 
     ``clock``: seconds.
     """
@@ -197,7 +200,7 @@ def latency(
 
 
 def seconds_of(model: nn.Module, batch: Batch, clock: Callable[[], float]) -> float:
-    """Time one forward, the answer waited for."""
+    """Time one forward, up to its result."""
     inputs = inputs_of(model, batch)
     _wait(model)
     begin = clock()
@@ -214,20 +217,20 @@ def _wait(model: nn.Module) -> None:
 def layer_errors(
     model: nn.Module, reference: nn.Module, batch: Batch, weights_db: Mapping[str, float] | None = None
 ) -> list[LayerError]:
-    """The linear layers of ``reference`` by what their twins in ``model`` make of one batch, the worst first.
+    """Compare the linear layers of ``reference`` with those of ``model`` on one batch, the worst first.
 
-    Worst is by ``own_db``: a layer that is given what the reference's was given cannot be blamed for those before it.
+    Worst is by ``own_db``: given the reference's input, a layer does not inherit the errors of those before it.
     """
     own: dict[str, float] = {}
     right: dict[str, Tensor] = {}
     inherited: dict[str, float] = {}
 
-    def judge(name: str, found: tuple[Tensor, ...], out: Tensor) -> None:
+    def judge(name: str, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         twin = model.get_submodule(name)
         right[name] = out
-        own[name] = sqnr_db(out, twin(found[0].to(_dtype(twin, found[0]))))
+        own[name] = sqnr_db(out, twin(inputs[0].to(_dtype(twin, inputs[0]))))
 
-    def compare(name: str, found: tuple[Tensor, ...], out: Tensor) -> None:
+    def compare(name: str, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         inherited[name] = sqnr_db(right[name], out)
 
     names = [name for name, layer in reference.named_modules() if isinstance(layer, nn.Linear)]
@@ -239,7 +242,7 @@ def layer_errors(
 
 
 def _dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
-    """Return the type that the layer takes: that of its weight, as it shows it to others."""
+    """Return the dtype that the layer takes: that of its weight, as it shows it to others."""
     return next((p.dtype for p in layer.parameters() if p.is_floating_point()), x.dtype)
 
 
@@ -247,9 +250,9 @@ Watch = Callable[[str, tuple[Tensor, ...], Tensor], None]
 
 
 def _watched(model: nn.Module, names: Sequence[str], watch: Watch, batch: Batch) -> None:
-    """One forward in which every one of the named layers is looked at."""
+    """Run one forward with ``watch`` on every named layer."""
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda layer, found, out, name=name: watch(name, found, out))
+        model.get_submodule(name).register_forward_hook(lambda layer, inputs, out, name=name: watch(name, inputs, out))
         for name in names
     ]
     try:
@@ -259,10 +262,11 @@ def _watched(model: nn.Module, names: Sequence[str], watch: Watch, batch: Batch)
             handle.remove()
 
 
-def sqnr_db(right: Tensor, found: Tensor) -> float:
-    """10 log10 of the signal's power over the error's; inf if equal, -inf for an error around a signal of zeros."""
+def sqnr_db(right: Tensor, output: Tensor) -> float:
+    """Return 10 log10 of the signal's power over the error's; inf if equal, -inf for an error around a signal of
+    zeros."""
     signal = float(right.double().square().sum())
-    error = float((found.double() - right.double()).square().sum())
+    error = float((output.double() - right.double()).square().sum())
     if error == 0:
         return math.inf
     return 10 * math.log10(signal / error) if signal else -math.inf

@@ -1,4 +1,4 @@
-"""Model folders of Hugging Face: opened, built empty, their Conv1D layers made linear. transformers comes lazily."""
+"""Model folders of Hugging Face: loading, empty models, Conv1D layers made linear. transformers is imported lazily."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def is_one(folder: Path) -> bool:
-    """Tell whether it is a model's folder in Hugging Face's layout."""
+    """Return whether it is a model's folder in Hugging Face's layout."""
     return bool({"model_type", "architectures"} & object_in(folder / "config.json").keys())
 
 
 def opened(folder: Path, file: Path | None = None) -> nn.Module:
-    """The FP32 model of a folder in eval mode, its weights from ``file`` where one is named.
+    """Return the FP32 model of a folder in eval mode, its weights from ``file`` where one is named.
 
-    ValueError for an unknown architecture, a missing or torn file, or weights that the model wants and are not there.
+    ValueError for an unknown architecture, a missing or corrupt file, or missing weights.
     """
     config = _config(folder)
     for path in [file] if file else weight_files(folder):
@@ -44,13 +44,15 @@ def opened(folder: Path, file: Path | None = None) -> nn.Module:
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{file or folder} lacks {missing[0]}{more}: it is not of the model in {folder}/config.json")
-    made: nn.Module = model.eval()
-    return made
+        raise ValueError(
+            f"{file or folder} lacks {missing[0]}{more}: it does not belong to the model in {folder}/config.json"
+        )
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def shell(folder: Path) -> nn.Module:
-    """The model that ``config.json`` describes, with Conv1D layers made linear; its weights are on meta."""
+    """Return the model that ``config.json`` describes, with Conv1D layers made linear; its weights are on meta."""
     config = _config(folder)
     kind = _class_of(folder, config)
     with _silent(), weightless():
@@ -60,12 +62,15 @@ def shell(folder: Path) -> nn.Module:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder. ValueError if there are none, or one that the index names is not there."""
+    """Return the safetensors files of a folder.
+
+    ValueError if there are none, or one that the index names is missing.
+    """
     if (folder / INDEX).is_file():
         try:
             shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} is torn: fetch it again") from error
+            raise ValueError(f"{folder / INDEX} is incomplete or corrupt: fetch it again") from error
         for shard in shards:
             if not (folder / shard).is_file():
                 raise ValueError(f"{folder} lacks {shard}, a shard of {len(shards)} that {INDEX} names: fetch it again")
@@ -86,7 +91,7 @@ def _require_whole(path: Path) -> None:
 
 
 def _config(folder: Path) -> Any:
-    """transformers' configuration. ValueError if its model_type is not one it knows."""
+    """Return transformers' configuration. ValueError for an unknown model_type."""
     require_installed(str(folder))
     settings = object_in(folder / "config.json")
     if "quantization_config" in settings:
@@ -95,18 +100,18 @@ def _config(folder: Path) -> Any:
 
 
 def _class_of(folder: Path, config: Any) -> Any:
-    with _silent():  # an architecture's module is imported here
+    with _silent():  # imports the architecture's module
         import transformers
 
         named = (config.architectures or [""])[0]
-        found = getattr(transformers, named, None) if named else None
+        architecture = getattr(transformers, named, None) if named else None
         automatic = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING)
     if named:
-        if found is None:
+        if architecture is None:
             raise ValueError(
                 f"{folder}/config.json: transformers {transformers.__version__} has no architecture {named}"
             )
-        return found
+        return architecture
     for auto in automatic:
         if type(config) in auto:
             return auto[type(config)]

@@ -1,9 +1,8 @@
-"""The words of ``mptrain quantize`` on accuracy: the model as it came beside the one it became."""
+"""The accuracy part of ``mptrain quantize``: the original model vs. the quantized one."""
 
 from __future__ import annotations
 
 import copy
-import math
 
 from rich.console import Console
 from torch import nn
@@ -14,16 +13,16 @@ from mptrain.quantization.matrix import validation_batches
 from mptrain.quantization.methods import Method
 from mptrain.quantization.report import Report
 from mptrain.quantization.source import Source
-from mptrain.report.compare.comparison import Interval
+from mptrain.report import wording
 from mptrain.report.deploy.matrix import Evaluation
 from mptrain.report.deploy.terminal import print_evaluation
 
-BATCHES = 8  # validation batches, where nobody says
+BATCHES = 8  # validation batches, by default
 REPEATS = 5  # timed forwards
 
 
 class Judge:
-    """Keeps the model as it came, in FP32, and ``batches`` of the run's validation data; with 0 it does nothing.
+    """Evaluates against the original FP32 model, on ``batches`` of the run's validation data; with 0 it does nothing.
 
     ValueError if there is no data to judge by.
     """
@@ -34,7 +33,7 @@ class Judge:
         self._reference = copy.deepcopy(source.model) if batches else source.model
 
     def at_once(self, method: Method, group_size: int | None, keep: str) -> None:
-        """Judge what the method makes of the model without fine-tuning."""
+        """Evaluate the model quantized without fine-tuning."""
         model = copy.deepcopy(self._reference)
         report = quantize_model(model, method, group_size=group_size, keep=keep)
         self.add(f"{method.name} at once", model, report, repeats=0)
@@ -53,15 +52,11 @@ class Judge:
 
 
 def regained(at_once: Evaluation, tuned: Evaluation) -> str:
-    """Say in a sentence how much of the loss fine-tuning gave back."""
+    """Describe how much of the loss fine-tuning gave back."""
     gain = loss_delta(tuned.losses, at_once.losses)
-    said = f"fine-tuning changes the loss by {gain.mean:+.5f} nats{_ends(gain)} on the same samples"
+    change = f"fine-tuning changes the loss by {wording.interval(gain, '+.5f', ' nats')} on the same samples"
     lost = at_once.loss_delta
     if not lost.low > 0:
-        return f"{said}; quantized at once the model loses too little to say what part of it came back"
+        return f"{change}; quantized at once the model loses too little to say what part of it came back"
     share = f"{-gain.mean / lost.mean:.0%} of what quantization at once loses ({lost.mean:+.5f})"
-    return f"{said}, {share}; of that, further training alone gives a part"
-
-
-def _ends(interval: Interval) -> str:
-    return "" if math.isnan(interval.low) else f" [{interval.low:+.5f}, {interval.high:+.5f}]"
+    return f"{change}, {share}; of that, further training alone gives a part"

@@ -1,8 +1,8 @@
-"""Trained in x deployed in: each run's model in each format, beside itself in FP32 and beside FP32 throughout.
+"""Training precision x deployment format: each run's model in each format, vs. itself in FP32 and vs. FP32 throughout.
 
-All cells see the same validation samples. Within a run a difference is paired by sample; where a precision has several
-runs (seeds), each gives one number, and the interval is over the runs, paired by seed: it holds what another training
-would give, which that over samples does not.
+All cells see the same validation samples. Within a run a difference is paired by sample; where a precision has
+several runs (seeds), each gives one number, and the interval is over the runs, paired by seed: it covers the
+variation of another training, unlike one over samples.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from mptrain.report.compare.intervals import mean_of, perplexity
 from mptrain.report.deploy.matrix import Deployed, Evaluation, Matrix
 from mptrain.runs.read import expand, settings_in
 
-ORDER = ("fp32", "tf32", "bf16", "fp16", "fp8")  # of the precisions trained in; variants of them beside them
+ORDER = ("fp32", "tf32", "bf16", "fp16", "fp8")  # of training precisions; their variants follow them
 FORMATS = ("fp32", "bf16", "int8", "int4", "fp8")
 BATCHES = 32
-SAMPLES = {"tokens": 8, "images": 64}  # of a batch
+SAMPLES = {"tokens": 8, "images": 64}  # samples per batch
 REPEATS = 5  # timed forwards
-REMEMBERED = 1 << 30  # bytes of the FP32 model's logits, which every format is compared with
+REMEMBERED = 1 << 30  # bytes of the FP32 model's logits to cache, for comparison with every format
 OVER_SEEDS = "t over seeds"
 CPU_SPEED = "On a CPU torchao's kernels expand most formats before they multiply: a ratio below 1 is the cost of that."
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A run: what it was trained in, and its seed."""
+class TrainedRun:
+    """A run: its training precision and its seed."""
 
     folder: Path
     precision: str
@@ -58,7 +58,7 @@ class Figure:
 
 
 @dataclass
-class Found:
+class Results:
     """(trained, deployed) -> a figure for each run; or why there is none."""
 
     figures: dict[tuple[str, str], list[Figure]] = field(default_factory=dict)
@@ -78,51 +78,52 @@ def deploy(
     device: torch.device | None = None,
     say: Say = lambda text: None,
 ) -> Matrix:
-    """The matrix of the runs at ``paths`` (run folders, or folders of them) in the formats ``to``; FP32 is always one.
+    """Return the matrix of the runs at ``paths`` (run folders, or folders of them) in the formats ``to``, FP32
+    included.
 
-    ``group_size``, ``keep``: as :func:`quantize_model` takes them, where the method has groups. A format that a model
-    cannot be had in is a cell that says why. ValueError if the runs are not of one model and data.
+    ``group_size``, ``keep``: as :func:`quantize_model` takes them, where the method has groups. The cell of an
+    impossible format holds the reason. ValueError if the runs are not of one model and data.
     """
     formats = list(dict.fromkeys(("fp32", *to)))
     calibrated = [name for name in formats if named(name).calibrated]
     if calibrated:
         raise ValueError(f"{calibrated[0]} must see activations first, which is not done here: leave it out of --to")
-    found, chosen, runs = Found(), list[Batch](), list[Trained]()
+    results, chosen, runs = Results(), list[Batch](), list[TrainedRun]()
     for run in trained_at(paths):
         try:
             source = open_source(run.folder)
-        except ValueError as error:  # a run of the sweep that is still at work
-            found.left_out.append(f"left out: {error}")
+        except ValueError as error:  # a run of the sweep that is still in progress
+            results.left_out.append(f"left out: {error}")
             continue
         data = source.dataset()
-        if found.fingerprint not in ("", data.fingerprint):
-            raise ValueError(f"{run.folder} was trained on other data than {runs[0].folder}: compare them apart")
-        found.fingerprint, chosen = data.fingerprint, validation_batches(data, batches)
+        if results.fingerprint not in ("", data.fingerprint):
+            raise ValueError(f"{run.folder} was trained on other data than {runs[0].folder}: compare them separately")
+        results.fingerprint, chosen = data.fingerprint, validation_batches(data, batches)
         runs.append(run)
         model = source.model.to(device or torch.device("cpu"))
         for name, figure in _formats_of(run, model, formats, chosen, repeats, group_size, keep, say):
             if isinstance(figure, str):
-                found.why[run.precision, name] = figure
+                results.why[run.precision, name] = figure
             else:
-                found.figures.setdefault((run.precision, name), []).append(figure)
+                results.figures.setdefault((run.precision, name), []).append(figure)
     if not runs:
-        raise ValueError(found.left_out[0].removeprefix("left out: "))
-    return _matrix(paths, found, formats, runs, chosen)
+        raise ValueError(results.left_out[0].removeprefix("left out: "))
+    return _matrix(paths, results, formats, runs, chosen)
 
 
-def trained_at(paths: Sequence[Path]) -> list[Trained]:
-    """The runs, FP32 first. ValueError if one has no settings, or two are alike in precision and seed."""
-    runs: dict[tuple[str, int], Trained] = {}
+def trained_at(paths: Sequence[Path]) -> list[TrainedRun]:
+    """Return the runs, FP32 first. ValueError if one has no settings, or two are alike in precision and seed."""
+    runs: dict[tuple[str, int], TrainedRun] = {}
     first: tuple[Path, dict[str, Any]] | None = None
     for folder in expand(paths):
         settings = settings_in(folder)
         if not settings:
-            raise ValueError(f"{folder}/config.json holds no settings of a run: name other runs")
+            raise ValueError(f"{folder}/config.json has no run settings: name other runs")
         same = {name: settings[name] for name in ("model", "data")}
         first = first or (folder, same)
         if first[1] != same:
             raise ValueError(f"{folder} and {first[0]} are of different models or data: one matrix holds one of each")
-        run = Trained(folder, str(settings["precision"]["name"]), int(settings["seed"]))
+        run = TrainedRun(folder, str(settings["precision"]["name"]), int(settings["seed"]))
         other = runs.setdefault((run.precision, run.seed), run)
         if other is not run:
             raise ValueError(
@@ -131,19 +132,19 @@ def trained_at(paths: Sequence[Path]) -> list[Trained]:
     return sorted(runs.values(), key=lambda run: [run.precision.startswith(name) for name in ORDER], reverse=True)
 
 
-def validation_batches(data: Dataset, batches: int, size: int | None = None) -> list[Batch]:
-    """Evenly spaced validation samples: at most ``batches`` of ``size``, the last one smaller where the data ends."""
+def validation_batches(data: Dataset, batches: int) -> list[Batch]:
+    """Return evenly spaced validation samples in at most ``batches`` batches, the last smaller where the data ends."""
     if batches < 1:
-        raise ValueError(f"--batches {batches} leaves nothing to judge by: ask for at least 1, e.g. {BATCHES}")
+        raise ValueError(f"--batches {batches} leaves no validation data: use at least 1, e.g. {BATCHES}")
     available = data.validation_samples
-    size = size or SAMPLES[data.unit]
+    size = SAMPLES[data.unit]
     count = min(batches * size, available)
     samples = [i * available // count for i in range(count)]
     return [data.validation_at(samples[first : first + size]) for first in range(0, count, size)]
 
 
 def _formats_of(
-    run: Trained,
+    run: TrainedRun,
     reference: nn.Module,
     formats: Sequence[str],
     batches: Sequence[Batch],
@@ -152,9 +153,9 @@ def _formats_of(
     keep: str,
     say: Say,
 ) -> list[tuple[str, Figure | str]]:
-    """The model of one run in each format; a text where it cannot be had."""
-    remembered = Remembered(reference, batches)
-    found: list[tuple[str, Figure | str]] = []
+    """Evaluate the model of one run in each format; a text explains where that is impossible."""
+    remembered = CachedLogits(reference, batches)
+    deployed: list[tuple[str, Figure | str]] = []
     for name in formats:
         say(f"{run.folder.name}: {name}")
         model, method = copy.deepcopy(reference), named(name)
@@ -166,16 +167,16 @@ def _formats_of(
                 keep="" if method.cast else keep,
             )
         except ValueError as error:
-            found.append((name, str(error)))
+            deployed.append((name, str(error)))
             continue
         weights = {layer.name: layer.sqnr_db for layer in report.quantized if layer.sqnr_db is not None}
         timed = 0 if name == "fp32" else repeats
         evaluation = evaluate(model, reference, batches, repeats=timed, weights_db=weights, reference_logits=remembered)
-        found.append((name, Figure(run.seed, evaluation, report)))
-    return found
+        deployed.append((name, Figure(run.seed, evaluation, report)))
+    return deployed
 
 
-class Remembered:
+class CachedLogits:
     """The reference's logits of batch i, kept for the next format as long as they fit."""
 
     def __init__(self, reference: nn.Module, batches: Sequence[Batch]) -> None:
@@ -193,26 +194,30 @@ class Remembered:
 
 
 def _matrix(
-    paths: Sequence[Path], found: Found, formats: Sequence[str], runs: Sequence[Trained], batches: Sequence[Batch]
+    paths: Sequence[Path],
+    results: Results,
+    formats: Sequence[str],
+    runs: Sequence[TrainedRun],
+    batches: Sequence[Batch],
 ) -> Matrix:
     trained = list(dict.fromkeys(run.precision for run in runs))
-    base = found.figures.get(("fp32", "fp32"), [])
-    cells = [_cell(found, name, other, base) for name in trained for other in formats]
-    some = next(iter(found.figures.values()))[0].evaluation
+    base = results.figures.get(("fp32", "fp32"), [])
+    cells = [_cell(results, name, other, base) for name in trained for other in formats]
+    some = next(iter(results.figures.values()))[0].evaluation
     notes = [] if base else ["No run was trained in FP32: each is compared with itself alone."]
     timed = any(cell.speed_ratio is not None for cell in cells)
-    notes += [*([CPU_SPEED] if some.device == "cpu" and timed else []), *found.left_out]
+    notes += [*([CPU_SPEED] if some.device == "cpu" and timed else []), *results.left_out]
     title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs"
     metric = "perplexity" if some.unit == "tokens" else "top-1"
     size = len(next(iter(batches[0].values())))
     return Matrix(title, metric, some.unit, some.samples, size, some.machine, cells, notes, some.device)
 
 
-def _cell(found: Found, trained: str, deployed: str, base: Sequence[Figure]) -> Deployed:
-    figures = found.figures.get((trained, deployed), [])
+def _cell(results: Results, trained: str, deployed: str, base: Sequence[Figure]) -> Deployed:
+    figures = results.figures.get((trained, deployed), [])
     if not figures:
-        return Deployed(trained, deployed, why=found.why[trained, deployed])
-    own = found.figures[trained, "fp32"]
+        return Deployed(trained, deployed, why=results.why[trained, deployed])
+    own = results.figures[trained, "fp32"]
     first = figures[0]
     worst = next(iter(first.evaluation.layers), None)
     speeds = [figure.evaluation.latencies[-1] for figure in figures if figure.evaluation.latencies]
@@ -235,12 +240,12 @@ def _cell(found: Found, trained: str, deployed: str, base: Sequence[Figure]) -> 
         speed_ratio=statistics.median(ratios) if ratios else None,
         speed_low=ends[0][0] if ratios else None,
         speed_high=ends[0][1] if ratios else None,
-        why=found.why.get((trained, deployed), ""),
+        why=results.why.get((trained, deployed), ""),
     )
 
 
 def _metric(figures: Sequence[Figure]) -> Interval:
-    """Perplexity or accuracy, over the runs; of a single one over its samples."""
+    """Return perplexity or accuracy, over the runs; of a single one over its samples."""
     only = figures[0].evaluation
     if only.unit == "images":
         assert only.top1 is not None
@@ -251,7 +256,7 @@ def _metric(figures: Sequence[Figure]) -> Interval:
 
 
 def _delta(figures: Sequence[Figure], others: Sequence[Figure]) -> Interval | None:
-    """Difference of the runs that have one of the same seed among the others; None if there is no such pair.
+    """Return the difference of the runs that have one of the same seed among the others; None if there is no such pair.
 
     The perplexity's is relative.
     """
@@ -262,16 +267,16 @@ def _delta(figures: Sequence[Figure], others: Sequence[Figure]) -> Interval | No
     images = pairs[0][0].unit == "images"
     if len(pairs) == 1:
         ours, other = pairs[0]
-        found = top1_delta(ours.hits, other.hits) if images else loss_delta(ours.losses, other.losses)
+        delta = top1_delta(ours.hits, other.hits) if images else loss_delta(ours.losses, other.losses)
     else:
         changes = [_mean(ours) - _mean(other) for ours, other in pairs]
-        found = mean_of(changes, f"paired {OVER_SEEDS}", seeds=True)
-        if images and len(set(changes)) == 1:  # no spread to go by: of the images of all runs
+        delta = mean_of(changes, f"paired {OVER_SEEDS}", seeds=True)
+        if images and len(set(changes)) == 1:  # no spread between runs: use the images of all runs
             hits = [[hit for evaluation in side for hit in evaluation.hits] for side in zip(*pairs, strict=True)]
-            found = top1_delta(*hits)
+            delta = top1_delta(*hits)
     if images:
-        return found
-    ratio = perplexity(found)
+        return delta
+    ratio = perplexity(delta)
     return Interval(ratio.mean - 1, ratio.low - 1, ratio.high - 1, ratio.n, ratio.method)
 
 

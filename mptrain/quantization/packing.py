@@ -1,6 +1,6 @@
-"""torchao's tensors as plain ones for a file, and back; codes of four bits two to a byte, of two bits four.
+"""torchao's tensors as plain tensors for a file, and back; two 4-bit codes or four 2-bit codes to a byte.
 
-torchao's ``Intx`` tensors are the only INT4 and INT2 it runs on a CPU, and hold each code in a byte of its own.
+torchao's ``Intx`` tensors are the only INT4 and INT2 it runs on a CPU, and hold each code in its own byte.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from mptrain.tools.quiet import quiet_import
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch has it, its stubs do not
 INT2: torch.dtype = torch.int2  # type: ignore[attr-defined]
 BITS: dict[Any, int] = {INT4: 4, INT2: 2}
-PACKED = ".packed"  # at the end of a name: several codes to a byte, the first in the lowest bits
+PACKED = ".packed"  # suffix of a name: several codes per byte, the first in the lowest bits
 
 
 def pack(codes: Tensor, bits: int = 4) -> Tensor:
-    """Signed codes of 4 or 2 ``bits`` (int8, any shape) -> uint8 [ceil(count * bits / 8)], in order, the first in the
-    lowest bits of a byte."""
+    """Pack signed codes of 4 or 2 ``bits`` (int8, any shape) into uint8 [ceil(count * bits / 8)], in order, the
+    first in the lowest bits of a byte."""
     assert codes.dtype == torch.int8
     half, each = 1 << (bits - 1), 8 // bits
     assert not codes.numel() or (codes.min() >= -half and codes.max() < half), f"codes beyond {bits} bits"
@@ -48,14 +48,14 @@ def unpack(packed: Tensor, shape: tuple[int, ...], bits: int = 4) -> Tensor:
 
 
 def is_quantized(tensor: Tensor) -> bool:
-    """Tell whether it is one of torchao's."""
+    """Return whether it is one of torchao's tensors."""
     with quiet_import():
         from torchao.utils import TorchAOBaseTensor
     return isinstance(tensor, TorchAOBaseTensor)
 
 
 def flattened(name: str, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The plain tensors that a quantized weight is stored as, and what else it takes to make it again (JSON)."""
+    """Return the plain tensors that store a quantized weight, and the metadata to rebuild it (JSON)."""
     with quiet_import():
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     tensors, metadata = flatten_tensor_state_dict({name: weight.detach()})
@@ -70,12 +70,15 @@ def flattened(name: str, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def restored(name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> Tensor:
-    """The weight that :func:`flattened` took apart; its tensors are taken out of ``tensors``. ValueError if one is
-    missing."""
+    """Rebuild the weight that :func:`flattened` took apart, removing its parts from ``tensors``. ValueError if one
+    is missing.
+
+    ValueError if one is missing.
+    """
     with quiet_import():
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
     module, _, leaf = name.rpartition(".")
-    found = {}
+    parts = {}
     for part in about["torchao"]["_tensor_data_names"]:
         key = f"{module}._{leaf}_{part}"
         shape = about.get("packed", {}).get(key)
@@ -83,8 +86,8 @@ def restored(name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> Te
         if stored not in tensors:
             raise ValueError(f"{stored} is not there")
         tensor = tensors.pop(stored)
-        found[key] = tensor if shape is None else unpack(tensor, tuple(shape), about.get("bits", 4))
+        parts[key] = tensor if shape is None else unpack(tensor, tuple(shape), about.get("bits", 4))
     metadata = {"tensor_names": json.dumps([name]), name: json.dumps(about["torchao"])}
-    made, _ = unflatten_tensor_state_dict(found, metadata)
-    weight: Tensor = made[name]
+    weights, _ = unflatten_tensor_state_dict(parts, metadata)
+    weight: Tensor = weights[name]
     return weight

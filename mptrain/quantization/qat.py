@@ -1,9 +1,9 @@
-"""Quantization-aware fine-tuning: some more steps in which the weights are rounded as they will be in deployment.
+"""Quantization-aware fine-tuning: further steps with the weights rounded as they will be deployed.
 
-torchao's QAT swaps layers for ones that round in the forward and let gradients pass as if they had not, but to weights
-that were clipped (Jacob et al. 2018). The swap is checked: a name that matches nothing would leave a model that was
-fine-tuned in full precision, and nobody would see it from the loss. Afterwards the layers are plain again and the model
-is quantized and verified like any other.
+torchao's QAT swaps layers for ones that round in the forward and let gradients pass unchanged, except to clipped
+weights (Jacob et al. 2018). The swap is checked: a name that matches nothing would fine-tune in full precision,
+and the loss would not show it. Afterwards the layers become plain again and the model is quantized and verified
+like any other.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from mptrain.quantization.methods import Method, named
 from mptrain.tools.quiet import quiet_import
 from mptrain.tools.settings import require
 
-CLIP = 1.0  # as the trainer's
+CLIP = 1.0  # the trainer's default
 RATE = 3e-4
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The course of fine-tuning: ``losses`` (nats) of its steps, with rounded weights; how many of them were
-    ``skipped``."""
+    """The course of fine-tuning: ``losses`` (nats) of its steps, with rounded weights; how many were ``skipped``."""
 
     layers: tuple[str, ...]
     losses: list[float]
@@ -49,8 +48,8 @@ def finetune(
 ) -> Tuned:
     """Train ``model``, trained already, for ``steps`` more on ``batches``, rounded as ``quantize_model`` will round it.
 
-    It is left in FP32 with plain layers, in eval mode. ``group_size``, ``keep``: as they will be given to
-    ``quantize_model``. ValueError if no layer would be quantized, or torchao has no such training.
+    The result is in FP32 with plain layers, in eval mode. ``group_size``, ``keep``: as for ``quantize_model``.
+    ValueError if no layer would be quantized, or torchao does not support such training.
     """
     require(steps > 0, "--finetune", steps, "at least 1 step, e.g. 100")
     require(lr > 0, "--finetune-lr", lr, f"above 0, e.g. {RATE}")
@@ -70,7 +69,7 @@ def finetune(
 def fake_quantize(model: nn.Module, config: Any, names: Collection[str]) -> None:
     """Swap the layers ``names`` for ones that compute as torchao's ``config`` will have them, on FP32 parameters.
 
-    ValueError if torchao has no such training for the config.
+    ValueError if torchao does not support such training for the config.
     """
     with quiet_import():
         from torchao.quantization import quantize_
@@ -78,7 +77,7 @@ def fake_quantize(model: nn.Module, config: Any, names: Collection[str]) -> None
 
     before = {name: model.get_submodule(name) for name in names}
     try:
-        with quiet_import():  # it imports more when it is first used
+        with quiet_import():  # the first use imports more
             quantize_(model, QATConfig(config, step="prepare"), _only(names))
     except (ValueError, AssertionError) as error:
         raise ValueError(
@@ -109,10 +108,10 @@ def plain_again(model: nn.Module, names: Collection[str]) -> None:
 def train(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], steps: int, *, lr: float, precision: str = "fp32"
 ) -> tuple[list[float], int]:
-    """The loop: losses and the number of skipped steps."""
+    """Run the training loop; return losses and the number of skipped steps."""
     model.train()
     bound = Precision(precision).prepare(model)
-    options = OptimConfig(lr=lr, weight_decay=0.0, min_lr_frac=0.0)  # what still moves hops between two codes
+    options = OptimConfig(lr=lr, weight_decay=0.0, min_lr_frac=0.0)  # late steps would hop between codes
     optimizer, schedule = build_optimizer(options, model), Schedule.of(options, steps)
     losses: list[Tensor] = []
     applied = 0

@@ -1,4 +1,4 @@
-"""The result of a quantization: each weight's format, bytes and error, and why others were left as they were."""
+"""The report of a quantization: format, bytes and error of each weight, and why others were left unquantized."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ BYTES_FP32 = 4
 class Layer:
     """A weight of two or more dimensions.
 
-    ``bytes``: as stored in a file, with scales and zero points, INT4 two to a byte. ``sqnr_db``: of the weight as it is
-    multiplied by now, against the one before (infinite: the same bits); None if it was kept. ``kept``: why it was.
+    ``bytes``: as stored in a file, with scales and zero points, INT4 two to a byte. ``sqnr_db``: of the quantized
+    weight against the original (infinite: the same bits); None if it was not quantized. ``kept``: why it was not.
     """
 
     name: str
@@ -26,8 +26,10 @@ class Layer:
 
 @dataclass
 class Report:
-    """``layers``: those quantized and those kept, in the order of the model. ``rest_``: biases and norms. A tied weight
-    counts once."""
+    """``layers``: quantized and not, in the order of the model.
+
+    ``rest_``: biases and norms. A tied weight counts once.
+    """
 
     method: str
     group_size: int | None
@@ -64,10 +66,10 @@ class Report:
         return self.bytes / self.bytes_fp32
 
 
-def reasons(kept: dict[str, str]) -> str:
-    """Name -> reason, grouped: ``a, b: why; c: why``."""
+def reasons(why_by_name: dict[str, str]) -> str:
+    """Group names by their reason: ``a, b: why; c: why``."""
     groups: dict[str, list[str]] = {}
-    for name, why in kept.items():
+    for name, why in why_by_name.items():
         groups.setdefault(why, []).append(name)
     parts = []
     for why, names in groups.items():

@@ -1,4 +1,4 @@
-"""Models that a user names to be quantized: a run, a checkpoint of one, a Hugging Face folder, or a file in one."""
+"""Models to quantize: a run, one of its checkpoints, a Hugging Face folder, or a file in one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ NOT_BESIDE = (huggingface.INDEX, MARK)
 
 @dataclass(frozen=True)
 class Source:
-    """``model``: FP32, in eval mode. ``kind``: RUN or HUGGING_FACE. ``settings``: config.json of what is written from
-    it. ``data``: the run's data settings, None without a run. ``out``: where it is written if nobody says."""
+    """``model``: FP32, in eval mode. ``kind``: RUN or HUGGING_FACE. ``settings``: the config.json to write.
+    ``data``: the run's data settings, None without a run. ``out``: the default output folder."""
 
     model: nn.Module
     kind: str
@@ -36,32 +36,32 @@ class Source:
     beside: tuple[Path, ...] = field(default=())
 
     def dataset(self) -> Dataset:
-        """The run's data. ValueError if there is none (a Hugging Face folder) or it is not where it was."""
+        """Return the run's data. ValueError if there is none (a Hugging Face folder) or it was moved."""
         if self.data is None:
-            raise ValueError(f"{self.description} comes without data: name a run of mptrain")
+            raise ValueError(f"{self.description} has no data: name a run of mptrain")
         return dataset(self.settings)
 
 
 def dataset(settings: dict[str, Any]) -> Dataset:
-    """The data of a run with this config.json."""
-    asked = dict(settings["data"])
-    module = data.load(str(asked.pop("kind", "")))
+    """Return the data of a run with this config.json."""
+    settings_of_data = dict(settings["data"])
+    module = data.load(str(settings_of_data.pop("kind", "")))
     fields = module.Config.__dataclass_fields__
-    if "block_size" in fields and not asked.get("block_size"):
-        asked["block_size"] = settings["model"]["block_size"]
-    found: Dataset = module.build(from_plain(module.Config, asked, "data"))
-    return found
+    if "block_size" in fields and not settings_of_data.get("block_size"):
+        settings_of_data["block_size"] = settings["model"]["block_size"]
+    corpus: Dataset = module.build(from_plain(module.Config, settings_of_data, "data"))
+    return corpus
 
 
 def open_source(path: str | Path, average: bool = False) -> Source:
-    """Open what is at ``path``; ``average``: of a run the running average of its weights.
+    """Open the model at ``path``; ``average``: the running average of a run's weights.
 
-    ValueError for what is not there, not whole, of an unknown kind, or quantized already.
+    ValueError if it is missing, incomplete, of an unknown kind, or quantized already.
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
     if not path.exists():
-        raise ValueError(f"nothing at {path}: give a run, a checkpoint of one, or a Hugging Face model")
+        raise ValueError(f"{path} does not exist: pass a run, a checkpoint of one, or a Hugging Face model")
     if (folder / MARK).exists():
         raise ValueError(f"{folder} is quantized already ({MARK}): quantize the original")
     if huggingface.is_one(folder):
@@ -69,9 +69,11 @@ def open_source(path: str | Path, average: bool = False) -> Source:
             raise ValueError(f"{folder} is a Hugging Face model, which has no running average: leave --average out")
         return _hugging_face(folder, path if path.is_file() else None)
     if path.is_file():
-        raise ValueError(f"{path}: there is no config.json next to it that says what model it is of (model_type)")
+        raise ValueError(f"{path}: there is no config.json next to it with the model's type (model_type)")
     if (folder / "config.json").is_file() and "model" not in object_in(folder / "config.json"):
-        raise ValueError(f"{folder}/config.json is torn, or neither a run's (model) nor Hugging Face's (model_type)")
+        raise ValueError(
+            f"{folder}/config.json is incomplete, corrupt, or neither a run's (model) nor Hugging Face's (model_type)"
+        )
     return _run(path, average)
 
 
@@ -108,34 +110,34 @@ def _run(path: Path, average: bool) -> Source:
 
 
 def built(kind: str, config: Any) -> nn.Module:
-    """A model of our own with no weights in it yet."""
+    """Return a model of our own without weights."""
     with torch.device("meta"):
         model: nn.Module = models.load(kind).build(config)
     return model
 
 
 def rebuilt(settings: dict[str, Any]) -> nn.Module:
-    """The same, from the ``model`` of a config.json."""
+    """Return a model without weights from the ``model`` of a config.json."""
     values = dict(settings["model"])
     kind = values.pop("kind")
     return built(kind, from_plain(models.load(kind).Config, values, "model"))
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], where: Path) -> None:
-    """FP32 weights from a state, in which a tied one may be there once. ValueError if they are of another model."""
+    """Fill in FP32 weights; of tied ones the state may hold only one. ValueError if they belong to another model."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in state:
             names.setdefault(id(parameter), name)
     masters = {name: nn.Parameter(state[name].float().contiguous()) for name in names.values()}
-    wanted = model.state_dict(keep_vars=True)
-    filled = {name: masters[names[id(parameter)]] for name, parameter in wanted.items() if id(parameter) in names}
-    lacking, extra = sorted(wanted.keys() - filled.keys()), sorted(state.keys() - wanted.keys())
+    parameters = model.state_dict(keep_vars=True)
+    filled = {name: masters[names[id(parameter)]] for name, parameter in parameters.items() if id(parameter) in names}
+    lacking, extra = sorted(parameters.keys() - filled.keys()), sorted(state.keys() - parameters.keys())
     if lacking or extra:
         what = f"lacks {lacking[0]}" if lacking else f"holds {extra[0]}, which the model has not"
-        raise ValueError(f"{where} {what}: its run's config.json is of another model")
+        raise ValueError(f"{where} {what}: its run's config.json belongs to another model")
     try:
         model.load_state_dict(filled, assign=True)
-    except RuntimeError as error:  # shapes
+    except RuntimeError as error:  # shapes differ
         why = " ".join(str(error).split())
-        raise ValueError(f"{where} is of another model than its run's config.json says: {why}") from error
+        raise ValueError(f"{where} does not fit its run's config.json: {why}") from error

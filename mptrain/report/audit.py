@@ -1,4 +1,4 @@
-"""The table of ``mptrain doctor --audit``: what each kind of layer was asked to run in, and what it ran in."""
+"""The table of ``mptrain doctor --audit``: requested and actual precision of each kind of layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Cells = tuple[str, str, str, str, str]
 
 
 def print_audit(console: Console, audit: Audit) -> None:
-    """One row for all products alike (the same layers of all blocks are one), the shares, then the problems."""
+    """Print one row per group of equal products (equal layers of all blocks are one), the shares, then the problems."""
     table = Table(box=None, header_style="bold")
     for name in ("layer", "GEMM", "asked", "ran", "evidence"):
         table.add_column(name, no_wrap=True)
@@ -27,25 +27,27 @@ def print_audit(console: Console, audit: Audit) -> None:
     for problem in problems:
         console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
     if not problems:
-        console.print("no problem: every product ran in what it was asked for", highlight=False)
+        console.print("OK: every GEMM ran in the requested precision", highlight=False)
 
 
 def audit_rows(audit: Audit) -> list[tuple[Cells, float]]:
-    """(layer, GEMMs, asked, ran, evidence) and their share of the FLOPs, layer by layer in the order of the forward."""
+    """Return (layer, GEMMs, asked, ran, evidence) and their share of the FLOPs, layer by layer in the order of the
+    forward."""
     groups: dict[tuple[str, str, str, str], list[Row]] = defaultdict(list)
     for row in audit.rows:
         groups[kind_of(row.layer), _lines(row.asked), _lines(row.ran), _evidence(row)].append(row)
     order = list(dict.fromkeys(kind for kind, *_ in groups))
-    found = []
+    table_rows = []
     for key in sorted(groups, key=lambda key: order.index(key[0])):
         rows = groups[key]
         gemms = "\n".join(dict.fromkeys(_title(row) for row in rows))
-        found.append(((key[0], gemms, *key[1:]), sum(row.flops for row in rows) / max(1, audit.flops)))
-    return found
+        table_rows.append(((key[0], gemms, *key[1:]), sum(row.flops for row in rows) / max(1, audit.flops)))
+    return table_rows
 
 
 def _title(row: Row) -> str:
-    """``output``, ``grad_input``, ``grad_weight``, ``attention``, or a later stage of it: recompute, backward."""
+    """Return ``output``, ``grad_input``, ``grad_weight``, ``attention``, or a later stage of it: recompute,
+    backward."""
     return row.gemm if row.gemm.startswith("grad") or row.stage == "forward" else row.stage
 
 

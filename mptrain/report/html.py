@@ -1,6 +1,6 @@
 """Render the HTML of every report: Jinja templates with autoescape, one stylesheet, no script, no network.
 
-Every number in a table has its exact value beside what is shown: ``<td data-key='fp8/val' data-value='2.40312'>``, the
+Every number in a table carries its exact value as well: ``<td data-key='fp8/val' data-value='2.40312'>``, the
 label of the row and the key of the column. An unknown one has no ``data-value``.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-ONE_LINE = 24  # characters of a label that stay in one line
+ONE_LINE = 24  # characters of a label that are not broken
 
 
 def render(template: str, /, **shown: Any) -> str:
@@ -23,16 +23,16 @@ def render(template: str, /, **shown: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    made = Environment(
+    environment = Environment(
         loader=PackageLoader("mptrain.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"breakable": breakable, "exact": exact, "joined": joined}
-    made.globals["ONE_LINE"] = ONE_LINE
-    return made
+    environment.filters |= {"breakable": breakable, "exact": exact, "joined": joined}
+    environment.globals["ONE_LINE"] = ONE_LINE
+    return environment
 
 
 def breakable(label: str) -> Markup:

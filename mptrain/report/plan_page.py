@@ -1,4 +1,4 @@
-"""The picture of a plan: one bar a precision, stacked by role, in one HTML file."""
+"""The memory plan as one HTML file: one bar per precision, stacked by role."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 class Planned(Protocol):
-    """The bars of a plan: bytes by role, those that are assumed apart."""
+    """The bars of a plan: bytes by role, the assumed ones separately."""
 
     @property
     def precision(self) -> str: ...
@@ -29,11 +29,11 @@ class Planned(Protocol):
 def page(title: str, plans: Sequence[Planned], capacity: int = 0) -> str:
     """Return the whole HTML text; ``capacity``: bytes of the device, 0 if not known."""
     rows = []
-    for one, drawn in zip(plans, styles_of([one.precision for one in plans]), strict=True):
-        roles = {role: size / GIB for role, size in [*one.roles.items(), *one.assumed.items()]}
-        rows.append(Stack(drawn, one.precision, f"{one.total / GIB:,.3g} GiB", Memory(one.total / GIB, None, roles)))
+    for plan, style in zip(plans, styles_of([plan.precision for plan in plans]), strict=True):
+        roles = {role: size / GIB for role, size in [*plan.roles.items(), *plan.assumed.items()]}
+        rows.append(Stack(style, plan.precision, f"{plan.total / GIB:,.3g} GiB", Memory(plan.total / GIB, None, roles)))
     notes = ["Bytes alive at the peak of a training step, traced on the real model without allocating it."]
-    if any(one.assumed for one in plans):
+    if any(plan.assumed for plan in plans):
         notes.append("The CUDA context and fragmentation are assumed, the rest is not.")
     if capacity:
         notes.append(f"The dashed line is at {capacity / GIB:,.2f} GiB.")

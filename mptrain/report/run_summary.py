@@ -1,4 +1,4 @@
-"""The plan of a run and its final comparison with FP32, for the terminal."""
+"""The plan of a run and its final comparison with FP32, in the terminal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mptrain.report.wording import loss, put
 from mptrain.runs.baseline import FEW_STEPS
 from mptrain.telemetry.coverage import SHOWN
 
 
 def print_lines(console: Console, rows: list[tuple[str, str]]) -> None:
-    """Aligned ``name  text`` rows; a row without a name continues the one before."""
+    """Print aligned ``name  text`` rows; a row without a name continues the previous one."""
     width = max(len(name) for name, _ in rows)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(min_width=width, no_wrap=True, style="bold")
@@ -26,7 +27,7 @@ def print_lines(console: Console, rows: list[tuple[str, str]]) -> None:
 
 
 def print_comparison(console: Console, summary: dict[str, Any]) -> None:
-    """This run, FP32 and their ratio; below it overflow, underflow, skipped steps and what needs a word."""
+    """Print this run, FP32 and their ratio, then overflow, underflow, skipped steps and other notes."""
     baseline = summary["baseline"]
     alone = baseline["source"] == "none"
     title = "result" if alone else f"compared with FP32 ({baseline['source']})"
@@ -43,20 +44,20 @@ def print_comparison(console: Console, summary: dict[str, Any]) -> None:
 
 
 def comparison_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The cells of the table: name, this run, FP32, ratio."""
+    """Return the cells of the table: name, this run, FP32, ratio."""
     base = summary["baseline"]
     step, few = base["step"], base["step"] < FEW_STEPS
     rows = []
     if step and step != summary["steps"]:
-        cells = (_loss(base["loss"]), _loss(base["fp32_loss"]))
+        cells = (loss(base["loss"]), loss(base["fp32_loss"]))
         rows.append(
             (f"training loss at step {step} (nats)", *cells, f"undecided: {step} steps" if few else _ratio(*cells))
         )
-    cells = (_loss(summary["train_loss"]), _loss(base["fp32_loss"]) if step == summary["steps"] else "-")
+    cells = (loss(summary["train_loss"]), loss(base["fp32_loss"]) if step == summary["steps"] else "-")
     rows.append((f"training loss at step {summary['steps']} (nats)", *cells, _decided(cells, step)))
-    cells = (_loss(summary["val_loss"]), _loss(base["fp32_val_loss"]))
+    cells = (loss(summary["val_loss"]), loss(base["fp32_val_loss"]))
     rows.append(("validation loss (nats)", *cells, _decided(cells, step)))
-    cells = (_percent(summary.get("val_top1_frac")), _percent(base["fp32_val_top1_frac"]))
+    cells = (put("{:.2f}", summary.get("val_top1_frac"), 100), put("{:.2f}", base["fp32_val_top1_frac"], 100))
     if cells[0] != "-":
         rows.append(("validation top-1 (%)", *cells, _decided(cells, step)))
     speed = f"{summary.get('unit', 'tokens')}/s{' (emulation)' if summary['emulated'] else ''}"
@@ -66,7 +67,7 @@ def comparison_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Events, and why a figure may not mean what it seems to."""
+    """Return the event counts, and why a figure may mislead."""
     overflow, underflow = summary["overflow_events"], summary["underflow_frac"]
     uncounted = "FP32 casts nothing" if summary["precision"] == "fp32" else "not counted (telemetry.record_every=0)"
     rows = [
@@ -76,15 +77,15 @@ def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if summary.get("plan"):
         planned, off = summary["plan"]["planned_gib"], summary["plan"]["plan_error_frac"]
-        apart = "as measured" if abs(off) < 5e-4 else f"{off:+.1%} beside what was measured"
+        apart = "as measured" if abs(off) < 5e-4 else f"{off:+.1%} vs. measured"
         rows.append(("memory plan", f"{planned:.3f} GiB, {apart}"))
     if "gemm_flops" in summary:
         rows.append(("GEMM FLOPs", summary["gemm_flops"]))
-        rows += [("not as asked", problem) for problem in summary["audit"][:SHOWN]]
+        rows += [("precision mismatch", problem) for problem in summary["audit"][:SHOWN]]
     fitted = {"current": "tensor", "rowwise": "row", "block": "block"}.get(summary["scaling"])
     if overflow == 0 and fitted:
-        why = f"{summary['scaling']} scaling fits the largest value of each {fitted} to the format, so none can"
-        rows.append(("no overflow?", why))
+        why = f"{summary['scaling']} scaling fits the largest value of each {fitted} to the format"
+        rows.append(("no overflow", f"{why}, so overflow cannot occur"))
     if summary["emulated"]:
         rows.append(("speed", emulation_note(summary["precision"])))
     if summary["baseline"]["note"]:
@@ -94,15 +95,7 @@ def footnotes(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def emulation_note(precision: str) -> str:
     unit = precision.partition("-")[0].upper()
-    return f"emulated: no {unit} unit here; numerics are real, speed is not"
-
-
-def _loss(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None or math.isnan(share) else f"{100 * share:.2f}"
+    return f"emulated: no {unit} unit here; numerics are exact, speed is not"
 
 
 def _decided(cells: tuple[str, str], steps: int) -> str:
@@ -122,7 +115,7 @@ def _pair(form: str, run: float, fp32: float) -> tuple[str, str, str]:
 
 
 def print_end(say: Callable[[str], None], folder: Path, go_on: str) -> None:
-    """Where everything is; ``go_on``: the command that continues a run that was stopped, else empty."""
+    """Print where the files are; ``go_on``: the command that continues a stopped run, else empty."""
     say(f"run folder: {folder} (summary.json, metrics.jsonl, events.jsonl, checkpoints)")
     if go_on:
-        say(f"stopped before the end; the state is saved. Continue with: {go_on}")
+        say(f"interrupted; state saved. Continue with: {go_on}")

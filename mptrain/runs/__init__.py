@@ -1,1 +1,1 @@
-"""Run folders: claimed, told apart, read again, exported."""
+"""Run folders: create, identify, read, export."""

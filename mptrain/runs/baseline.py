@@ -1,9 +1,9 @@
-"""FP32 beside every run: an earlier FP32 run of the same fingerprint, else a probe of a few FP32 steps.
+"""The FP32 baseline of each run: a previous FP32 run with the same fingerprint, or a probe of a few FP32 steps.
 
-Runs of one fingerprint (:mod:`mptrain.runs.identity`) differ by precision alone, so their losses are compared at the
-same step. The probe runs in a process of its own, before this run allocates anything on the device, so neither takes
-the other's memory or time; a file lock keeps two of them from measuring each other. Its result stays in the runs folder
-for the next run of that fingerprint.
+Runs of one fingerprint (:mod:`mptrain.runs.identity`) differ by precision alone, so their losses are compared at
+the same step. The probe runs in a separate process, before this run allocates anything on the device, so neither
+takes the other's memory or time; a file lock keeps two probes from measuring each other. Its result stays in the
+runs folder for the next run with that fingerprint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mptrain.tools.locks import locked
 from mptrain.tools.settings import to_plain
 
 PROBE_STEPS = 8  # 3 of warm-up, then 5 whose median is the speed
-FEW_STEPS = 100  # with fewer, a ratio of losses says nothing about where training goes
+FEW_STEPS = 100  # with fewer, a ratio of losses is not meaningful
 PROBES = ".fp32-probes"
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -34,7 +34,7 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"
 class Figures:
     """The measurements of one side of the comparison.
 
-    ``losses``: training loss (nats) by step; ``tokens_per_s``: or images, where samples are images.
+    ``losses``: training loss (nats) by step; ``tokens_per_s``: images per second if samples are images.
     """
 
     source: str = "none"
@@ -50,24 +50,24 @@ class Figures:
         return max(self.losses, default=0)
 
 
-def find(folders: list[Path], wanted: str) -> Figures | None:
-    """The longest, then newest, FP32 run of the fingerprint ``wanted`` in the folders of runs, or None."""
-    found: list[tuple[int, float, Path]] = []
+def find(folders: list[Path], fingerprint: str) -> Figures | None:
+    """Return the longest, then newest, FP32 run with this fingerprint in the folders of runs, or None."""
+    candidates: list[tuple[int, float, Path]] = []
     for path in {path for folder in folders for path in folder.glob("*/summary.json")}:
         summary = object_in(path)
-        if summary.get("precision") == "fp32" and summary.get("fingerprint") == wanted:
-            found.append((int(summary["steps"]), path.stat().st_mtime, path.parent))
-    return read_run(max(found)[2]) if found else None
+        if summary.get("precision") == "fp32" and summary.get("fingerprint") == fingerprint:
+            candidates.append((int(summary["steps"]), path.stat().st_mtime, path.parent))
+    return read_run(max(candidates)[2]) if candidates else None
 
 
-def named(folder: Path, config: Any, wanted: str) -> Figures:
-    """The FP32 run in ``folder``. ValueError, naming the settings that differ, if it cannot be compared."""
+def named(folder: Path, config: Any, fingerprint: str) -> Figures:
+    """Return the FP32 run in ``folder``. ValueError, naming the settings that differ, if it cannot be compared."""
     summary = object_in(folder / "summary.json")
     if not summary:
         raise ValueError(f"baseline={folder} holds no finished run (no summary.json): give the folder of an FP32 run")
     if summary.get("precision") != "fp32":
         raise ValueError(f"baseline={folder} is a {summary.get('precision')} run: give one with precision=fp32")
-    if summary.get("fingerprint") != wanted:
+    if summary.get("fingerprint") != fingerprint:
         both = object_in(folder / "config.json"), to_plain(config)
         theirs, ours = ({**values, "optim": updates(values.get("optim", {}))} for values in both)
         pairs = [d for key in COMPARED for d in _differences(theirs.get(key), ours[key], key)]
@@ -77,7 +77,7 @@ def named(folder: Path, config: Any, wanted: str) -> Figures:
 
 
 def read_run(folder: Path) -> Figures:
-    """The figures of a finished run, from its folder."""
+    """Return the figures of a finished run, from its folder."""
     summary = object_in(folder / "summary.json")
     speed, memory = number(summary.get("tokens_per_s")), number(summary.get("peak_memory_gib"))
     val_loss, val_top1 = number(summary.get("val_loss")), number(summary.get("val_top1_frac"))
@@ -85,37 +85,40 @@ def read_run(folder: Path) -> Figures:
 
 
 def read_losses(folder: Path) -> dict[int, float]:
-    """Training loss by step from ``metrics.jsonl``; of a step done twice (resumed) the last."""
+    """Read training loss by step from ``metrics.jsonl``; of a step done twice (resumed) the last."""
     rows = rows_in(folder / "metrics.jsonl")
     return {row["step"]: row["train/loss_step"] for row in rows if isinstance(row.get("train/loss_step"), float)}
 
 
-def probe(config: Any, wanted: str, runs: Path, say: Callable[[str], None]) -> Figures:
-    """Measure FP32 for a few steps in another process, or take what such a probe left. A failure is a note."""
+def probe(config: Any, fingerprint: str, runs: Path, say: Callable[[str], None]) -> Figures:
+    """Measure FP32 for a few steps in another process, or read the figures of an earlier probe.
+
+    A failure becomes a note.
+    """
     folder = runs / PROBES
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", lambda: say("waiting for the FP32 probe of another run")):
-        known = kept(wanted, runs)
+        known = kept(fingerprint, runs)
         if known is None:
             say(f"FP32 probe: {PROBE_STEPS} steps in a process of its own")
             result = _run_probe(config)
             if "error" in result:
                 return Figures(note=f"the FP32 probe failed: {result['error']}")
             known = _read(result)
-            keep(known, wanted, runs)
+            keep(known, fingerprint, runs)
     return known
 
 
-def kept(wanted: str, runs: Path) -> Figures | None:
-    """Read the figures that a probe of this fingerprint left."""
-    result = object_in(runs / PROBES / f"{wanted}.json")
+def kept(fingerprint: str, runs: Path) -> Figures | None:
+    """Read the figures of an earlier probe with this fingerprint."""
+    result = object_in(runs / PROBES / f"{fingerprint}.json")
     return _read(result) if result else None
 
 
-def keep(figures: Figures, wanted: str, runs: Path) -> None:
-    """Leave what a probe measured to later runs."""
+def keep(figures: Figures, fingerprint: str, runs: Path) -> None:
+    """Store a probe's figures for later runs."""
     (runs / PROBES).mkdir(parents=True, exist_ok=True)
-    write_whole(runs / PROBES / f"{wanted}.json", figures_json(figures))
+    write_whole(runs / PROBES / f"{fingerprint}.json", figures_json(figures))
 
 
 def _read(result: dict[str, Any]) -> Figures:
@@ -128,27 +131,27 @@ def _run_probe(config: Any) -> dict[str, Any]:
     """Start ``mptrain probe`` and wait. Whatever interrupts the wait ends the process too."""
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     with tempfile.TemporaryDirectory(prefix="mptrain-probe-") as folder:
-        asked, answer = Path(folder) / "config.json", Path(folder) / "figures.json"
-        asked.write_text(json.dumps(to_plain(config)))
-        command = [sys.executable, "-m", "mptrain.cli.subprocesses", "probe", str(asked), str(answer)]
+        settings_file, figures_file = Path(folder) / "config.json", Path(folder) / "figures.json"
+        settings_file.write_text(json.dumps(to_plain(config)))
+        command = [sys.executable, "-m", "mptrain.cli.subprocesses", "probe", str(settings_file), str(figures_file)]
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             return {"error": lines[-1]}
-        return object_in(answer)
+        return object_in(figures_file)
 
 
 def figures_json(figures: Figures) -> str:
-    """Write the figures that the probe's process hands over."""
+    """Return the figures as the probe's process hands them over."""
     return json.dumps(asdict(figures))
 
 
 def compare(run: Figures, fp32: Figures, *, emulated: bool = False) -> dict[str, Any]:
-    """Ratios to FP32 (speed above 1: faster; memory below 1: smaller) and differences (nats, accuracy), NaN where
-    unknown.
+    """Return ratios to FP32 (speed above 1: faster; memory below 1: smaller) and differences (nats, accuracy), NaN
+    where unknown.
 
-    Losses are those of the last step that both sides have, on the same batch. ``emulated``: the run's speed is that of
-    an emulation, of which no ratio is a speed-up.
+    Losses are those of the last step that both sides have, on the same batch. ``emulated``: the run's speed is
+    that of an emulation, so its ratio is not a speed-up.
     """
     step = max(run.losses.keys() & fp32.losses.keys(), default=0)
     loss, loss_fp32 = run.losses.get(step, math.nan), fp32.losses.get(step, math.nan)

@@ -1,6 +1,6 @@
-"""A trained model as a folder that Hugging Face's transformers loads: ``AutoModelForCausalLM.from_pretrained(OUT)``.
+"""Export to a folder that Hugging Face's transformers loads: ``AutoModelForCausalLM.from_pretrained(OUT)``.
 
-How an architecture is called and laid out there, its own module says (``hugging_face`` in mptrain/models/KIND.py).
+Each architecture's module translates its names and layout (``hugging_face`` in mptrain/models/KIND.py).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(source: Path, out: Path, dtype: str = "fp32", average: bool = False) -> str:
-    """Write ``config.json`` and ``model.safetensors`` into the new folder ``out``; returns what was written, in words.
+    """Write ``config.json`` and ``model.safetensors`` into the new folder ``out``; return a description of them.
 
-    ``source``: a run's folder (its newest whole checkpoint is taken) or a checkpoint in one. ``average``: the running
-    average of the weights in place of the weights (which are those the model computes with: BF16 if stored so, without
-    the optimizer's remainder). ValueError if something is missing or in the way, if the kind of
-    model has no twin there, or if a weight is beyond ``dtype``; ``out`` is then as it was.
+    ``source``: a run's folder (its newest complete checkpoint) or a checkpoint in one. ``average``: the running
+    average instead of the weights (which are those the model computes with: BF16 if stored so, without the
+    optimizer's remainder). ValueError if something is missing, ``out`` exists, transformers has no such
+    architecture, or a weight is beyond ``dtype``; ``out`` is then unchanged.
     """
     files.require_free(out)
     run, path = trained.located(source)
@@ -41,19 +41,19 @@ def export(source: Path, out: Path, dtype: str = "fp32", average: bool = False) 
 
 
 def _translated(run: Path, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors by Hugging Face's names."""
+    """Return config.json and tensors by Hugging Face's names."""
     kind = trained.model_kind(run)
     module = models.load(kind)
     if module.hugging_face is None:
         having = [name for name in models.kinds() if models.load(name).hugging_face]
         raise ValueError(
-            f"model.kind={kind} has no twin in Hugging Face's transformers; these have: {', '.join(having)}"
+            f"model.kind={kind} cannot be exported to Hugging Face's transformers; supported: {', '.join(having)}"
         )
     return module.hugging_face(trained.model_config(run, state), state)
 
 
 def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """ValueError where a finite weight would become Inf: FP16 ends at 65504."""
+    """Cast; ValueError where a finite weight would become Inf: FP16 ends at 65504."""
     cast = tensor.to(DTYPES[dtype]).contiguous()
     if (cast.isinf() & tensor.isfinite()).any():
         raise ValueError(f"{name} holds {tensor.abs().max():.3g}, beyond {dtype}: use --dtype fp32")

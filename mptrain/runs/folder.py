@@ -1,11 +1,12 @@
-"""The folder of a run: where it is, that it can be written, and that no run lands in the folder of another.
+"""The folder of a run: creation, write access, and a lock against other runs.
 
-A run holds a lock on its folder while it is at work. The system lets go of it when the process ends, however it ends,
-so a folder without a summary and without a lock is of a run that was stopped.
+A run locks its folder while it is in progress. The system releases the lock when the process ends, however it
+ends, so a folder without a summary and without a lock belongs to a stopped run.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -21,7 +22,7 @@ MARKS = ".torchrun"  # in the folder of the runs
 
 
 def folder_of(config: RunConfig, *, resumed: bool) -> tuple[Path, TextIO]:
-    """Make the run's folder, claim it and write ``config.json`` into it; returns the folder and what holds it.
+    """Create the run's folder, lock it and write ``config.json`` into it; return the folder and the lock.
 
     ValueError if it cannot be written, is in use, or holds a run already and is not being resumed.
     """
@@ -38,13 +39,11 @@ def folder_of(config: RunConfig, *, resumed: bool) -> tuple[Path, TextIO]:
 
 
 def _keep_earlier(folder: Path, text: str) -> None:
-    """The settings of the attempt before, as ``config.N.json``, if they were others."""
+    """Keep the previous attempt's settings as ``config.N.json``, if they differ."""
     path = folder / "config.json"
     if path.exists() and path.read_text() != text:
-        number = 1
-        while (folder / f"config.{number}.json").exists():
-            number += 1
-        write_whole(folder / f"config.{number}.json", path.read_text())
+        numbered = (folder / f"config.{number}.json" for number in itertools.count(1))
+        write_whole(next(earlier for earlier in numbered if not earlier.exists()), path.read_text())
 
 
 def _made(config: RunConfig, resumed: bool) -> Path:
@@ -71,21 +70,21 @@ def _numbered(parent: Path, stem: str) -> Path:
 
 
 def claim(folder: Path) -> TextIO:
-    """Hold the folder until the returned file is closed. ValueError if another run is at work in it."""
+    """Lock the folder until the returned file is closed. ValueError if another run uses it."""
     try:
         return hold(folder / identity.LOCK)
     except BlockingIOError:
-        raise ValueError(f"{folder} is in use by a run at work: wait for it, or choose another run_dir") from None
+        raise ValueError(f"{folder} is in use by another run: wait for it, or choose another run_dir") from None
 
 
 def launched() -> str:
-    """Mark this start of torchrun apart from every other: of all its restarts the same, empty without it."""
+    """Return an identifier of this torchrun launch (stable across its restarts); empty without torchrun."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"{run_id}-{os.getppid()}" if run_id else ""
 
 
 def remember(runs: Path, folder: Path) -> None:
-    """Note which folder this start of torchrun works in, for the processes that it starts when one of them failed."""
+    """Record the folder of this torchrun launch, for the processes that it restarts after a failure."""
     name = launched()
     if name:
         (runs / MARKS).mkdir(parents=True, exist_ok=True)
@@ -93,20 +92,20 @@ def remember(runs: Path, folder: Path) -> None:
 
 
 def remembered(runs: Path) -> Path | None:
-    """The folder that an earlier attempt of this start of torchrun worked in."""
+    """Return the folder that an earlier attempt of this torchrun launch used."""
     path = runs / MARKS / launched()
     return Path(path.read_text()) if launched() and path.is_file() else None
 
 
 def describe(folder: Path, about: dict[str, Any]) -> None:
-    """Write ``run.json``. A resumed run keeps the one of its beginning."""
+    """Write ``run.json``. A resumed run keeps its first one."""
     path = folder / identity.FILE
     if not path.exists():
         write_whole(path, json.dumps(about, indent=2) + "\n")
 
 
 def discard(folder: Path) -> None:
-    """Remove the folder of a run that never began, if it holds nothing but what was written before it began."""
+    """Remove the folder of a run that never began, unless it holds other files."""
     if {path.name for path in folder.iterdir()} <= {"config.json", identity.FILE, identity.LOCK}:
         for path in folder.iterdir():
             path.unlink()

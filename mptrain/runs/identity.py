@@ -1,8 +1,9 @@
-"""The identity of a run: written into its folder when it begins (``run.json``), so that others can be compared with it.
+"""The identity of a run, written when it begins (``run.json``), to decide which runs are comparable.
 
 Two runs of one fingerprint saw the same initial weights, batches and learning rates on the same machine, so they
-differ by precision alone. How weights and moments are stored is precision too: an FP32 run is the baseline of one that
-keeps them in BF16. What a policy does not use (the amax history of one that quantizes nothing) is not a difference.
+differ by precision alone. How weights and moments are stored is precision too: an FP32 run is the baseline of one
+that keeps them in BF16. Unused settings of a policy (the amax history of one that quantizes nothing) are not a
+difference.
 """
 
 from __future__ import annotations
@@ -24,53 +25,53 @@ if TYPE_CHECKING:
 
 FILE = "run.json"
 HISTORY = "history.json"  # what changed from one attempt of a run to the next
-LOCK = ".lock"  # in a run's folder, held while the run is at work
-JOB_LOCK = ".job.lock"  # beside it, held by the sweep whose job the run is, from before it is prepared
+LOCK = ".lock"  # in a run's folder, held while the run is in progress
+JOB_LOCK = ".job.lock"  # next to it, held by the sweep from before it prepares the job
 COMPARED = ("model", "data", "optim", "trainer", "seed")  # settings that make two runs comparable step by step
-STORAGE = ("weights", "moments")  # of optim: the formats of what is stored
-ASIDE = (  # change no number of a run
+STORAGE = ("weights", "moments")  # of optim: storage formats
+ASIDE = (  # these change no number of a run
     "run_dir", "runs_dir", "sweep_dir", "sweep_seeds", "resume", "resume_anyway",
     "baseline", "logger", "checkpoint",
 )  # fmt: skip
-MARKED = 1 << 16  # values of a parameter in the mark of the weights
+MARKED = 1 << 16  # values per parameter that are hashed
 
 
 def fingerprint(config: Any, corpus: str, machine: str, torch_version: str, fp32_gemm: str) -> str:
-    """A hash (16 hex digits) of what must be equal for two runs to differ by precision alone."""
+    """Return a hash (16 hex digits) of all that must be equal for two runs to differ by precision alone."""
     plain = to_plain(config)
     same = {key: plain[key] for key in COMPARED if key != "data"}  # the corpus's hash says more than its path
     dist = plain["dist"]
-    if dist["kind"] != "single" or dist["tp"] > 1:  # speed and memory are those of a layout
+    if dist["kind"] != "single" or dist["tp"] > 1:  # speed and memory depend on the layout
         same["layout"] = [dist["kind"], dist["tp"], dist["replicas"], world_size()]
     same["optim"] = updates(same["optim"])
     return short_hash([same, corpus, machine, torch_version, fp32_gemm])
 
 
 def updates(optim: dict[str, Any]) -> dict[str, Any]:
-    """The settings of ``optim`` that say what the updates are: without the formats of what is stored, and without the
-    default kind, which runs of before there were others do not name."""
+    """Return the settings of ``optim`` that define the updates: without storage formats, and without the default kind,
+    which older runs do not name."""
     usual = {"kind": "adamw"}
     return {key: value for key, value in optim.items() if key not in STORAGE and usual.get(key) != value}
 
 
 def short_hash(value: Any) -> str:
-    """16 hex digits of a JSON value's SHA-256; the order of keys does not matter."""
+    """Return 16 hex digits of a JSON value's SHA-256; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def job_mark(plain: dict[str, Any]) -> str:
-    """A hash of the settings (as plain values) that change a run: equal for two that would compute the same."""
-    kept = {key: value for key, value in plain.items() if key not in ASIDE}
-    optim = {key: kept["optim"][key] for key in STORAGE if key in kept["optim"]} | updates(kept["optim"])
-    return short_hash(kept | {"precision": numerics(kept["precision"]), "optim": optim})
+    """Return a hash of the settings (as plain values) that change a run: equal for two that would compute the same."""
+    relevant = {key: value for key, value in plain.items() if key not in ASIDE}
+    optim = {key: relevant["optim"][key] for key in STORAGE if key in relevant["optim"]} | updates(relevant["optim"])
+    return short_hash(relevant | {"precision": numerics(relevant["precision"]), "optim": optim})
 
 
 def numerics(policy: dict[str, Any]) -> dict[str, Any]:
-    """A precision policy (plain values) without its name and without the settings that it does not use."""
+    """Return a precision policy (plain values) without its name and its unused settings."""
     policy = copy.deepcopy(policy)
     policy.pop("name", None)
-    kept = policy["keep"], policy.pop("keep_default", "")  # of runs before it, `keep` was both
-    policy["keep"] = "|".join(filter(None, kept))
+    patterns = policy["keep"], policy.pop("keep_default", "")  # older runs have both in `keep`
+    policy["keep"] = "|".join(filter(None, patterns))
     quantization, loss_scale = policy["quantization"], policy["loss_scale"]
     if quantization["scaling"] == "none":
         policy["quantization"] = {"scaling": "none"}
@@ -83,10 +84,10 @@ def numerics(policy: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_mark(model: nn.Module) -> str:
-    """A hash of the initial weights: name, shape and first values of every parameter.
+    """Return a hash of the initial weights: name, shape and first values of every parameter.
 
-    Parameters are drawn from one random stream, so two initialisations differ in the first values already; all of them
-    would take 0.4 s for 124 M parameters and half a minute for 8 G.
+    Parameters are drawn from one random stream, so two initialisations differ in the first values already;
+    hashing all would take 0.4 s for 124 M parameters and half a minute for 8 G.
     """
     mark = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -98,19 +99,19 @@ def weights_mark(model: nn.Module) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Where and by what code a run is made: host, version, commit (None outside a checkout)."""
+    """Return host, version and commit (None outside a checkout)."""
     return {"host": platform.node(), "mptrain": _version(), "commit": _commit()}
 
 
 def _version() -> str | None:
     try:
         return version("mptrain")
-    except PackageNotFoundError:  # run from a checkout
+    except PackageNotFoundError:  # not installed: run from a checkout
         return None
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package is in, with ``-dirty`` for uncommitted changes."""
+    """Return the commit of the checkout this package is in, with ``-dirty`` for uncommitted changes."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

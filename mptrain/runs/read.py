@@ -1,6 +1,6 @@
-"""Run folders, read as they are: finished, still at work, stopped, failed or damaged. Nothing here raises for one run.
+"""Reader of run folders in any state: finished, running, stopped, failed or damaged. A damaged run raises no error.
 
-A value that was not a number is null in the files and NaN here, so it can be told from one that was never written.
+A value that was not a number is null in the files and NaN here, to distinguish it from one that was never written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mptrain.tools.locks import is_held
 
 Floats = npt.NDArray[np.float64]
 MARKS = ("config.json", "metrics.jsonl", "summary.json", "error.json", "job.json")  # one of them makes a run's folder
-TAIL_BYTES = 1 << 14  # of metrics.jsonl: holds the last row of metrics at any interval of up to 150 steps
+TAIL_BYTES = 1 << 14  # of metrics.jsonl: contains the last row of metrics for intervals up to 150 steps
 
 
 class Status(Enum):
@@ -32,7 +32,7 @@ class Status(Enum):
 
     finished = "finished"
     running = "running"
-    stopped = "stopped"  # before its last step, and nobody is at it: resume=auto continues it
+    stopped = "stopped"  # before its last step, and no process runs it: resume=auto continues it
     failed = "failed"
     unreadable = "unreadable"
 
@@ -54,18 +54,18 @@ class Run:
 
     @property
     def mixed(self) -> str:
-        """Why its numbers are of no one policy; empty for a run of one piece."""
+        """The changes of precision during the run; empty if there were none."""
         parts = []
         for attempt in self.attempts:
             changes = attempt.get("changes", {})
             changed = [name for name in attempt.get("mixed", ()) if name in changes]
-            told = [f"{name} {' -> '.join(map(str, changes[name]))}" for name in changed]
-            parts += [f"{', '.join(told)} at step {attempt.get('step')}"] if told else []
+            described = [f"{name} {' -> '.join(map(str, changes[name]))}" for name in changed]
+            parts += [f"{', '.join(described)} at step {attempt.get('step')}"] if described else []
         return f"mixed: {'; '.join(parts)}" if parts else ""
 
     @property
     def elsewhere(self) -> bool:
-        """Tell whether it was resumed on another machine, torch or number of ranks: its speed is of no one place."""
+        """Whether it was resumed on another machine, torch or number of ranks: its speed is then not comparable."""
         return any(attempt.get("elsewhere") for attempt in self.attempts)
 
     @property
@@ -74,49 +74,49 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        found: int | None = self.config.get("seed")
-        return found
+        seed: int | None = self.config.get("seed")
+        return seed
 
     @property
     def max_steps(self) -> int | None:
-        found: int | None = self.config.get("trainer", {}).get("max_steps")
-        return found
+        max_steps: int | None = self.config.get("trainer", {}).get("max_steps")
+        return max_steps
 
     @property
     def steps(self) -> int:
         return max(self.losses, default=0)
 
     def figure(self, name: str) -> float:
-        """A number of the summary; NaN where there is none."""
+        """Return a number of the summary; NaN where there is none."""
         return number(self.summary.get(name))
 
     def curve(self) -> Floats:
-        """Training loss of steps 1 to ``max_steps``, NaN where none was read."""
-        found = np.full(self.max_steps or self.steps, math.nan)
+        """Return the training loss of steps 1 to ``max_steps``, NaN where none was read."""
+        curve = np.full(self.max_steps or self.steps, math.nan)
         for step, loss in self.losses.items():
-            if 1 <= step <= len(found):
-                found[step - 1] = loss
-        return found
+            if 1 <= step <= len(curve):
+                curve[step - 1] = loss
+        return curve
 
 
 def expand(paths: Iterable[Path]) -> list[Path]:
     """Run folders: those given, and those inside a given folder of runs (a sweep). ValueError for anything else."""
-    found: dict[Path, Path] = {}  # by where they really are: one run given in two ways is one
+    folders: dict[Path, Path] = {}  # by resolved path: a run given twice counts once
     for path in paths:
         if is_run(path):
-            found.setdefault(path.resolve(), path)
+            folders.setdefault(path.resolve(), path)
             continue
-        inside = sorted((p for p in path.iterdir() if is_run(p)), key=_natural) if path.is_dir() else []
+        inside = [inner for inner in path.iterdir() if is_run(inner)] if path.is_dir() else []
         if not inside:
             raise ValueError(f"{path} is not a run and holds none{_nearest(path)}")
-        for folder in inside:
-            found.setdefault(folder.resolve(), folder)
-    return list(found.values())
+        for folder in sorted(inside, key=lambda inner: natural(inner.name)):
+            folders.setdefault(folder.resolve(), folder)
+    return list(folders.values())
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Numbers in a name by their size: history=16 before history=1024."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that orders numbers in a name by size: history=16 before history=1024."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def is_run(folder: Path) -> bool:
@@ -124,13 +124,13 @@ def is_run(folder: Path) -> bool:
 
 
 def _nearest(path: Path) -> str:
-    beside = [inner.name for inner in path.parent.glob("*") if inner.is_dir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
+    siblings = [inner.name for inner in path.parent.glob("*") if inner.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
     return f": did you mean {path.parent / near[0]}?" if near else ": give the folder of a run or of a sweep"
 
 
 def read(folder: Path) -> Run:
-    """Everything in the folder of one run."""
+    """Read everything in the folder of one run."""
     config, about, summary = settings_in(folder), object_in(folder / FILE), object_in(folder / "summary.json")
     losses: dict[int, float] = {}
     scales: dict[int, float] = {}
@@ -148,17 +148,17 @@ def read(folder: Path) -> Run:
 
 
 def glance(folder: Path) -> Run:
-    """The same from the end of ``metrics.jsonl`` alone: quick, for a table that is drawn every second."""
+    """Read the same from the end of ``metrics.jsonl`` only: fast enough for a table redrawn every second."""
     config, summary = settings_in(folder), object_in(folder / "summary.json")
     rows = [row for row in rows_in(folder / "metrics.jsonl", TAIL_BYTES) if isinstance(row.get("step"), int)]
     losses = {row["step"]: number(row["train/loss_step"]) for row in rows if "train/loss_step" in row}
-    if isinstance(summary.get("steps"), int):  # the last row may be longer than what was read
+    if isinstance(summary.get("steps"), int):  # the last row may be longer than the part read
         losses[summary["steps"]] = number(summary.get("train_loss"))
     status, why = _status(folder, config, summary, max(losses, default=0))
     speeds = [row["speed/tokens_per_s"] for row in rows if "speed/tokens_per_s" in row]
     skipped = [row["scale/skipped_total"] for row in rows if "scale/skipped_total" in row]
     latest = {"tokens_per_s": speeds[-1:], "skipped_steps": skipped[-1:]}
-    summary = {key: found[0] for key, found in latest.items() if found} | summary
+    summary = {key: values[0] for key, values in latest.items() if values} | summary
     return Run(folder, status, why, config, {}, summary, losses)
 
 
@@ -176,24 +176,24 @@ def _status(folder: Path, config: dict[str, Any], summary: dict[str, Any], step:
     if not whole:
         return Status.unreadable, _damage(folder)
     if (folder / "summary.json").exists() and not summary:
-        return Status.unreadable, "summary.json is torn"
+        return Status.unreadable, "summary.json is incomplete or corrupt"
     going_on = f"python train.py run_dir={folder} resume=auto continues it"
     continued = going_on if (folder / "checkpoints").exists() else "start it again"
     return Status.stopped, f"stopped at step {step} of {whole}: {continued}"
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
-    """``config.json`` if it holds the settings of a run, else empty."""
-    found = object_in(folder / "config.json")
-    groups = all(isinstance(found.get(name), dict) for name in ("model", "data", "optim", "trainer", "precision"))
-    policy = found.get("precision", {}) if groups else {}
+    """Return ``config.json`` if it holds the settings of a run, else an empty dict."""
+    settings = object_in(folder / "config.json")
+    groups = all(isinstance(settings.get(name), dict) for name in ("model", "data", "optim", "trainer", "precision"))
+    policy = settings.get("precision", {}) if groups else {}
     parts = all(isinstance(policy.get(name), dict) for name in ("quantization", "loss_scale"))
-    return found if groups and parts and isinstance(found.get("seed"), int) else {}
+    return settings if groups and parts and isinstance(settings.get("seed"), int) else {}
 
 
 def _damage(folder: Path) -> str:
     there = (folder / "config.json").exists()
-    return "config.json is torn" if there else "no config.json: its settings are not known"
+    return "config.json is incomplete or corrupt" if there else "no config.json: its settings are unknown"
 
 
 def _age(folder: Path) -> str:
@@ -204,12 +204,12 @@ def _age(folder: Path) -> str:
 
 
 def in_use(folder: Path) -> bool:
-    """Tell whether a process is at work on the run in ``folder``, or prepares it as a job of a sweep."""
+    """Return whether a process is running or preparing the run in ``folder``."""
     return is_held(folder / LOCK) or is_held(folder / JOB_LOCK)
 
 
 def leaf_names(keys: Iterable[str]) -> dict[str, str]:
-    """Dotted settings -> their last part, or as many parts as tell them from each other."""
+    """Map dotted settings to their last part, or to as many parts as distinguish them."""
     keys = list(keys)
     names = {}
     for key in keys:

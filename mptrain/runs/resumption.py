@@ -1,11 +1,11 @@
-"""Going on with a run: its own settings are the base, what is typed now overrides them, and what changed is kept.
+"""Resuming a run: its own settings are the base, the command line overrides them, and changes are recorded.
 
     python train.py run_dir=runs/a resume=auto                     as it was begun
     python train.py run_dir=runs/a resume=auto precision=bf16      the rest of it in another precision: a mixed run
 
-The folder keeps ``config.json`` of every attempt (``config.1.json`` is the first one) and ``history.json``: for each
-attempt after the first where it resumed, what had changed, and whether the run is mixed since: trained in parts by
-other numerics, so that no verdict counts it.
+The folder keeps ``config.json`` of every attempt (``config.1.json`` is the first one) and ``history.json``: for
+each attempt after the first its step, the changes, and whether the run is mixed since: trained in parts by other
+numerics, so that no verdict counts it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +30,23 @@ from mptrain.runs.identity import ASIDE, FILE, HISTORY, numerics
 from mptrain.tools.files import object_in, write_whole
 from mptrain.tools.settings import from_plain, to_plain
 
-OWN = ("run_dir", "resume", "resume_anyway")  # of the command, never of the run it resumes
-MEANT_ELSEWHERE = ("seed", "data")  # of another run: the batches would be others
-NUMERICS = ("model", "optim", "trainer", "debug")  # and precision
+OWN = ("run_dir", "resume", "resume_anyway")  # taken from the command, never from the resumed run
+MEANT_ELSEWHERE = ("seed", "data")  # changing these would change the batches
+NUMERICS = ("model", "optim", "trainer", "debug")  # in addition to precision
 HARMLESS = (  # of trainer: change when something is done, not what is computed
     "trainer.eval_every", "trainer.eval_batches", "trainer.max_skips_in_a_row", "trainer.on_spike",
     "trainer.checkpointing",
 )  # fmt: skip
-PLACES = ("machine", "torch", "ranks", "layout", "fp32_gemm")  # of run.json: where it ran; speed goes by them
+PLACES = ("machine", "torch", "ranks", "layout", "fp32_gemm")  # of run.json: where it ran, which determines speed
 CODE = ("mptrain", "commit")
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """Describe an attempt after the first.
+    """An attempt after the first.
 
-    ``changes``: setting or property -> [before, now]; ``mixed``: of them those that change numerics; ``elsewhere``:
-    those after which speeds are no longer of one machine.
+    ``changes``: setting or property -> [before, now]; ``mixed``: those that change numerics; ``elsewhere``: those
+    that change the machine, so that speeds are not comparable.
     """
 
     step: int
@@ -54,7 +56,7 @@ class Resumed:
     elsewhere: list[str] = field(default_factory=list)
 
     def brief(self) -> dict[str, list[Any]]:
-        """List the changes; of another precision its name, which says the rest."""
+        """List the changes; for another precision only its name, which implies the rest."""
         renamed = "precision.name" in self.changes
         return {
             name: both
@@ -63,17 +65,17 @@ class Resumed:
         }
 
     def lines(self) -> list[str]:
-        """List what to tell the user."""
-        told = [f"going on at step {self.step}: {name} was {a}, is {b}" for name, (a, b) in self.brief().items()]
+        """List the messages for the user."""
+        lines = [f"resuming at step {self.step}: {name} was {a}, is {b}" for name, (a, b) in self.brief().items()]
         if self.mixed:
-            told.append(f"a mixed run from here on ({', '.join(self.mixed)}): compare shows it and counts it nowhere")
+            lines.append(f"mixed run from here on ({', '.join(self.mixed)}): shown by compare, excluded from verdicts")
         if self.elsewhere:
-            told.append("on another machine than it was begun: its speed is compared with none")
-        return told
+            lines.append("on another machine than before: its speed is excluded from comparisons")
+        return lines
 
 
 def settings(composed: DictConfig, typed: list[str]) -> RunConfig:
-    """Settle the settings of a command: what Hydra composed, on the base of the run that it resumes, if it does.
+    """Return the settings of a command: Hydra's composition, based on the run to resume if there is one.
 
     ``typed``: the overrides of the command line. ValueError if the run's settings cannot be read, or do not fit.
     """
@@ -85,35 +87,29 @@ def settings(composed: DictConfig, typed: list[str]) -> RunConfig:
     if not saved:
         there = "is damaged" if (folder / "config.json").exists() else "is missing"
         raise ValueError(
-            f"{folder}/config.json {there}, so the run's settings are not known: restore it, or type all of them, with "
+            f"{folder}/config.json {there}, so the run's settings are unknown: restore it, or give all of them, with "
             f"resume={folder}/checkpoints/NAME and a new run_dir"
         )
     merged = copy.deepcopy(saved)
     for path, deleted in configuration.typed_paths(typed):
-        _put(merged, path, None if deleted else _get(plain, path), deleted=deleted)
+        _put(merged, path, None if deleted else reduce(getitem, path.split("."), plain), deleted=deleted)
     merged |= {name: plain[name] for name in OWN}
     try:
-        made: RunConfig = from_plain(RunConfig, merged, "")
+        resumed: RunConfig = from_plain(RunConfig, merged, "")
     except ValueError as error:
         raise ValueError(f"with the settings of {folder}/config.json: {error}") from error
-    configuration.check_open(made)
-    return made
+    configuration.check_open(resumed)
+    return resumed
 
 
 def _base(run_dir: str, resume: str) -> Path | None:
-    """The folder of the run whose settings are the base; None where a run begins."""
+    """Return the folder of the run to resume; None for a new run."""
     if resume == "auto":
         folder = Path(run_dir)
         began = any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
         return folder if run_dir and began else None
     folder = Path(resume).parent.parent
     return folder if resume != "none" and (folder / "config.json").exists() else None
-
-
-def _get(values: Any, path: str) -> Any:
-    for part in path.split("."):
-        values = values[part]
-    return values
 
 
 def _put(values: dict[str, Any], path: str, value: Any, *, deleted: bool) -> None:
@@ -128,7 +124,7 @@ def _put(values: dict[str, Any], path: str, value: Any, *, deleted: bool) -> Non
 
 @dataclass(frozen=True)
 class Earlier:
-    """Read what the folder of a checkpoint says of the run so far; empty where it is in none."""
+    """The run so far, from the folder of a checkpoint; empty if it is not in a run's folder."""
 
     checkpoint: Path
     step: int
@@ -143,32 +139,33 @@ class Earlier:
         return Earlier(checkpoint, step, object_in(folder / "config.json"), object_in(folder / FILE), history)
 
     def require_meant(self, config: RunConfig, corpus: str) -> None:
-        """Raise ValueError for another seed or other data, unless ``resume_anyway`` says that it is meant."""
+        """Raise ValueError for another seed or other data, unless ``resume_anyway`` is set."""
         if config.resume_anyway or not self.config:
             return
         before, now = self.config.get("seed"), config.seed
         if before != now:
             raise ValueError(
-                f"{self.checkpoint} is of a run with seed={before}, and seed={now} would go on with other batches: "
-                "leave it out, or set resume_anyway=true"
+                f"{self.checkpoint} belongs to a run with seed={before}, and seed={now} would continue with other "
+                "batches: leave it out, or set resume_anyway=true"
             )
         if self.about.get("corpus", corpus) != corpus:
+            corpus_before, kind = self.about.get("corpus_name"), config.data.get("kind")
             raise ValueError(
-                f"{self.checkpoint} is of a run on {self.about.get('corpus_name')}, and data={config.data.get('kind')} "
-                "holds something else now: give its data, or set resume_anyway=true"
+                f"{self.checkpoint} belongs to a run on {corpus_before}, and data={kind} has other content now: use "
+                "its data, or set resume_anyway=true"
             )
 
     def finished(self, max_steps: int) -> str:
-        """Say it of a run that has come to its end; empty while something is left to do."""
+        """Return a message if the run is complete; empty while steps are left."""
         folder = self.checkpoint.resolve().parent.parent
         done = object_in(folder / "summary.json").get("steps")
         if not isinstance(done, int) or done < max_steps or self.step < max_steps:
             return ""
-        told = f"{folder} is finished ({done} of {max_steps} steps) and stays as it is"
-        return f"{told}: trainer.max_steps={2 * done} continues it"
+        status = f"{folder} is finished ({done} of {max_steps} steps) and stays as it is"
+        return f"{status}: trainer.max_steps={2 * done} continues it"
 
     def resumed(self, config: RunConfig, about: dict[str, Any]) -> Resumed:
-        """Compare with what is now. ``about``: ``run.json`` as it would be written of this attempt."""
+        """Compare with the present settings. ``about``: ``run.json`` as this attempt would write it."""
         if not self.config:
             return Resumed(self.step, str(self.checkpoint))
         changes = _differences(self.config, to_plain(config))
@@ -191,16 +188,16 @@ def _numerics(plain: dict[str, Any]) -> Any:
 
 
 def _differences(before: Any, now: Any, where: str = "") -> dict[str, list[Any]]:
-    """Dotted settings that differ -> [before, now]; those that change no number of a run apart."""
+    """Map dotted settings that differ to [before, now]; those that change no number of a run are ignored."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return {where: [before, now]} if before != now else {}
-    found: dict[str, list[Any]] = {}
+    changes: dict[str, list[Any]] = {}
     for name in [*before, *(name for name in now if name not in before)]:
         if where or name not in (*ASIDE, *OWN):
             inner = f"{where}.{name}" if where else name
             if name in before and name in now:
-                found |= _differences(before[name], now[name], inner)
-    return found
+                changes |= _differences(before[name], now[name], inner)
+    return changes
 
 
 def remember(folder: Path, earlier: Earlier, resumed: Resumed) -> None:
@@ -217,6 +214,6 @@ def command(folder: Path) -> str:
         nodes = int(os.environ["WORLD_SIZE"]) // each
         start = ["torchrun", *([f"--nnodes={nodes}"] if nodes > 1 else []), f"--nproc-per-node={each}", script]
     else:
-        found = shutil.which("python")
-        start = ["python" if found and Path(found).samefile(sys.executable) else sys.executable, script]
+        python = shutil.which("python")
+        start = ["python" if python and Path(python).samefile(sys.executable) else sys.executable, script]
     return shlex.join([*start, configuration.readable([f"run_dir={folder}"])[0], "resume=auto"])

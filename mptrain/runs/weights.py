@@ -1,4 +1,4 @@
-"""The weights that a run left, found by the path that a user names: its folder or a checkpoint in one."""
+"""The weights of a run, from a user-supplied path: its folder or one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,38 +15,44 @@ from mptrain.tools.settings import from_plain
 
 
 def located(source: Path) -> tuple[Path, Path]:
-    """The run's folder and the checkpoint that ``source`` means: of a folder its newest whole one. ValueError if there
-    is none."""
+    """Return the run's folder and the checkpoint for ``source``: in a folder its newest complete one. ValueError if
+    there is none.
+
+    ValueError if there is none.
+    """
     source = source.resolve()
     if not source.exists():
-        raise ValueError(f"nothing at {source}: give a run's folder, or a checkpoint RUN/checkpoints/NAME")
+        raise ValueError(f"{source} does not exist: pass a run folder or a checkpoint (RUN/checkpoints/NAME)")
     if not (source / "config.json").is_file():
         run = source.parent.parent
         if not (run / "config.json").is_file():
-            raise ValueError(f"{source} is not a run's folder or in one's checkpoints: there is no config.json")
+            raise ValueError(f"{source} is neither a run folder nor a checkpoint in one: no config.json found")
         return run, source
     newest = checkpoints.Checkpoints(source / "checkpoints", keep=1).newest()
     if newest is None:
-        raise ValueError(f"{source} has no whole checkpoint: train with checkpoint.every=N, or let the run end")
+        raise ValueError(f"{source} has no complete checkpoint: train with checkpoint.every=N, or let the run end")
     return source, newest
 
 
 def weights(path: Path, average: bool) -> dict[str, Tensor]:
-    """The state of the model in a checkpoint, or the running average of it. ValueError if there is no average."""
+    """Return the model's state in a checkpoint, or its running average. ValueError if there is no average.
+
+    ValueError if there is no average.
+    """
     state = checkpoints.load(path, torch.device("cpu"))
     if average and "average" not in state:
         raise ValueError(f"{path} has no running average (the run had optim.ema_decay=0): leave --average out")
-    found: dict[str, Tensor] = state["average" if average else "model"]
-    return found
+    tensors: dict[str, Tensor] = state["average" if average else "model"]
+    return tensors
 
 
 def model_kind(run: Path) -> str:
-    """The kind of a run's model. ValueError if its folder does not say."""
+    """Return the kind of a run's model. ValueError if its folder has no settings."""
     return str(_model(run)["kind"])
 
 
 def model_config(run: Path, state: dict[str, Tensor]) -> Any:
-    """The Config of a run's model, with the sizes that the data decided read off the weights."""
+    """Return the Config of a run's model; sizes that came from the data are read off the weights."""
     settings = _model(run)
     module = models.load(settings.pop("kind"))
     return from_plain(module.Config, settings | module.sizes(settings, state), "model")
@@ -55,5 +61,5 @@ def model_config(run: Path, state: dict[str, Tensor]) -> Any:
 def _model(run: Path) -> dict[str, Any]:
     settings = object_in(run / "config.json").get("model")
     if not isinstance(settings, dict) or "kind" not in settings:
-        raise ValueError(f"{run}/config.json holds no settings of a model: is it the folder of a run?")
+        raise ValueError(f"{run}/config.json has no model settings: is this a run folder?")
     return settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mptrain.bench import cpu
+from mptrain.bench import cpu, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile's own
 
@@ -43,17 +43,17 @@ def test_a_missing_implementation_is_a_row_with_its_reason(monkeypatch: pytest.M
 
 
 def test_figures_are_medians_of_paired_ratios() -> None:
-    times = cpu.Times({"a": int, "b": int, "b" + cpu.TWIN: int}, repeats=3)
-    times.samples = {
+    turns = rows.Turns({"a": int, "b": int, "b" + rows.TWIN: int}, repeats=3)
+    turns.samples = {
         "a": [(2.0, 1.0), (30.0, 1.0), (9.0, 1.0)],
         "b": [(1.0, 1.0), (10.0, 2.0), (1.0, 4.0)],
-        "b" + cpu.TWIN: [(1.0, 0.0), (20.0, 0.0), (3.0, 0.0)],
+        "b" + rows.TWIN: [(1.0, 0.0), (20.0, 0.0), (3.0, 0.0)],
     }
-    row = times.fill(cpu.Row("a / b", 3.0), "a", "b", lambda a, b: a / b)
+    row = turns.fill(rows.Row("a / b", 3.0), "a", "b")
     assert (row.measured, row.wall, row.noise) == (3.0, 0.5, 2.0)
     assert row.verdict == "met"
-    assert cpu.Row("a / b", 3.0, at_most=False, measured=2.9).verdict == "missed"
-    assert "information" in str(cpu.Row("a / b", measured=1.0))
+    assert rows.Row("a / b", 3.0, at_most=False, measured=2.9).verdict == "missed"
+    assert "information" in str(rows.Row("a / b", measured=1.0))
 
 
 def test_the_null_model_is_the_one_described() -> None:

@@ -11,7 +11,7 @@ import pytest
 import ranks
 import torch
 
-from mptrain.bench import cpu, dist, ranked, saving
+from mptrain.bench import dist, ranked, rows, saving
 from mptrain.bench.by_hand import ByHand
 from mptrain.checkpoint.checkpoints import Checkpoints
 from mptrain.distributed.compression import KINDS
@@ -84,7 +84,7 @@ def test_what_is_slow_is_missed(tmp_path):
 def test_a_stall_is_judged_by_the_save_that_is_waited_for(stall, verdict):
     measured = object.__new__(saving.Saving)
     samples = {"synchronous": [1.0, 2.0, 4.0], "stall": [stall, 2 * stall, 40.0], "step": [1.0, 1.0, 1.0]}
-    twins = {name + cpu.TWIN: samples[name] for name in ("synchronous", "step")}
+    twins = {name + rows.TWIN: samples[name] for name in ("synchronous", "step")}
     measured.samples = samples | twins | {"step while writing": [1.5, 1.5]}
     first, *_, last = measured.rows("x", first=3.0)
     assert (first.verdict, first.measured, first.noise) == (verdict, stall, 1.0)
@@ -92,11 +92,11 @@ def test_a_stall_is_judged_by_the_save_that_is_waited_for(stall, verdict):
 
 
 def test_figures_are_medians_of_paired_ratios():
-    turns = ranked.Turns({}, repeats=0)
+    turns = rows.Turns({}, repeats=0)
     turns.samples = {
         "a": [(2.0, 1.0), (30.0, 1.0), (9.0, 1.0)],
         "b": [(1.0, 1.0), (10.0, 2.0), (1.0, 4.0)],
-        "b" + cpu.TWIN: [(1.0, 0.0), (20.0, 0.0), (3.0, 0.0)],
+        "b" + rows.TWIN: [(1.0, 0.0), (20.0, 0.0), (3.0, 0.0)],
     }
     row = turns.fill(ranked.Row("a / b", 3.0), "a", "b")
     assert (row.measured, row.cpu, row.noise, row.verdict) == (3.0, 0.5, 2.0, "met")

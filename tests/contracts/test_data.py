@@ -1,7 +1,6 @@
 """Every source in mptrain/data keeps the same promises: stateless order, whole samples, errors naming a setting."""
 
 import hashlib
-import math
 from pathlib import Path
 
 import numpy as np
@@ -208,12 +207,8 @@ def test_validation_samples_are_blocks_one_after_the_other(dataset):
 
 
 @pytest.mark.parametrize("kind", TOKENS, scope="module")
-def test_vocabulary_and_entropy(dataset):
-    tokens = dataset.train_tokens[: len(dataset.train_tokens)]
-    assert tokens.max() < dataset.vocab_size
-    frequency = np.unique(tokens, return_counts=True)[1] / len(tokens)
-    assert dataset.unigram_entropy_nats == pytest.approx(-(frequency * np.log(frequency)).sum(), rel=1e-12)
-    assert 0 < dataset.unigram_entropy_nats < math.log(dataset.vocab_size)
+def test_tokens_are_of_the_vocabulary(dataset):
+    assert dataset.train_tokens[: len(dataset.train_tokens)].max() < dataset.vocab_size
 
 
 @pytest.mark.parametrize("kind", TOKENS)

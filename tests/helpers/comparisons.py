@@ -160,7 +160,7 @@ def fp8() -> Variant:
         backend="emulated",
         emulated=True,
         loss=worse,
-        speed=Speed(8123.4, note="emulated: no FP8 unit here; numerics are real, speed is not"),
+        speed=Speed(8123.4, note="emulated: no FP8 unit here; numerics are exact, speed is not"),
         memory=Memory(9.4, 1.06),
         health=Health(1234, 0.0213, 0, layers(0.3, 17), coverage={"fp8_e4m3": 0.61, "fp8_e5m2": 0.31, "bf16": 0.08}),
         curve=curve(2.427, 2),

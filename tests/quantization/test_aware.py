@@ -139,8 +139,8 @@ def test_the_command_tunes_judges_and_writes(tmp_path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for text in (
         "fine-tuned 5 rounded layers for 3 steps",
-        "int2 at once beside",
-        "int2 after 3 steps beside",
+        "int2 at once vs.",
+        "int2 after 3 steps vs.",
         "top-1",
     ):
         assert text in printed

@@ -157,8 +157,8 @@ def test_a_run_without_a_checkpoint_is_left_out_and_named(tmp_path):
     shutil.rmtree(torn / "checkpoints")
     made = matrix.deploy([whole, torn], ["int8"], batches=1, repeats=0)
     assert made.trained == ["fp32"]
-    assert [note for note in made.notes if str(torn) in note and "has no whole checkpoint" in note] == made.notes
-    with pytest.raises(ValueError, match="has no whole checkpoint"):
+    assert [note for note in made.notes if str(torn) in note and "has no complete checkpoint" in note] == made.notes
+    with pytest.raises(ValueError, match="has no complete checkpoint"):
         matrix.deploy([torn], ["int8"], batches=1)
 
 
@@ -180,7 +180,7 @@ def test_runs_that_make_no_matrix_are_refused(change, said, tmp_path):
     [
         (["--to", "int5"], "unknown method 'int5': did you mean 'int8'"),
         (["--to", "int8-static"], "leave it out of --to"),
-        (["--batches", "0"], "--batches 0 leaves nothing to judge by"),
+        (["--batches", "0"], "--batches 0 leaves no validation data"),
     ],
 )
 def test_bad_words_are_one_clear_line(words, said, tmp_path, capsys):

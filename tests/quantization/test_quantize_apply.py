@@ -164,7 +164,7 @@ def test_what_cannot_be_done_is_one_message_that_names_the_setting(model, method
 def test_a_quantization_that_does_nothing_is_found_out(monkeypatch):
     monkeypatch.setattr(torchao.quantization, "quantize_", lambda model, config, filter_fn: None)
     with pytest.raises(
-        ValueError, match=r"int8 left 0 as it was \(a Parameter, not Int8Tensor\): keep it with --keep 0"
+        ValueError, match=r"int8 did not quantize 0 \(a Parameter, not Int8Tensor\): keep it with --keep 0"
     ):
         quantize_model(layers(), "int8")
 

@@ -100,14 +100,14 @@ def edited(**changes):
     [
         (artifact.WEIGHTS, cut, "is truncated or not a safetensors file"),
         (artifact.WEIGHTS, break_file, "is damaged: its checksum is not that of quantization.json"),
-        (artifact.WEIGHTS, lambda path: path.unlink(), "has lost its quantized.safetensors"),
+        (artifact.WEIGHTS, lambda path: path.unlink(), "lacks quantized.safetensors"),
         ("quantization.json", lambda path: path.unlink(), "is not a quantized model: it has no quantization.json"),
-        ("quantization.json", cut, "quantization.json is torn"),
+        ("quantization.json", cut, "quantization.json is incomplete or corrupt"),
         ("quantization.json", edited(version=2), "is of version 2 and this mptrain reads 1: quantize again"),
         ("quantization.json", edited(method="int3"), "unknown method 'int3'"),
-        ("quantization.json", edited(ties={}), "does not fit together"),
-        ("config.json", lambda path: path.unlink(), "does not fit together"),
-        ("config.json", edited(model={"kind": "gpt", "vocab_size": 256, "n_embd": 32}), "does not fit together"),
+        ("quantization.json", edited(ties={}), "cannot be restored"),
+        ("config.json", lambda path: path.unlink(), "cannot be restored"),
+        ("config.json", edited(model={"kind": "gpt", "vocab_size": 256, "n_embd": 32}), "cannot be restored"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_one_message(file, spoil, wanted, saved):

@@ -46,7 +46,7 @@ def test_a_run_becomes_a_folder_that_loads(run, capsys, tmp_path):
     quantize(run, "--to", "int8", "--json", tmp_path / "figures.json")
     said = capsys.readouterr().out
     assert "8 layers are 26.46 % of their FP32 bytes" in said
-    assert "int8 beside its reference" in said, "judged by the run's validation data"
+    assert "int8 vs. original" in said, "judged by the run's validation data"
     assert "embed: an embedding, and the weight of head (tied)" in said
     out = run / "quantized-int8"
     assert str(out) in said

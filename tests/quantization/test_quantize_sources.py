@@ -165,7 +165,11 @@ def cut(path):
             "lacks model-00002-of-00007.safetensors",
         ),
         ("llama", lambda at: cut(at / "model-00002-of-00007.safetensors"), "00007.safetensors is truncated"),
-        ("llama", lambda at: cut(at / "model.safetensors.index.json"), "index.json is torn: fetch it again"),
+        (
+            "llama",
+            lambda at: cut(at / "model.safetensors.index.json"),
+            "index.json is incomplete or corrupt",
+        ),
         ("gpt2", lambda at: cut(at / "model.safetensors"), "model.safetensors is truncated"),
         ("gpt2", lambda at: (at / "model.safetensors").unlink(), "has neither model.safetensors nor"),
         ("gpt2", lambda at: edit(at, model_type="gtp2"), "model_type=gtp2 is an architecture that transformers"),
@@ -176,9 +180,13 @@ def cut(path):
         (
             "gpt2",
             lambda at: drop(at, "transformer.ln_f.weight"),
-            "lacks transformer.ln_f.weight: it is not of the model",
+            "lacks transformer.ln_f.weight: it does not belong to the model",
         ),
-        ("gpt2", lambda at: (at / "config.json").write_text('{"model'), "config.json is torn, or neither a run's"),
+        (
+            "gpt2",
+            lambda at: (at / "config.json").write_text('{"model'),
+            "config.json is incomplete, corrupt, or neither",
+        ),
         ("gpt2", lambda at: (at / "config.json").unlink(), "no config.json"),
     ],
 )
@@ -238,7 +246,7 @@ def test_the_running_average_is_asked_for(tmp_path):
 
 
 def test_what_is_no_model_is_one_message(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing at .*: give a run, a checkpoint of one, or a Hugging Face model"):
+    with pytest.raises(ValueError, match=r"does not exist: pass a run, a checkpoint of one, or a Hugging Face model"):
         open_source(tmp_path / "missing")
     (tmp_path / "alone.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"there is no config.json next to it"):
@@ -248,7 +256,7 @@ def test_what_is_no_model_is_one_message(tmp_path):
     for changes, wanted in (
         ({"n_layer": 3}, "lacks blocks.2"),
         ({"n_layer": 1}, "holds blocks.1"),
-        ({"n_embd": 32}, "is of another"),
+        ({"n_embd": 32}, "does not fit its run's config"),
     ):
         (run / "config.json").write_text(json.dumps({"model": settings["model"] | changes}))
         with pytest.raises(ValueError, match=wanted):

@@ -28,7 +28,7 @@ def test_other_data_or_weights_are_refused_with_the_difference(tmp_path):
     found = by_label(compare([tmp_path / "a", tmp_path / "c"]))["bf16"]
     assert found.verdict.text == "no finished run"
     assert found.runs[0].why == (
-        "refused: other initial weights than a, the baseline's run of this seed (torch 2.12 here, 2.13.0 there)"
+        "excluded: initial weights differ from a, the baseline run with this seed (torch 2.12 here, 2.13.0 there)"
     )
 
 
@@ -104,11 +104,11 @@ def test_damaged_and_unfinished_runs_are_rows_that_say_so(tmp_path):
     assert variant.loss.val_delta.n == 3
     assert (rows["half"].status, rows["half"].steps) == (Status.stopped, 90)
     assert rows["half"].why == "stopped at step 90 of 200: start it again"
-    assert (rows["torn"].status, rows["torn"].why) == (Status.unreadable, "summary.json is torn")
+    assert (rows["torn"].status, rows["torn"].why) == (Status.unreadable, "summary.json is incomplete or corrupt")
     assert (rows["failed"].status, rows["failed"].why) == (Status.failed, "out of GPU memory: lower trainer.batch_size")
     assert rows["working"].status is Status.running
     assert rows["working"].why.startswith("at step 50 of 200, last heard of")
-    assert any("lost: no config.json: its settings are not known" in note for note in comparison.notes)
+    assert any("lost: no config.json: its settings are unknown" in note for note in comparison.notes)
     assert read(working).status is Status.stopped  # nobody holds it any more
 
 

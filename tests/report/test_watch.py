@@ -54,7 +54,7 @@ def test_every_end_of_a_run_is_told_once(tmp_path, table, out):
     fail(run, "the first failure")
     table.start()
     try:
-        wait_for("1 runs are there already", out)
+        wait_for("1 runs already finished", out)
         (run / "error.json").unlink()
         fail(run, "the second failure")
         wait_for("a: failed: the second failure", out)
@@ -89,9 +89,9 @@ def test_a_job_that_never_began_is_stopped_and_nobody_waits_for_it(tmp_path, cap
         assert cli.main(["compare", str(tmp_path), "--watch"]) == 0
     assert "stopped" in capsys.readouterr().out
     (folder / "config.json").write_text('{"model": ')
-    assert (glance(folder).status, glance(folder).why) == (Status.unreadable, "config.json is torn")
+    assert (glance(folder).status, glance(folder).why) == (Status.unreadable, "config.json is incomplete or corrupt")
     (folder / "config.json").rename(folder / "metrics.jsonl")
-    assert glance(folder).why == "no config.json: its settings are not known"
+    assert glance(folder).why == "no config.json: its settings are unknown"
 
 
 @contextlib.contextmanager

@@ -161,10 +161,10 @@ def test_the_notes_explain_what_could_be_misread():
     notes = dict(footnotes(summary_with(fp32, emulated=True)))
     assert notes["underflow"].startswith("25.000%")
     assert notes["skipped steps"] == "1"
-    assert "current scaling fits" in notes["no overflow?"]
-    assert notes["speed"] == "emulated: no FP8 unit here; numerics are real, speed is not"
-    assert "no overflow?" not in dict(footnotes(summary_with(fp32, scaling="delayed")))
-    assert "no overflow?" not in dict(footnotes(summary_with(fp32, overflow=3)))
+    assert "current scaling fits" in notes["no overflow"]
+    assert notes["speed"] == "emulated: no FP8 unit here; numerics are exact, speed is not"
+    assert "no overflow" not in dict(footnotes(summary_with(fp32, scaling="delayed")))
+    assert "no overflow" not in dict(footnotes(summary_with(fp32, overflow=3)))
 
 
 def hold(path, ready, asked, left):

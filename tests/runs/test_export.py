@@ -172,12 +172,12 @@ def test_a_folder_that_holds_something_is_left_alone(small, tmp_path, refused):
 def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(small, tmp_path, refused):
     _, run = small
     out = tmp_path / "out"
-    assert "nothing at" in refused(tmp_path / "missing", out)
+    assert "does not exist" in refused(tmp_path / "missing", out)
     assert "no config.json" in refused(tmp_path, out)
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text("{}")
-    assert f"{bare} has no whole checkpoint" in refused(bare, out)
+    assert f"{bare} has no complete checkpoint" in refused(bare, out)
     assert "has no running average (the run had optim.ema_decay=0)" in refused(run, out, "--average")
     broken = run_of(tmp_path / "broken", small[0], steps=(3, 12))
     older, newer = sorted((broken / "checkpoints").iterdir())
@@ -185,13 +185,13 @@ def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(small, tmp_pa
         (shard,) = path.glob("rank-*.safetensors")
         shard.write_bytes(shard.read_bytes()[:-1])
         assert f"checkpoint {path} is damaged: {shard.name} has" in refused(path, out)
-    assert f"{broken} has no whole checkpoint" in refused(broken, out)
+    assert f"{broken} has no complete checkpoint" in refused(broken, out)
     first = broken / "checkpoints" / "step-00000001.safetensors"
     save_file({"model/embed.weight": torch.zeros(3)}, first, metadata={"mptrain": "1"})
     for source in (broken, first):
         assert f"{first} was written by an older mptrain (version 1)" in refused(source, out)
     images = models.load("vit").build(models.load("vit").Config(8, 1, 10))
-    wanted = f"model.kind=vit has no twin in Hugging Face's transformers; these have: {', '.join(KINDS)}"
+    wanted = f"model.kind=vit cannot be exported to Hugging Face's transformers; supported: {', '.join(KINDS)}"
     assert wanted in refused(run_of(tmp_path / "images", images, "vit"), out)
     large = perturbed("gpt", {})
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""Runs beside each other, with a verdict."""
+"""Comparison of runs, with a verdict."""

@@ -19,7 +19,7 @@ MOST_EVENTS = 200
 
 
 def variant(matched: Matched, label: str, runs: Mapping[int, Run], base: Mapping[int, Run]) -> Variant:
-    """All but losses, curves and the verdict of the variant whose runs that count are ``runs`` (by seed)."""
+    """Return everything but losses, curves and the verdict of a variant; ``runs``: those that count, by seed."""
     any_run = next(iter(runs.values()), matched.runs[0])
     emulated = bool(any_run.about.get("emulated"))
     return Variant(
@@ -34,13 +34,13 @@ def variant(matched: Matched, label: str, runs: Mapping[int, Run], base: Mapping
 
 
 def speed(runs: Mapping[int, Run], base: Mapping[int, Run], *, emulated: bool) -> Speed:
-    """Ratios are of runs of the same seed on the same machine; an emulated precision has none."""
-    rates = [rate for run in runs.values() if math.isfinite(rate := run.figure("tokens_per_s"))]
+    """Compare speeds of runs of the same seed on the same machine; an emulated precision has no ratio."""
+    rates = _figures(runs, "tokens_per_s")
     if not rates:
         return Speed()
     middle = statistics.median(rates)
     if emulated:
-        return Speed(middle, note="emulated: no unit for this precision here, its speed says nothing")
+        return Speed(middle, note="emulated: no unit for this precision here, its speed is not meaningful")
     shared = sorted(runs.keys() & base.keys())
     alike = [seed for seed in shared if _place(runs[seed]) == _place(base[seed])]
     if not alike:
@@ -52,72 +52,61 @@ def speed(runs: Mapping[int, Run], base: Mapping[int, Run], *, emulated: bool) -
     ratio = statistics.median(ratios)
     limit = _limit(runs[alike[0]], base[alike[0]])
     reached = max(0.0, (1 - 1 / ratio) / (1 - 1 / limit)) if limit is not None and limit > 1 else None
-    mfus = [frac for run in runs.values() if math.isfinite(frac := run.figure("mfu_frac"))]
+    mfus = _figures(runs, "mfu_frac")
     mfu = statistics.median(mfus) if mfus else None
-    note = "measured while other runs were at work" if _beside([*runs.values(), *base.values()]) else ""
+    note = "measured while other runs were in progress" if _overlapping([*runs.values(), *base.values()]) else ""
     return Speed(middle, ratio, min(ratios), max(ratios), mfu, limit, reached, note)
 
 
 def _place(run: Run) -> tuple[Any, ...]:
-    if run.elsewhere:  # like no other
+    if run.elsewhere:  # comparable with no other run
         return (run.folder,)
     return run.about.get("host"), run.about.get("machine"), run.about.get("torch")
 
 
 def _limit(run: Run, base: Run) -> float | None:
-    """Amdahl's: the baseline's step with its GEMMs, and nothing else, as fast as the formats of this run allow.
+    """Return Amdahl's limit: the speed-up if only the GEMMs ran as fast as the formats of this run allow.
 
-    Both GEMM times are FLOPs over the rate of the format (a GPU's peak; on a CPU what one large product reached).
+    Both GEMM times are FLOPs over the rate of the format (a GPU's peak; on a CPU the rate of one large product).
     """
     rates = {**base.about.get("gemm_tflops", {}), **run.about.get("gemm_tflops", {})}
     ours = weighted_rate(rates, run.summary.get("gemm_coverage", {}))
     theirs = weighted_rate(rates, base.summary.get("gemm_coverage", {}))
     flops = number(base.about.get("flops_per_token"))
-    step_s = 1 / base.figure("tokens_per_s")  # of one token
+    step_s = 1 / base.figure("tokens_per_s")  # seconds per token
     if ours is None or theirs is None or not math.isfinite(flops * step_s):
         return None
     in_gemms = min(step_s, flops / (theirs * 1e12))
     return step_s / (step_s - in_gemms * (1 - theirs / ours))
 
 
-def _beside(runs: Iterable[Run]) -> bool:
-    """Tell whether two of them ran at the same time on one host."""
+def _overlapping(runs: Iterable[Run]) -> bool:
+    """Return whether two of the runs were at work at the same time on one host."""
     spans: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for run in {run.folder: run for run in runs}.values():
         if run.about.get("started") and run.summary.get("ended"):
             spans[str(run.about.get("host"))].append((run.about["started"], run.summary["ended"]))
-    ordered = [sorted(found) for found in spans.values()]
-    return any(later[0] < earlier[1] for found in ordered for earlier, later in pairwise(found))
+    return any(later[0] < earlier[1] for host in spans.values() for earlier, later in pairwise(sorted(host)))
 
 
 def memory(runs: Mapping[int, Run], base: Mapping[int, Run]) -> Memory:
-    """Medians; the ratio only of peaks that were measured in the same way."""
-    peaks, theirs = (
-        [peak for run in side.values() if math.isfinite(peak := run.figure("peak_memory_gib"))] for side in (runs, base)
-    )
+    """Return the medians; the ratio only of peaks measured in the same way."""
+    peaks, theirs = (_figures(side, "peak_memory_gib") for side in (runs, base))
     if not peaks:
         return Memory()
     peak = statistics.median(peaks)
     machines = {str(run.about.get("machine")) for run in [*runs.values(), *base.values()]}
     ratio = peak / statistics.median(theirs) if theirs and len(machines) == 1 else None
-    roles: dict[str, float] = next(
-        (run.summary["memory_gib"] for run in runs.values() if run.summary.get("memory_gib")), {}
-    )
-    return Memory(peak, ratio, dict(roles))
+    return Memory(peak, ratio, _shares(runs, "memory_gib"))
 
 
 def health(runs: Mapping[int, Run]) -> Health:
-    """Counts are sums over the seeds, shares their means."""
-    overflow = [
-        run.summary["overflow_events"] for run in runs.values() if run.summary.get("overflow_events") is not None
-    ]
-    underflow = [share for run in runs.values() if math.isfinite(share := run.figure("underflow_frac"))]
+    """Aggregate over the seeds: counts are sums, shares are means."""
+    overflow = [count for run in runs.values() if (count := run.summary.get("overflow_events")) is not None]
+    underflow = _figures(runs, "underflow_frac")
     events = _events(runs)
     scales = next((run.scales for run in runs.values() if run.scales), {})
     steps = sorted(scales)
-    coverage: dict[str, float] = next(
-        (run.summary["gemm_coverage"] for run in runs.values() if run.summary.get("gemm_coverage")), {}
-    )
     return Health(
         overflow_events=sum(overflow) if overflow else None,
         underflow_frac=statistics.fmean(underflow) if underflow else None,
@@ -126,8 +115,18 @@ def health(runs: Mapping[int, Run]) -> Health:
         events=events[:MOST_EVENTS],
         more_events=max(0, len(events) - MOST_EVENTS),
         scale=Curve(steps, [scales[step] for step in steps]) if steps else None,
-        coverage=dict(coverage),
+        coverage=_shares(runs, "gemm_coverage"),
     )
+
+
+def _figures(runs: Mapping[int, Run], name: str) -> list[float]:
+    """Return the finite figures of this name in the runs' summaries."""
+    return [value for run in runs.values() if math.isfinite(value := run.figure(name))]
+
+
+def _shares(runs: Mapping[int, Run], name: str) -> dict[str, float]:
+    """Return a mapping in the summary of the first run that has it."""
+    return dict(next((run.summary[name] for run in runs.values() if run.summary.get(name)), {}))
 
 
 def _events(runs: Mapping[int, Run]) -> list[dict[str, Any]]:
@@ -141,10 +140,10 @@ def _events(runs: Mapping[int, Run]) -> list[dict[str, Any]]:
 
 
 def _layers(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    by_place: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         for row in run.summary.get("layers", []):
-            found[row["layer"], row["role"]].append(row)
+            by_place[row["layer"], row["role"]].append(row)
     return [
         {
             "layer": layer,
@@ -152,31 +151,35 @@ def _layers(runs: Iterable[Run]) -> list[dict[str, Any]]:
             "overflow_events": sum(row["overflow_events"] for row in rows),
             "underflow_frac": statistics.fmean(row["underflow_frac"] for row in rows),
         }
-        for (layer, role), rows in found.items()
+        for (layer, role), rows in by_place.items()
     ]
 
 
 def row(run: Run, why: str) -> RunRow:
-    """One run for the table of runs."""
-    figures = {key: run.figure(name) for key, name in ROW.items()}
-    known = {key: value if math.isfinite(value) else None for key, value in figures.items()}
-    skipped = run.summary.get("skipped_steps")
+    """Return one row of the table of runs."""
+
+    def known(name: str) -> float | None:
+        return value if math.isfinite(value := run.figure(name)) else None
+
     return RunRow(
-        run.name, str(run.folder), run.seed, run.status, run.steps, run.max_steps, why, skipped_steps=skipped, **known
+        run.name,
+        str(run.folder),
+        run.seed,
+        run.status,
+        run.steps,
+        run.max_steps,
+        why,
+        train_loss=known("train_loss"),
+        val_loss=known("val_loss"),
+        top1_frac=known("val_top1_frac"),
+        tokens_per_s=known("tokens_per_s"),
+        peak_memory_gib=known("peak_memory_gib"),
+        skipped_steps=run.summary.get("skipped_steps"),
     )
 
 
-ROW = {
-    "train_loss": "train_loss",
-    "val_loss": "val_loss",
-    "top1_frac": "val_top1_frac",
-    "tokens_per_s": "tokens_per_s",
-    "peak_memory_gib": "peak_memory_gib",
-}
-
-
 def task(run: Run, settings: Mapping[str, Any]) -> str:
-    """``gpt, 3.3 M parameters, stdlib, 300 steps of 1,024 tokens``: what the runs of a group do."""
+    """Describe what the runs of a group do: ``gpt, 3.3 M parameters, stdlib, 300 steps of 1,024 tokens``."""
     parts = [str(settings.get("model.kind"))]
     about = run.about
     if "parameters" in about:

@@ -1,7 +1,7 @@
-"""From run folders to a :class:`Comparison`: match, pair by seed, measure differences, judge.
+"""Comparison of run folders: match, pair by seed, measure differences, judge.
 
-Everything is relative to the baseline's run of the same seed, which saw the same batches from the same weights, so
-that what all runs share (an easy or a hard batch) cancels out.
+All differences are relative to the baseline's run of the same seed, which saw the same batches from the same
+weights, so that common effects (an easy or a hard batch) cancel out.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from mptrain.report.compare.seeds import Planned, planned
 from mptrain.report.compare.verdict import Divergence, diverged, divergence, judge, rules
 from mptrain.runs.read import Floats, Run, Status, expand, read
 
-MARGIN_FRAC = 0.005  # of the loss; DeepSeek-V3 reports 0.25 % between FP8 and BF16
-POINTS = 240  # of a drawn curve: one a pixel and a half
-WINDOWS = 50  # a curve is averaged over a 50th of training
+MARGIN_FRAC = 0.005  # relative to the loss; DeepSeek-V3 reports 0.25 % between FP8 and BF16
+POINTS = 240  # of a drawn curve: one per 1.5 pixels
+WINDOWS = 50  # curves are averaged over a 50th of training
 
 
 class NothingToCompare(ValueError):
-    """No two runs that could be compared; the message says why."""
+    """No two runs are comparable; the message says why."""
 
 
 def compare(paths: Sequence[Path], baseline: Path | None = None, margin: float = MARGIN_FRAC) -> Comparison:
     """Compare the runs at ``paths`` (run folders, or folders of them).
 
-    ``baseline``: one run of the variant to compare with (default: FP32). ValueError (:class:`NothingToCompare`) if
-    there is nothing to compare.
+    ``baseline``: one run of the variant to compare with (default: FP32). Raises ValueError
+    (:class:`NothingToCompare`) if there is nothing to compare.
     """
     folders = expand([*paths, *([baseline] if baseline else [])])
     runs = [read(folder) for folder in folders]
@@ -46,13 +46,13 @@ def compare(paths: Sequence[Path], baseline: Path | None = None, margin: float =
     groups.sort(key=lambda group: all(variant.key != chosen for variant in group.variants))  # without a baseline: last
     _require_two(groups, chosen)
     names = labels(groups)
-    made = [
+    compared = [
         _group(group, label, chosen, names, margin) for group, label in zip(groups, group_labels(groups), strict=True)
     ]
-    notes = _notes(runs, groups, made)
-    metric = made[0].metric
+    notes = _notes(runs, groups, compared)
+    metric = compared[0].metric
     last = max(_planned(group).last for group in groups)
-    return Comparison(_title(paths), margin, made, rules(margin, metric, last), notes)
+    return Comparison(_title(paths), margin, compared, rules(margin, metric, last), notes)
 
 
 def _title(paths: Sequence[Path]) -> str:
@@ -60,11 +60,11 @@ def _title(paths: Sequence[Path]) -> str:
 
 
 def _chosen(groups: list[MatchedGroup], baseline: Path | None) -> str | None:
-    """The key of the variant that is the baseline; None if there is none."""
+    """Return the key of the baseline's variant; None if there is none."""
     variants = [variant for group in groups for variant in group.variants]
     if baseline is None:
         stored = {variant.key for variant in variants if variant.stored_fp32}
-        alone = stored.pop() if len(stored) == 1 else None  # an ablation of how weights are stored, in BF16 throughout
+        alone = stored.pop() if len(stored) == 1 else None  # an ablation of weight storage, all in BF16
         return next((variant.key for variant in variants if variant.is_fp32), alone)
     for variant in variants:
         if any(run.folder.resolve() == baseline.resolve() for run in variant.runs):
@@ -73,7 +73,7 @@ def _chosen(groups: list[MatchedGroup], baseline: Path | None) -> str | None:
 
 
 def _require_two(groups: list[MatchedGroup], chosen: str | None) -> None:
-    """NothingToCompare if several groups were given and no baseline stands beside another variant in any of them."""
+    """Raise NothingToCompare for several groups without the baseline and another variant together in any of them."""
     together = any(len(g.variants) > 1 and any(v.key == chosen for v in g.variants) for g in groups)
     if together or len(groups) == 1:
         return
@@ -87,7 +87,8 @@ def _require_two(groups: list[MatchedGroup], chosen: str | None) -> None:
 
 @dataclass(frozen=True)
 class Side:
-    """The finished runs of one variant that count, one a seed, and their curves; ``plan``: of the sweep they are of."""
+    """The finished runs of one variant that count, one per seed, and their curves; ``plan``: the seeds of their
+    sweep."""
 
     runs: dict[int, Run]
     window: int
@@ -99,13 +100,18 @@ class Side:
 
     @cached_property
     def astray(self) -> dict[int, Divergence]:
-        found = {seed: divergence(run) for seed, run in self.runs.items()}
-        return {seed: one for seed, one in found.items() if one is not None}
+        """Seed -> where its run diverged, for those that did."""
+        return {seed: where for seed, run in self.runs.items() if (where := divergence(run)) is not None}
+
+    @property
+    def sound(self) -> list[int]:
+        """The seeds that did not diverge."""
+        return [seed for seed in self.runs if seed not in self.astray]
 
     def values(self, figure: str) -> dict[int, float]:
-        """Seed -> figure of the summary (``train``: mean loss of the last tenth), where it is finite."""
-        found = {seed: last_tenth(run) if figure == "train" else run.figure(figure) for seed, run in self.runs.items()}
-        return {seed: value for seed, value in found.items() if math.isfinite(value)}
+        """Map seeds to a finite figure of the summary (``train``: mean loss of the last tenth)."""
+        read = last_tenth if figure == "train" else lambda run: run.figure(figure)
+        return {seed: value for seed, run in self.runs.items() if math.isfinite(value := read(run))}
 
     def mean(self, figure: str) -> float | None:
         values = self.values(figure)
@@ -117,7 +123,7 @@ def _planned(matched: MatchedGroup) -> Planned:
 
 
 def last_tenth(run: Run) -> float:
-    """Mean training loss (nats) over the last tenth of the steps, NaN if one of them is not known."""
+    """Return the mean training loss (nats) over the last tenth of the steps, NaN if one of them is not known."""
     curve = run.curve()
     return float(np.mean(curve[-max(1, len(curve) // 10) :])) if len(curve) else math.nan
 
@@ -131,18 +137,17 @@ def _group(matched: MatchedGroup, label: str, chosen: str | None, names: dict[st
     base_side, base_rows = _side(base, None, window, plan) if base else (Side({}, window, plan), [])
     metric = _metric([run for variant in ordered for run in variant.runs])
     variants = []
-    for variant in ordered:
-        side, rows = (base_side, base_rows) if variant is base else _side(variant, base_side, window, plan)
-        made = aggregates.variant(variant, names[variant.key], side.runs, base_side.runs if base else {})
-        made = replace(made, runs=rows, curve=_curve(side), difference=_difference(side, base_side))
-        if variant is base:
+    for matched_variant in ordered:
+        if matched_variant is base:
+            side, rows, loss = base_side, base_rows, _levels(base_side, base_side)
             verdict = Verdict(Kind.baseline, "baseline", _baseline_why(side))
-            variants.append(replace(made, verdict=verdict, loss=_levels(side, base_side)))
         else:
+            side, rows = _side(matched_variant, base_side, window, plan)
             loss = _loss(side, base_side)
-            variants.append(
-                replace(made, loss=loss, verdict=_verdict(side, base_side, loss, metric, margin, base is not None))
-            )
+            verdict = _verdict(side, base_side, loss, metric, margin, base is not None)
+        variant = aggregates.variant(matched_variant, names[matched_variant.key], side.runs, base_side.runs)
+        curve, apart = _curve(side), _difference(side, base_side)
+        variants.append(replace(variant, verdict=verdict, loss=loss, runs=rows, curve=curve, difference=apart))
     band, noise = _band(base_side)
     any_run = ordered[0].runs[0]
     task, unit = aggregates.task(any_run, matched.settings), aggregates.unit(ordered)
@@ -159,7 +164,7 @@ def _metric(runs: Sequence[Run]) -> str:
 
 
 def _side(variant: Matched, base: Side | None, window: int, plan: Planned) -> tuple[Side, list[RunRow]]:
-    """The runs that count (of a seed the one finished last), and a row for each run, with why it does not."""
+    """Return the runs that count (of each seed the last finished one), and a row for each run, with why it does not."""
     counting: dict[int, Run] = {}
     reasons: dict[Path, str] = {}
     for run in sorted(variant.runs, key=lambda run: str(run.summary.get("ended", ""))):
@@ -177,16 +182,16 @@ def _side(variant: Matched, base: Side | None, window: int, plan: Planned) -> tu
 
 
 def _foreign(run: Run, base: Run | None) -> str:
-    """Why a run began otherwise than the baseline's run of the same seed, though its settings are the same."""
+    """Return why this run's initial weights differ from the baseline's despite equal seed and settings."""
     if base is None or run.about.get("initial_weights") == base.about.get("initial_weights"):
         return ""
     ours, theirs = run.about.get("torch"), base.about.get("torch")
     torch = f" (torch {ours} here, {theirs} there)" if ours != theirs else ""
-    return f"refused: other initial weights than {base.name}, the baseline's run of this seed{torch}"
+    return f"excluded: initial weights differ from {base.name}, the baseline run with this seed{torch}"
 
 
 def _levels(side: Side, base: Side) -> Loss:
-    """Describe a variant by itself."""
+    """Return the losses of a variant, without differences."""
     tokens, ratio = _tokens(side, base)
     return Loss(
         val=side.mean("val_loss"),
@@ -199,7 +204,7 @@ def _levels(side: Side, base: Side) -> Loss:
 
 
 def _loss(side: Side, base: Side) -> Loss:
-    """A variant beside the baseline. No difference is said of a variant of which one seed diverged."""
+    """Return the losses of a variant and their differences from the baseline's; no difference if any seed diverged."""
     levels = _levels(side, base)
     if side.astray or not base.runs:
         return levels
@@ -216,15 +221,16 @@ def _delta(side: Side, base: Side, figure: str, *, relative: bool = True) -> Int
     ours, theirs = side.values(figure), base.values(figure)
     plan = base.plan
     shared = plan.counted(ours.keys() & theirs.keys() - base.astray.keys())
-    if plan.last or ours.keys() & theirs.keys():  # several looks are for pairs alone
+    if plan.last or ours.keys() & theirs.keys():  # several looks exist for pairs only
         return paired([(ours[s] - theirs[s]) / (theirs[s] if relative else 1.0) for s in shared], plan.last)
     sound = [value for seed, value in theirs.items() if seed not in base.astray]
-    found = welch(list(ours.values()), sound)
-    if found is None or not relative:
-        return found
+    interval = welch(list(ours.values()), sound)
+    if interval is None or not relative:
+        return interval
     level = float(np.mean(sound))
-    mean, low, high, *spreads = (value / level for value in (found.mean, found.low, found.high, *found.spreads))
-    return replace(found, mean=mean, low=low, high=high, spreads=tuple(spreads))
+    values = (interval.mean, interval.low, interval.high, *interval.spreads)
+    mean, low, high, *spreads = (value / level for value in values)
+    return replace(interval, mean=mean, low=low, high=high, spreads=tuple(spreads))
 
 
 def _verdict(side: Side, base: Side, loss: Loss, metric: str, margin: float, has_base: bool) -> Verdict:
@@ -237,7 +243,7 @@ def _verdict(side: Side, base: Side, loss: Loss, metric: str, margin: float, has
         return Verdict(Kind.none, "the baseline has no finished run")
     if base.astray.keys() == base.runs.keys():
         return Verdict(Kind.none, f"the baseline itself diverged at step {min(d.step for d in base.astray.values())}")
-    alone = [(seed, found) for seed, found in side.astray.items() if seed not in base.astray]
+    alone = [(seed, where) for seed, where in side.astray.items() if seed not in base.astray]
     if alone:
         return diverged(alone, len(side.runs))
     steps, seeds, last = next(iter(side.runs.values())).max_steps or 0, len(side.runs), base.plan.last
@@ -277,32 +283,30 @@ def _difference(side: Side, base: Side) -> Curve | None:
 
 
 def _half_band(base: Side) -> Floats | None:
-    sound = [seed for seed in base.runs if seed not in base.astray]
-    return prediction_half_width(_stack(base, sound), base.window) if len(sound) > 1 else None
+    return prediction_half_width(_stack(base, base.sound), base.window) if len(base.sound) > 1 else None
 
 
 def _band(base: Side) -> tuple[Curve | None, Curve | None]:
     half = _half_band(base)
     if half is None:
         return None, None
-    mean = _stack(base, [seed for seed in base.runs if seed not in base.astray]).mean(0)
+    mean = _stack(base, base.sound).mean(0)
     part = half / mean
     return _thinned(mean, mean - half, mean + half), _thinned(np.zeros_like(part), -part, part)
 
 
 def _outside(side: Side, base: Side) -> int | None:
-    """The first of ``window`` steps in a row at which the variant's mean curve is outside the baseline's band."""
+    """Return the first of ``window`` steps in a row at which the mean curve is outside the baseline's band."""
     half = _half_band(base)
     if half is None or not side.runs:
         return None
-    sound = [seed for seed in base.runs if seed not in base.astray]
-    away = np.abs(_stack(side).mean(0) - _stack(base, sound).mean(0)) > half
-    found = first_lasting(away, base.window)
-    return None if found is None else found + 1
+    away = np.abs(_stack(side).mean(0) - _stack(base, base.sound).mean(0)) > half
+    index = first_lasting(away, base.window)
+    return None if index is None else index + 1
 
 
 def _tokens(side: Side, base: Side) -> tuple[int | None, float | None]:
-    """Tokens to the baseline's final training loss, and their ratio to those of the baseline."""
+    """Return the tokens to the baseline's final training loss, and their ratio to those of the baseline."""
     target = base.mean("train")
     if target is None or not side.runs:
         return None, None
@@ -315,22 +319,22 @@ def _tokens(side: Side, base: Side) -> tuple[int | None, float | None]:
 
 def _reached(curve: Floats, target: float) -> int | None:
     with np.errstate(invalid="ignore"):
-        found = np.flatnonzero(curve <= target)
-    return int(found[0]) + 1 if len(found) else None
+        indices = np.flatnonzero(curve <= target)
+    return int(indices[0]) + 1 if len(indices) else None
 
 
 def _thinned(values: Floats, low: Floats, high: Floats) -> Curve:
-    """Choose at most ``POINTS`` of the steps, the last among them."""
+    """Choose at most ``POINTS`` of the steps, including the last."""
     stride = max(1, math.ceil(len(values) / POINTS))
-    kept = np.arange(len(values) - 1, -1, -stride)[::-1]
-    return Curve(*((kept + 1).tolist(), values[kept].tolist(), low[kept].tolist(), high[kept].tolist()))
+    indices = np.arange(len(values) - 1, -1, -stride)[::-1]
+    return Curve(*((indices + 1).tolist(), values[indices].tolist(), low[indices].tolist(), high[indices].tolist()))
 
 
-def _notes(runs: Sequence[Run], groups: list[MatchedGroup], made: list[Group]) -> list[str]:
+def _notes(runs: Sequence[Run], groups: list[MatchedGroup], compared: list[Group]) -> list[str]:
     notes = [f"{run.folder}: {run.why}" for run in runs if not run.config]
     notes += [f"{run.folder} counts nowhere, {run.mixed}" for run in runs if run.mixed]
-    based = next((group for group, one in zip(groups, made, strict=True) if one.baseline), None)
-    for group, one in zip(groups, made, strict=True):
+    based = next((group for group, one in zip(groups, compared, strict=True) if one.baseline), None)
+    for group, one in zip(groups, compared, strict=True):
         if one.baseline is None and based is not None:
             notes.append(f"{one.label}: no baseline ran with these settings ({difference(group, based)})")
     return notes

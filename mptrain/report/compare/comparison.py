@@ -1,8 +1,8 @@
 """A comparison of runs as plain data: ``report.json``, and all that the terminal, Markdown and HTML show.
 
-Runs of the same model, data and schedule make a :class:`Group`; in it, runs that differ by their seed alone make a
-:class:`Variant`. Losses are in nats, differences relative to the baseline unless said otherwise. None, or NaN within a
-list: not known.
+Runs of the same model, data and schedule make a :class:`Group`; in it, runs that differ by their seed alone make
+a :class:`Variant`. Losses are in nats, differences relative to the baseline unless noted. None, or NaN within a
+list: unknown.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Kind(Enum):
     worse = "worse"
     undecided = "undecided"
     diverged = "diverged"
-    none = "no verdict"  # no finished run, or nothing to compare with: the reason is said instead
+    none = "no verdict"  # no finished run, or nothing to compare with: the text has the reason
 
 
 @dataclass(frozen=True)
 class Interval:
     """A mean with its 95 % confidence interval over ``n`` seeds (pairs, or the seeds of the smaller side).
 
-    ``spreads``: the standard deviation of one seed's value: of the pairs, or of either side; empty where not kept.
+    ``spreads``: the standard deviation of one seed's value: of the pairs, or of either side; empty if not recorded.
     """
 
     mean: float
@@ -52,7 +52,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``text`` is the verdict in words (``worse by 1.2 %``), ``why`` the figures that it follows from."""
+    """``text`` is the verdict in words (``worse by 1.2 %``), ``why`` the figures behind it."""
 
     kind: Kind
     text: str
@@ -61,7 +61,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Loss:
-    """Means over the seeds. ``train``: of the last tenth of training. ``masters``: evaluated with quantization off.
+    """Means over the seeds. ``train``: over the last tenth of training. ``masters``: evaluated with quantization off.
 
     ``val_delta``, ``train_delta``: relative to the baseline; ``top1_delta``: in accuracy, 0.01 is a point.
     ``outside_step``: from there on the mean curve is outside the baseline's band. ``tokens_ratio``: tokens to reach the
@@ -84,8 +84,8 @@ class Loss:
 class Speed:
     """Medians over the seeds. ``ratio``: to the baseline, None when emulated or not measured alike (see ``note``).
 
-    ``limit``: the ratio if the GEMMs alone became faster, as much as the formats they ran in allow (Amdahl);
-    ``reached_frac``: the part of it that was reached.
+    ``limit``: the ratio if only the GEMMs became faster, by as much as their formats allow (Amdahl);
+    ``reached_frac``: the fraction of it that was reached.
     """
 
     tokens_per_s: float | None = None
@@ -129,7 +129,7 @@ class Health:
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run: ``folder`` as it was given, ``why`` it is not finished or does not count."""
+    """One run: ``folder`` as it was given, ``why`` it is unfinished or does not count."""
 
     name: str
     folder: str
@@ -148,8 +148,11 @@ class RunRow:
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs alike in everything but the seed. ``curve``: smoothed training loss, mean over the seeds (band: the seeds'
-    extremes). ``difference``: the same minus the baseline's on the same seeds, relative."""
+    """Runs that differ only by seed.
+
+    ``curve``: smoothed training loss, mean over the seeds (band: the seeds' extremes). ``difference``: the same minus
+    the baseline's on the same seeds, relative.
+    """
 
     label: str
     verdict: Verdict
@@ -168,10 +171,10 @@ class Variant:
 class Group:
     """Runs that saw the same data from the same initialisations under the same schedule, the baseline first.
 
-    ``label``: what tells this group from the others, empty if it is alone. ``metric``: what the verdicts go by,
-    ``validation loss``, ``training loss`` or ``top-1``. ``unit``: what the throughput counts, ``tokens`` or ``images``.
-    ``band``: where a run of the baseline with another seed would lie (95 %), around the baseline's mean; ``noise``: the
-    same as relative differences around 0. ``window_steps``: what the curves are averaged over.
+    ``label``: the settings that distinguish this group, empty if there is only one. ``metric``: the basis of the
+    verdicts, ``validation loss``, ``training loss`` or ``top-1``. ``unit``: of the throughput, ``tokens`` or
+    ``images``. ``band``: the 95 % prediction band for the baseline with another seed, around its mean; ``noise``:
+    the same as relative differences around 0. ``window_steps``: the averaging window of the curves.
     """
 
     label: str
@@ -187,7 +190,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``rules``: how the verdicts follow from the figures, in sentences; ``notes``: what was left out, and why."""
+    """``rules``: how the verdicts follow from the figures, in sentences; ``notes``: exclusions and their reasons."""
 
     title: str
     margin_frac: float

@@ -1,5 +1,4 @@
-"""The files of a comparison: ``report.html`` for people, ``report.md`` for a pull request, ``report.json`` for
-programs."""
+"""The files of a comparison: ``report.html``, ``report.md`` for a pull request, ``report.json`` for programs."""
 
 from __future__ import annotations
 
@@ -17,14 +16,14 @@ from mptrain.tools.settings import to_plain
 
 
 def write_all(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write the three into ``folder``, each whole or not at all; returns their paths. With the deployment matrix, if
-    there is one in the folder."""
+    """Write all three into ``folder``, each atomically, with its deployment matrix if there is one; return their
+    paths."""
     html, markdown, data = paths = [folder / f"report.{kind}" for kind in ("html", "md", "json")]
-    write_asked(comparison, html=html, markdown=markdown, data=data, deployed=read(folder / FILE))
+    write_files(comparison, html=html, markdown=markdown, data=data, deployed=read(folder / FILE))
     return paths
 
 
-def write_asked(
+def write_files(
     comparison: Comparison,
     *,
     html: Path | None,
@@ -32,7 +31,7 @@ def write_asked(
     data: Path | None,
     deployed: Matrix | None = None,
 ) -> None:
-    """Write those that have a path; ``data``: the JSON, which leaves out the deployment matrix (it has a file)."""
+    """Write those that have a path; ``data``: the JSON, without the deployment matrix (which has its own file)."""
     if html:
         more = section(deployed) if deployed else ""
         write_whole(html, page(comparison, links(comparison, html), more))
@@ -43,7 +42,7 @@ def write_asked(
 
 
 def links(comparison: Comparison, page_path: Path) -> dict[str, str]:
-    """Folder of each run -> the link to it from a page at ``page_path``, relative and quoted."""
+    """Map the folder of each run to the link to it from a page at ``page_path``, relative and quoted."""
     folders = {row.folder for group in comparison.groups for variant in group.variants for row in variant.runs}
     start = page_path.parent.resolve()
     relative = {folder: Path(os.path.relpath(Path(folder).resolve(), start)).as_posix() for folder in folders}
@@ -51,5 +50,5 @@ def links(comparison: Comparison, page_path: Path) -> dict[str, str]:
 
 
 def as_json(comparison: Comparison) -> str:
-    """All of it; null for what is not known, infinities as text."""
+    """Return the whole comparison as JSON; null for unknown values, infinities as text."""
     return json_text(to_plain(comparison), indent=1) + "\n"

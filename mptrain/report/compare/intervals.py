@@ -1,19 +1,21 @@
-"""Intervals of differences between runs, and the number of seeds that would decide a verdict.
+"""Confidence intervals of differences between runs, and the number of seeds that would decide a verdict.
 
-Seeds are few (3 is usual), so intervals are Student's t and not a bootstrap: resampling 3 pairs has 10 outcomes and
-covers the truth in some 75 % of cases instead of 95. The quantile is multiplied by a factor that holds 2.5 % on either
-side for every distribution of :data:`FAMILY`, not for the normal one alone. Only seeds are replicates, so only
-intervals over seeds have it. Sources: Student (1908); Welch (1947); Lan and DeMets (1983) for several looks.
+Seeds are few (3 is usual), so intervals are Student's t and not a bootstrap: resampling 3 pairs has 10 outcomes
+and covers the truth in some 75 % of cases instead of 95. The quantile is multiplied by a factor that holds 2.5 %
+on either side for every distribution of :data:`FAMILY`, not for the normal one alone. Only seeds are replicates,
+so only intervals over seeds have the factor. Sources: Student (1908); Welch (1947); Lan and DeMets (1983) for
+several looks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincinv, nctdtr, ndtri, stdtrit  # scipy.stats has them too, and takes a second to import
+from scipy.special import betaincinv, nctdtr, ndtri, stdtrit  # scipy.stats has them too, but takes a second to import
 
 from mptrain.report.compare.comparison import Interval
 from mptrain.runs.read import Floats
@@ -47,7 +49,7 @@ def quantile(probability: float, freedom: float) -> float:
 
 
 def factor(n: int, table: dict[int, float]) -> float:
-    """Return what the t quantile of ``n`` seeds is multiplied by; ``table``: :data:`PAIRED` or :data:`UNPAIRED`."""
+    """Return the factor on the t quantile of ``n`` seeds; ``table``: :data:`PAIRED` or :data:`UNPAIRED`."""
     last = max(table)
     return table[n] if n <= last else 1 + (table[last] - 1) * math.sqrt(last / n)
 
@@ -55,8 +57,8 @@ def factor(n: int, table: dict[int, float]) -> float:
 def paired(differences: Sequence[float], last: int = 0) -> Interval | None:
     """Return the interval of the mean of paired differences; None with fewer than two.
 
-    ``last``: the last number of seeds of a sweep that is looked at several times (a key of :data:`LOOKS`), whose looks
-    are the only numbers of differences for which there is an interval; 0: one look at a number of seeds fixed before.
+    ``last``: the last number of seeds of a sweep with several looks (a key of :data:`LOOKS`); only its looks have
+    an interval. 0: one look at a number of seeds fixed beforehand.
     """
     n = len(differences)
     if n < 2 or (last and n not in LOOKS[last]):
@@ -88,7 +90,7 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> Interval | None:
 def mean_of(values: Sequence[float], method: str, *, seeds: bool = False) -> Interval:
     """Return the interval of the mean of independent values, by Student's t; without ends (NaN) for a single one.
 
-    ``seeds``: the values are of one seed each, so the quantile has its factor; samples are many, and need none.
+    ``seeds``: each value is of one seed, so the quantile has its factor; samples are many, and need none.
     """
     n = len(values)
     if n < 2:
@@ -109,8 +111,8 @@ def paired_proportions(gained: int, lost: int, n: int) -> Interval:
     """Bound the difference of two shares of the same n cases; ``gained``: right in ours alone, ``lost``: in theirs
     alone.
 
-    Agresti and Min (2005): Wald's interval with half a case more in each of the four cells. Wald's own is of no width
-    where no case changed, and too narrow where few did, which is the rule among good models.
+    Agresti and Min (2005): Wald's interval with half a case added to each of the four cells. Wald's own has no
+    width if no case changed, and is too narrow if few did, as is usual for good models.
     """
     cases, up, down = n + 2, gained + 0.5, lost + 0.5
     middle = (up - down) / cases
@@ -120,7 +122,7 @@ def paired_proportions(gained: int, lost: int, n: int) -> Interval:
 
 def perplexity(loss: Interval) -> Interval:
     """Turn a loss in nats into a perplexity, a difference of losses into the ratio of perplexities."""
-    mean, low, high = (math.exp(min(nats, 700.0)) for nats in (loss.mean, loss.low, loss.high))  # a float64 ends there
+    mean, low, high = (math.exp(min(nats, 700.0)) for nats in (loss.mean, loss.low, loss.high))  # the limit of float64
     return Interval(mean, low, high, loss.n, loss.method)
 
 
@@ -135,8 +137,8 @@ def _spread(values: Sequence[float]) -> float:
 def seeds_needed(interval: Interval, margin: float) -> int | None:
     """Return how many seeds (of each side, where unpaired) would decide with a probability of :data:`POWER`.
 
-    Mean and spreads are taken for what they seem. Decided is: the interval lies below ``margin``, or it lies above 0.
-    None beyond :data:`MOST_SEEDS`.
+    Mean and spreads are taken at face value. Decided means: the interval lies below ``margin``, or above 0. None
+    beyond :data:`MOST_SEEDS`.
     """
     distance, variances = _distance(interval, margin), [spread**2 for spread in _spreads(interval)]
     total, table, ratio = sum(variances), PAIRED, 1.0
@@ -165,14 +167,14 @@ def next_look(interval: Interval, margin: float, last: int) -> int | None:
 
 
 def _spreads(interval: Interval) -> tuple[float, ...]:
-    """Those that it carries; of one without them, what its width makes of paired seeds."""
+    """Return the interval's spreads; without them, the spread that its width implies for paired seeds."""
     half = interval.high - interval.mean
     implied = half / (factor(interval.n, PAIRED) * quantile(TAIL, interval.n - 1)) * math.sqrt(interval.n)
     return interval.spreads or (implied,)
 
 
 def _distance(interval: Interval, margin: float) -> float:
-    """The larger of the mean's distances: below the margin (equivalent is within reach) or above 0 (worse is)."""
+    """Return the larger distance of the mean: below the margin (to be equivalent) or above 0 (to be worse)."""
     return max(margin - interval.mean, interval.mean)
 
 
@@ -185,23 +187,23 @@ def power(distance: float, error: float, freedom: float, width: float) -> float:
 
 
 def smooth(curves: Floats, window: int) -> Floats:
-    """Mean over the last ``window`` steps, along the last axis; steps without a value are left out of it."""
+    """Return the mean over the last ``window`` steps, along the last axis; steps without a value are ignored."""
     known = np.isfinite(curves)
     sums = np.cumsum(np.where(known, curves, 0.0), axis=-1)
     counts = np.cumsum(known, axis=-1)
-    lagged = [np.concatenate((np.zeros_like(x[..., :window]), x[..., :-window]), axis=-1) for x in (sums, counts)]
-    if curves.shape[-1] <= window:
-        lagged = [np.zeros_like(sums), np.zeros_like(counts)]
+    none = np.zeros((*curves.shape[:-1], window))
+    lagged = [np.concatenate((none, x), axis=-1)[..., : curves.shape[-1]] for x in (sums, counts)]
     with np.errstate(invalid="ignore", divide="ignore"):
         means: Floats = (sums - lagged[0]) / (counts - lagged[1])
     return means
 
 
 def prediction_half_width(curves: Floats, window: int) -> Floats | None:
-    """[steps]: half of the 95 % band in which a further seed lies, by the spread of these [seeds, steps] at each step.
+    """Return half of the 95 % band in which a further seed lies, by the spread of these [seeds, steps] at each
+    step.
 
-    The spread is averaged over ``window`` steps (variances), for that of 3 seeds at one step is itself mostly chance.
-    None with fewer than two seeds.
+    The spread is averaged over ``window`` steps (variances), because that of 3 seeds at one step is itself mostly
+    chance. None with fewer than two seeds.
     """
     n = len(curves)
     if n < 2:
@@ -212,13 +214,11 @@ def prediction_half_width(curves: Floats, window: int) -> Floats | None:
 
 
 def first_lasting(flags: npt.NDArray[np.bool_], length: int) -> int | None:
-    """Index of the first True that begins a row of ``length`` of them, or one that lasts to the end."""
-    start = None
-    for index, flag in enumerate(flags.tolist()):
-        if not flag:
-            start = None
-        elif start is None:
-            start = index
-        if start is not None and index - start + 1 >= length:
+    """Return the index of the first True that starts a run of ``length``, or one that lasts to the end."""
+    start = 0
+    for flag, group in groupby(flags.tolist()):
+        size = sum(1 for _ in group)
+        if flag and (size >= length or start + size == len(flags)):
             return start
-    return start
+        start += size
+    return None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from html import escape
 
 from mptrain.report import wording
 from mptrain.report.compare import cells
 from mptrain.report.compare.comparison import Comparison, Group, Variant
+from mptrain.report.tables import markdown_table, plain
 
 
 def markdown(comparison: Comparison, more: Sequence[str] = ()) -> str:
-    """A table of verdicts for each group, what they follow from, the rules folded, further parts, then the notes."""
+    """Render a table of verdicts for each group, the figures behind them, the rules folded, further parts, then the
+    notes."""
     parts = [f"### {plain(comparison.title)}"]
     for group in comparison.groups:
         parts += [f"#### {plain(group.label or f'{group.task} runs')}"] if len(comparison.groups) > 1 else []
@@ -31,21 +31,9 @@ def markdown(comparison: Comparison, more: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plain(text: str) -> str:
-    """The text in one line, with nothing in it that Markdown or HTML would take for markup."""
-    flat = escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", flat)
-
-
 def _table(group: Group) -> str:
-    columns = cells.summary_columns(group)
-    heads = ["variant", "verdict", *(column.head for column in columns)]
-    rules = ["---", "---", *("---:" if column.numeric else "---" for column in columns)]
-    rows = [row([plain(head) for head in heads]), row(rules)]
-    for variant in group.variants:
-        figures = [plain(column.cell(variant).text) for column in columns]
-        rows.append(row([plain(variant.label), _verdict(variant), *figures]))
-    return "\n".join(rows)
+    rows = [([plain(variant.label), _verdict(variant)], variant) for variant in group.variants]
+    return markdown_table(("variant", "verdict"), cells.summary_columns(group), rows)
 
 
 def _verdict(variant: Variant) -> str:
@@ -55,10 +43,6 @@ def _verdict(variant: Variant) -> str:
 
 def _reasons(group: Group) -> str:
     return listed([f"{v.label}: {v.verdict.why}" for v in group.variants if v.verdict.why])
-
-
-def row(found: Sequence[str]) -> str:
-    return f"| {' | '.join(found)} |"
 
 
 def listed(sentences: Sequence[str]) -> str:

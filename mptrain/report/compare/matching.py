@@ -1,4 +1,4 @@
-"""Which runs can be compared: groups that saw the same data and schedule, and in them variants of one precision.
+"""Matching of comparable runs: groups of the same data and schedule, and in them variants of one precision.
 
 A group's runs have model, corpus, batches and optimizer in common (so that equal seeds saw equal data from equal
 weights); a variant's have the precision in common too, how weights and moments are stored included, and differ by seed.
@@ -14,14 +14,14 @@ from typing import Any
 from mptrain.runs.identity import STORAGE, numerics, short_hash, updates
 from mptrain.runs.read import Run, leaf_names
 
-SENT = {"compress": "none", "gather": "compute"}  # of dist: what gradients and weights travel in
-USUAL = {"weights": "fp32", "moments": "fp32", "inject": "", **SENT}  # said of a variant only where it is otherwise
-SCHEDULE = ("max_steps", "batch_size", "accumulate", "clip", "eval_batches")  # of trainer: what a loss depends on
+SENT = {"compress": "none", "gather": "compute"}  # of dist: formats of gradients and weights in transit
+USUAL = {"weights": "fp32", "moments": "fp32", "inject": "", **SENT}  # defaults, left out of a variant's label
+SCHEDULE = ("max_steps", "batch_size", "accumulate", "clip", "eval_batches")  # of trainer: what affects the loss
 
 
 @dataclass(frozen=True)
 class Matched:
-    """Runs of one variant; ``settings``: flat, what its precision consists of; ``key``: a hash of them."""
+    """Runs of one variant; ``settings``: flat, those that make up its precision; ``key``: a hash of them."""
 
     key: str
     name: str
@@ -42,41 +42,46 @@ class Matched:
 
 @dataclass(frozen=True)
 class MatchedGroup:
-    """Variants that can be compared; ``settings``: flat, what all of their runs have in common."""
+    """Comparable variants; ``settings``: flat, those that all of their runs share."""
 
     settings: dict[str, Any]
     variants: tuple[Matched, ...]
 
 
 def groups_of(runs: Iterable[Run]) -> list[MatchedGroup]:
-    """Every run that has settings, sorted into groups and variants, in the order of their first run.
+    """Sort every run that has settings into groups and variants, in the order of their first run.
 
-    A run that never began does not know its corpus: it goes with those whose settings of the data are its own.
+    A run that never began has no corpus on record: it joins those with its settings of the data.
     """
     known = [run for run in runs if run.config]
     corpora = {short_hash(run.config["data"]): run.about["corpus"] for run in known if "corpus" in run.about}
-    found: dict[str, list[tuple[dict[str, Any], Run]]] = defaultdict(list)
+    by_settings: dict[str, list[tuple[dict[str, Any], Run]]] = defaultdict(list)
     for run in known:
         corpus = run.about.get("corpus") or corpora.get(short_hash(run.config["data"]))
         settings = trial(run, corpus)
-        found[short_hash(settings)].append((settings, run))
-    return [MatchedGroup(flat(members[0][0]), _variants([run for _, run in members])) for members in found.values()]
+        by_settings[short_hash(settings)].append((settings, run))
+    return [
+        MatchedGroup(flat(members[0][0]), _variants([run for _, run in members])) for members in by_settings.values()
+    ]
 
 
 def _variants(runs: list[Run]) -> tuple[Matched, ...]:
-    found: dict[str, list[Run]] = defaultdict(list)
+    by_key: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        found[short_hash(variant(run))].append(run)
-    made = []
-    for key, members in found.items():
+        by_key[short_hash(variant(run))].append(run)
+    variants = []
+    for key, members in by_key.items():
         name = str(members[0].config["precision"].get("name", "?"))
         members.sort(key=lambda run: (run.seed or 0, run.folder.name))
-        made.append(Matched(key, name, flat(variant(members[0])), tuple(members)))
-    return tuple(made)
+        variants.append(Matched(key, name, flat(variant(members[0])), tuple(members)))
+    return tuple(variants)
 
 
 def trial(run: Run, corpus: str | None) -> dict[str, Any]:
-    """The settings that the runs of a group share. ``corpus``: hash of the data's content, None if it is not known."""
+    """Return the settings that the runs of a group share.
+
+    ``corpus``: hash of the data's content, None if it is not known.
+    """
     settings = run.config
     trainer = {key: settings["trainer"].get(key) for key in SCHEDULE}
     data = {"corpus": corpus} if corpus else settings["data"]
@@ -84,11 +89,11 @@ def trial(run: Run, corpus: str | None) -> dict[str, Any]:
     dist = settings.get("dist", {})
     if dist.get("kind", "single") == "single" and dist.get("tp", 1) == 1:
         return shared
-    return shared | {"dist": {key: dist.get(key) for key in ("kind", "tp", "replicas")}}  # speeds are those of a layout
+    return shared | {"dist": {key: dist.get(key) for key in ("kind", "tp", "replicas")}}  # speeds depend on the layout
 
 
 def variant(run: Run) -> dict[str, Any]:
-    """The settings that the runs of a variant share as well."""
+    """Return the settings that the runs of a variant share as well."""
     settings = run.config
     storage = {key: settings["optim"].get(key, "fp32") for key in STORAGE}
     inject = settings.get("debug", {}).get("inject", "")
@@ -97,44 +102,45 @@ def variant(run: Run) -> dict[str, Any]:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    found: dict[str, Any] = {}
+    """Return nested settings by their dotted names."""
+    dotted: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        dotted |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return dotted
 
 
 def differing(settings: Iterable[dict[str, Any]]) -> list[str]:
-    """The names whose values are not the same in all."""
+    """Return the names whose values differ."""
     every = list(settings)
-    names = dict.fromkeys(name for one in every for name in one)
-    return [name for name in names if len({str(one.get(name)) for one in every}) > 1]
+    names = dict.fromkeys(name for flat_settings in every for name in flat_settings)
+    return [name for name in names if len({str(flat_settings.get(name)) for flat_settings in every}) > 1]
 
 
 def labels(groups: Iterable[MatchedGroup]) -> dict[str, str]:
-    """Variant key -> what to call it: the precision's name, and what tells it from others of the same name."""
+    """Map the key of each variant to its label: the precision's name, and the settings that distinguish it from
+    others."""
     variants = {v.key: v for group in groups for v in group.variants}
     named: dict[str, list[Matched]] = defaultdict(list)
-    for one in variants.values():
-        named[one.name].append(one)
-    found = {}
+    for matched in variants.values():
+        named[matched.name].append(matched)
+    by_key = {}
     for name, alike in named.items():
-        leaves = leaf_names(differing([one.settings for one in alike]))
-        for one in alike:
-            values = {leaf: one.settings[key] for key, leaf in leaves.items() if key in one.settings}
-            told = [f"{leaf}={_brief(value)}" for leaf, value in values.items() if USUAL.get(leaf) != value]
-            found[one.key] = " ".join([name, *told])
-    return found
+        leaves = leaf_names(differing([matched.settings for matched in alike]))
+        for matched in alike:
+            values = {leaf: matched.settings[key] for key, leaf in leaves.items() if key in matched.settings}
+            differences = [f"{leaf}={_brief(value)}" for leaf, value in values.items() if USUAL.get(leaf) != value]
+            by_key[matched.key] = " ".join([name, *differences])
+    return by_key
 
 
 def group_labels(groups: list[MatchedGroup]) -> list[str]:
-    """Name the settings that tell the groups apart; empty for one alone."""
+    """Name the settings that distinguish the groups; empty for a single one."""
     leaves = leaf_names(differing([group.settings for group in groups]))
     return [", ".join(f"{leaf}={_brief(group.settings.get(key))}" for key, leaf in leaves.items()) for group in groups]
 
 
 def difference(ours: MatchedGroup, theirs: MatchedGroup) -> str:
-    """Say why the runs of two groups cannot be compared."""
+    """Explain why the runs of two groups cannot be compared."""
     names = differing([ours.settings, theirs.settings])
     return "; ".join(
         f"{n} is {_brief(ours.settings.get(n))} here and {_brief(theirs.settings.get(n))} there" for n in names

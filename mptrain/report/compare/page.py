@@ -8,11 +8,11 @@ from typing import Any
 from markupsafe import Markup
 
 from mptrain.report.compare import cells
-from mptrain.report.compare.cells import Cell, Column
 from mptrain.report.compare.comparison import Comparison, Group, RunRow, Variant
 from mptrain.report.compare.figures import figures, styles_of
 from mptrain.report.draw.axes import sample
 from mptrain.report.html import breakable, render
+from mptrain.report.tables import Cell, Column
 
 
 def page(comparison: Comparison, links: Mapping[str, str] | None = None, more: str = "") -> str:
@@ -63,7 +63,7 @@ def _run_columns(group: Group) -> list[Column[RunRow]]:
     owner = {id(run): variant.label for variant in group.variants for run in variant.runs}
     variant = Column[RunRow]("variant", "variant", "", lambda r: Cell(owner[id(r)]), numeric=False)
     why = Column[RunRow]("why", "why", "", lambda r: Cell(r.why), numeric=False)
-    doubted = any(run.why for one in group.variants for run in one.runs)
+    doubted = any(run.why for owned in group.variants for run in owned.runs)
     return [variant, *cells.run_columns(group), *([why] if doubted else [])]
 
 
@@ -74,5 +74,5 @@ def _link(run: RunRow, links: Mapping[str, str]) -> Markup:
 
 def _swatch(style: Any) -> Markup:
     """Draw the variant's line as the figures do."""
-    drawn = sample(1, 6, style)
-    return Markup(f"<svg width='28' height='12' viewBox='0 0 28 12' aria-hidden='true'>{drawn}</svg>")
+    shape = sample(1, 6, style)
+    return Markup(f"<svg width='28' height='12' viewBox='0 0 28 12' aria-hidden='true'>{shape}</svg>")

@@ -1,7 +1,7 @@
-"""The seeds that a sweep named before its first verdict: which of them count, and whether it may be looked at again.
+"""The seeds that a sweep named before its first verdict: which of them count, and whether more looks are allowed.
 
-A verdict's rate is that of one look at a number of seeds fixed before it. ``sweep.json`` says what was fixed: seeds
-added to a sweep that was judged do not count, unless it had named its last number of seeds (``sweep_seeds``).
+A verdict's error rate holds for one look at a number of seeds fixed beforehand. ``sweep.json`` records it: seeds
+added to a judged sweep do not count, unless it had named its last number of seeds (``sweep_seeds``).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Planned:
 
     def counted(self, finished: Collection[int]) -> list[int]:
         """Return the ``finished`` seeds that a verdict goes by: of several looks, those of the largest reached."""
-        found = [seed for seed in self.seeds or sorted(finished) if seed in finished]
-        looks = [n for n in LOOKS.get(self.last, ()) if n <= len(found)]
-        return found[: max(looks)] if looks else found
+        seeds = [seed for seed in self.seeds or sorted(finished) if seed in finished]
+        looks = [n for n in LOOKS.get(self.last, ()) if n <= len(seeds)]
+        return seeds[: max(looks)] if looks else seeds
 
 
 def planned(folders: Iterable[Path]) -> Planned:

@@ -1,8 +1,7 @@
-"""A comparison for the terminal: a table a group, the verdicts with their reasons below it, then the notes."""
+"""A comparison in the terminal: a table per group, the verdicts with their reasons, then the notes."""
 
 from __future__ import annotations
 
-from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
@@ -10,11 +9,10 @@ from rich.text import Text
 
 from mptrain.report import wording
 from mptrain.report.compare import cells
-from mptrain.report.compare.cells import Column
 from mptrain.report.compare.comparison import Comparison, Group, Kind, Variant
+from mptrain.report.tables import GAP, compact_table, fitting, print_left_out, taken
 
-GAP = 2  # spaces between columns, one of them the box's
-LEAST, MOST = 12, 32  # characters of a label in the table; the lines below it have the whole
+LEAST, MOST = 12, 32  # characters of a label in the table; the lines below show all of it
 DROPPED = (
     "coverage",
     "underflow_frac",
@@ -29,8 +27,10 @@ COLOURS = {Kind.equivalent: "green", Kind.worse: "red", Kind.diverged: "bold red
 
 
 def print_comparison_table(console: Console, comparison: Comparison) -> None:
-    """All of the comparison that a terminal holds. In a narrow one the least important columns are left out, which is
-    said; a number is never cut."""
+    """Print the comparison.
+
+    A narrow terminal hides the least important columns and names them; numbers are never cut.
+    """
     console.print(Text(comparison.title, "bold"), soft_wrap=True)
     for group in comparison.groups:
         _print_group(console, group, several=len(comparison.groups) > 1)
@@ -46,48 +46,20 @@ def _print_group(console: Console, group: Group, *, several: bool) -> None:
     if not group.variants:
         console.print(Text("no variants in this group"))
         return
-    columns = cells.summary_columns(group)
-    fixed = max(cell_len(_sign(variant)) for variant in group.variants)
-    shown = fitting(columns, group, console.width - fixed - GAP)
-    room = console.width - fixed - GAP - _taken(shown, group)
-    width = max(1, min(MOST, room))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
-    for head in ("variant", "verdict"):
-        table.add_column(head, no_wrap=True)
-    for column in shown:
-        table.add_column(column.brief, justify="right" if column.numeric else "left", no_wrap=True)
-    labels = wording.brief([variant.label for variant in group.variants], width)
-    for variant, label in zip(group.variants, labels, strict=True):
+    columns, variants = cells.summary_columns(group), group.variants
+    least = min(LEAST, max(len("variant"), *(cell_len(variant.label) for variant in variants)))
+    room = console.width - GAP - max(cell_len(_sign(variant)) for variant in variants)
+    shown = fitting(columns, variants, room - least, DROPPED)
+    table = compact_table(("variant", "verdict"), shown)
+    width = max(1, min(MOST, room - taken(shown, variants)))
+    labels = wording.brief([variant.label for variant in variants], width)
+    for variant, label in zip(variants, labels, strict=True):
         figures = [Text(column.cell(variant).text) for column in shown]
         table.add_row(Text(label), Text(_sign(variant), COLOURS.get(variant.verdict.kind, "")), *figures)
     console.print(table)
-    dropped = [column.brief for column in columns if column not in shown]
-    if dropped:
-        console.print(Text(f"left out at this width: {', '.join(dropped)}", "dim"))
-    for variant in group.variants:
+    print_left_out(console, columns, shown)
+    for variant in variants:
         console.print(_line(variant))
-
-
-def fitting(columns: list[Column[Variant]], group: Group, width: int) -> list[Column[Variant]]:
-    """The columns that fit beside labels of at least ``LEAST`` characters, the least important gone first."""
-    shown = list(columns)
-    least = min(LEAST, max(len("variant"), *(cell_len(variant.label) for variant in group.variants)))
-    order = [column for key in DROPPED for column in columns if column.key == key]
-    order += [column for column in reversed(columns) if column not in order]
-    for column in order:
-        if width - _taken(shown, group) >= least:
-            break
-        shown.remove(column)
-    return shown
-
-
-def _taken(columns: list[Column[Variant]], group: Group) -> int:
-    """Characters of the columns with the gaps before them."""
-    found = 0
-    for column in columns:
-        widths = [cell_len(column.cell(variant).text) for variant in group.variants]
-        found += GAP + max([cell_len(column.brief), *widths])
-    return found
 
 
 def _sign(variant: Variant) -> str:
@@ -95,13 +67,13 @@ def _sign(variant: Variant) -> str:
 
 
 def _line(variant: Variant) -> Table:
-    """Sign, label and verdict in words, then why; longer ones go on under the label."""
+    """Return sign, label and verdict in words, then the reason; long ones continue under the label."""
     verdict = variant.verdict
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    said = Text.assemble((variant.label, "bold"), f": {verdict.text or verdict.kind.value}")
+    words = Text.assemble((variant.label, "bold"), f": {verdict.text or verdict.kind.value}")
     if verdict.why:
-        said.append(f" ({verdict.why})")
-    grid.add_row(Text(wording.SIGNS[verdict.kind], COLOURS.get(verdict.kind, "")), said)
+        words.append(f" ({verdict.why})")
+    grid.add_row(Text(wording.SIGNS[verdict.kind], COLOURS.get(verdict.kind, "")), words)
     return grid

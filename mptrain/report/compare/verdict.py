@@ -1,4 +1,4 @@
-"""The verdict on a precision, by rules that are printed beside it, and when a run counts as diverged."""
+"""The verdict on a precision, by rules that are printed next to it, and the definition of a diverged run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from mptrain.runs.baseline import FEW_STEPS
 from mptrain.runs.read import Run
 from mptrain.telemetry.ledger import SKIPS_ALARM
 
-LOST_FRAC = 0.5  # of what training had won, given back: diverged
-EVENTS_BEFORE = 50  # steps in which an event may be the cause of what follows
+LOST_FRAC = 0.5  # share of training's improvement whose loss means divergence
+EVENTS_BEFORE = 50  # steps before a divergence in which an event may be its cause
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """``step`` is where it began; ``text`` says what happened, and the last event before it that may be the cause."""
+    """``step`` is where it began; ``text`` describes it, with the last event before it as a possible cause."""
 
     step: int
     text: str
@@ -89,16 +89,16 @@ def judge(
 ) -> Verdict:
     """Return the verdict on ``delta``, the difference from the baseline with its interval; None where there is none.
 
-    ``points``: the difference is one of accuracy (below 0: worse), said in points; else of a loss (above 0: worse).
+    ``points``: the difference is one of accuracy in points (below 0: worse); else of a loss (above 0: worse).
     ``last``: as in :func:`rules`; ``seeds`` counts the variant's.
     """
     unit = "points" if points else "%"
-    said = _why(delta, unit)
+    figures = _why(delta, unit)
     if delta is not None and points:
         delta = replace(delta, mean=-delta.mean, low=-delta.high, high=-delta.low)
     if steps < FEW_STEPS:
         more = f"undecided: {steps} steps are too few, use trainer.max_steps={FEW_STEPS} or more"
-        return Verdict(Kind.undecided, more, said)
+        return Verdict(Kind.undecided, more, figures)
     if delta is None:
         few = min(LOOKS[last]) - seeds if last else 2 if seeds == 1 else 0
         more = f"needs {few} more seed{'s' * (few > 1)}" if few > 0 else "needs the baseline's seeds"
@@ -106,14 +106,14 @@ def judge(
         return Verdict(Kind.undecided, f"undecided: {more}", why)
     if delta.high < margin:
         better = " (better)" if delta.high < 0 else ""
-        return Verdict(Kind.equivalent, f"equivalent{better}", said)
+        return Verdict(Kind.equivalent, f"equivalent{better}", figures)
     if delta.low > 0:
-        return Verdict(Kind.worse, f"worse by {100 * delta.mean:.2g} {unit}", said)
-    return Verdict(Kind.undecided, f"undecided: {_more(delta, margin, seeds, last)}", said)
+        return Verdict(Kind.worse, f"worse by {100 * delta.mean:.2g} {unit}", figures)
+    return Verdict(Kind.undecided, f"undecided: {_more(delta, margin, seeds, last)}", figures)
 
 
 def _more(delta: Interval, margin: float, seeds: int, last: int) -> str:
-    """Name what would decide: more seeds where their last number was named beforehand, else a new comparison."""
+    """Name what would decide: more seeds if their last number was named beforehand, else a new comparison."""
     if last:
         following = next_look(delta, margin, last)
         if following is None:
@@ -133,10 +133,10 @@ def _why(delta: Interval | None, unit: str) -> str:
 
 
 def divergence(run: Run) -> Divergence | None:
-    """Whether and where the run came off; ``run`` has finished."""
-    for found in (_not_a_number(run), _skipped_to_the_end(run), _given_back(run)):
-        if found is not None:
-            step, what = found
+    """Return where and how a finished run diverged; None if it did not."""
+    for where in (_not_a_number(run), _skipped_to_the_end(run), _given_back(run)):
+        if where is not None:
+            step, what = where
             return Divergence(step, what + _cause(run, step))
     return None
 
@@ -157,11 +157,11 @@ def _skipped_to_the_end(run: Run) -> tuple[int, str] | None:
         step -= 1
     if run.steps - step < SKIPS_ALARM:
         return None
-    return step + 1, f"every one of the last {run.steps - step} steps was skipped"
+    return step + 1, f"the last {run.steps - step} steps were all skipped"
 
 
 def _given_back(run: Run) -> tuple[int, str] | None:
-    """The smoothed loss ends above the middle between its start and its minimum."""
+    """Check whether the smoothed loss ends above the middle between its start and its minimum."""
     curve = run.curve()
     curve = curve[np.isfinite(curve)]
     window = max(1, len(curve) // 50)
@@ -170,7 +170,7 @@ def _given_back(run: Run) -> tuple[int, str] | None:
     smoothed = smooth(curve, window)[window - 1 :]
     lowest = int(np.argmin(smoothed))
     least, start = float(smoothed[lowest]), float(smoothed[0])
-    limit = least + LOST_FRAC * max(start - least, 0.05 * abs(least))  # a loss that never fell may wander by 2.5 %
+    limit = least + LOST_FRAC * max(start - least, 0.05 * abs(least))  # a loss that never fell may vary by 2.5 %
     if smoothed[-1] <= limit:
         return None
     below = np.flatnonzero(smoothed <= limit)
@@ -179,9 +179,9 @@ def _given_back(run: Run) -> tuple[int, str] | None:
 
 
 def _cause(run: Run, step: int) -> str:
-    """The last event in the steps up to ``step`` that may explain what happened there."""
-    told = [e for e in run.events if e.get("reason") and isinstance(e.get("step"), int)]
-    near = [e for e in told if step - EVENTS_BEFORE <= e["step"] <= step + 1]
+    """Return the last event in the steps up to ``step`` that may explain it."""
+    explained = [e for e in run.events if e.get("reason") and isinstance(e.get("step"), int)]
+    near = [e for e in explained if step - EVENTS_BEFORE <= e["step"] <= step + 1]
     if not near:
         return ", with no event before it"
     event = max(near, key=lambda e: (e["step"] <= step, e["step"]))
@@ -189,8 +189,8 @@ def _cause(run: Run, step: int) -> str:
     return f" (step {event['step']}: {event['reason']}{layer})"
 
 
-def diverged(found: Sequence[tuple[int | None, Divergence]], seeds: int) -> Verdict:
-    """The verdict on a variant of which these (seed, divergence) came off, out of ``seeds``."""
-    seed, first = min(found, key=lambda pair: pair[1].step)
-    which = f"seed {seed}" if len(found) == 1 else f"{len(found)} of {seeds} seeds, the first {seed}"
+def diverged(where: Sequence[tuple[int | None, Divergence]], seeds: int) -> Verdict:
+    """Return the verdict on a variant with these (seed, divergence), out of ``seeds``."""
+    seed, first = min(where, key=lambda pair: pair[1].step)
+    which = f"seed {seed}" if len(where) == 1 else f"{len(where)} of {seeds} seeds, the first {seed}"
     return Verdict(Kind.diverged, f"diverged at step {first.step} because {first.text}", f"{which}")

@@ -1,4 +1,4 @@
-"""The live table of a sweep: a row for each run, read from the runs' folders, whoever runs them."""
+"""The live table of a sweep: a row for each run, read from the runs' folders."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from mptrain.report.compare.compare import NothingToCompare
+from mptrain.report.tables import table_of
 from mptrain.runs.read import Run, Status, expand, glance, in_use, is_run
 from mptrain.tools.files import object_in
 
 EVERY_S = 1.0
 FOLLOW_S = 5.0  # a comparison reads every row of every run
 DONE = (Status.finished, Status.failed)
-MARKS = {  # a sign and a word beside the colour
+MARKS = {  # a sign and a word in addition to the colour
     Status.finished: ("✓", "green"),
     Status.running: ("▶", "bold"),
     Status.stopped: ("■", "yellow"),
@@ -31,9 +31,9 @@ MARKS = {  # a sign and a word beside the colour
 
 
 class Watch:
-    """Shows the table while it is started: redrawn every second in a terminal, elsewhere a line for each run that ends.
+    """A table that is redrawn every second in a terminal; elsewhere a line for each run that ends.
 
-    A thread of its own reads the folders; a finished run is not read again, a failed one is: it may be retried.
+    A separate thread reads the folders; a finished run is not read again, a failed one is: it may be retried.
     """
 
     def __init__(self, folder: Path, console: Console) -> None:
@@ -50,14 +50,14 @@ class Watch:
         self._thread.join()
 
     def runs(self) -> list[Run]:
-        """Every run there is by now, in the order in which they were begun."""
-        found = []
+        """Return all runs so far, in the order in which they were begun."""
+        runs = []
         for folder in _folders(self.folder):
             run = self._finished.get(folder) or glance(folder)
             if run.status is Status.finished:
                 self._finished[folder] = run
-            found.append(run)
-        return found
+            runs.append(run)
+        return runs
 
     def table(self) -> Table:
         return table(self.runs(), jobs(self.folder), self.folder)
@@ -70,22 +70,22 @@ class Watch:
                 live.update(self.table(), refresh=True)
             return
         self.console.print(f"sweep in {self.folder}", highlight=False, soft_wrap=True)
-        told = {end for run in self.runs() if (end := _end(run))}
-        if told:
-            self.console.print(f"{len(told)} runs are there already", highlight=False)
+        printed = {end for run in self.runs() if (end := _end(run))}
+        if printed:
+            self.console.print(f"{len(printed)} runs already finished", highlight=False)
         while True:
             last = self._stop.wait(EVERY_S)
             for run in self.runs():
                 end = _end(run)
-                if end and end not in told:
-                    told.add(end)
+                if end and end not in printed:
+                    printed.add(end)
                     self.console.print(line(run), highlight=False, soft_wrap=True)
             if last:
                 return
 
 
 def follow(paths: Sequence[Path], console: Console, once: Callable[[Console], None]) -> None:
-    """Print ``once``, the comparison, under the table of runs, again and again until no run is at work any more.
+    """Print the table of runs with the comparison (``once``) below, repeatedly until no run is in progress.
 
     In a terminal the screen is redrawn; elsewhere the comparison is printed when a run ends, and at the end.
     """
@@ -112,56 +112,55 @@ def follow(paths: Sequence[Path], console: Console, once: Callable[[Console], No
 
 
 def _end(run: Run) -> tuple[Path, int] | None:
-    """Mark this end of a run apart from that of an earlier attempt: its file and when it was written (ns)."""
+    """Identify this end of a run, to distinguish it from that of an earlier attempt: its file and when it was
+    written (ns)."""
     if run.status not in DONE:
         return None
     path = run.folder / ("summary.json" if run.status is Status.finished else "error.json")
     try:
         return path, path.stat().st_mtime_ns
-    except OSError:  # set aside since: the run has begun again
+    except OSError:  # moved since: the run has begun again
         return None
 
 
 def _folders(sweep: Path) -> list[Path]:
-    found = [path for path in sweep.iterdir() if is_run(path)]
-    return sorted(found, key=lambda path: (path / "job.json").stat().st_mtime if (path / "job.json").exists() else 0.0)
+    folders = [path for path in sweep.iterdir() if is_run(path)]
+    return sorted(
+        folders, key=lambda path: (path / "job.json").stat().st_mtime if (path / "job.json").exists() else 0.0
+    )
 
 
 def jobs(sweep: Path) -> int | None:
-    """How many jobs the sweep has, where that is known beforehand."""
-    found = object_in(sweep / "sweep.json").get("jobs")
-    return found if isinstance(found, int) else None
+    """Return the number of the sweep's jobs, where it is known beforehand."""
+    count = object_in(sweep / "sweep.json").get("jobs")
+    return count if isinstance(count, int) else None
 
 
 def _jobs_of(run: Run) -> int:
-    """List the jobs of a sweep that this run is: they would compute the same."""
+    """Count the jobs of a sweep that this run stands for: they would compute the same."""
     return len(object_in(run.folder / "job.json").get("names", [run.name]))
 
 
 def table(runs: list[Run], whole: int | None, folder: Path) -> Table:
-    """Tell where each run is; ``whole``: the number of jobs to come to."""
+    """Return the state of each run as a table; ``whole``: the number of jobs of the sweep."""
     over = sum(_jobs_of(run) for run in runs if run.status in DONE)
     title = f"{folder}: {over}{f' of {whole}' if whole else ''} done"
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    made.add_column("run", overflow="fold")
-    made.add_column("", no_wrap=True)
-    for head in ("step", "loss", "val loss", "per s", "skipped"):
-        made.add_column(head, justify="right", no_wrap=True)
+    shown = table_of(["run", ""], ("step", "loss", "val loss", "per s", "skipped"), title=title, folded=True)
     for run in runs:
         mark, style = MARKS[run.status]
         status = Text(f"{mark} {run.status.value}", style)
         if run.status is Status.failed:
-            made.add_row(Text.assemble(run.name, "\n", (run.why, "red")), status)
+            shown.add_row(Text.assemble(run.name, "\n", (run.why, "red")), status)
             continue
-        made.add_row(run.name, status, f"{run.steps}/{run.max_steps or '?'}", *cells(run))
+        shown.add_row(run.name, status, f"{run.steps}/{run.max_steps or '?'}", *cells(run))
     left = (whole or 0) - sum(map(_jobs_of, runs))
     if left > 0:
-        made.add_row(Text(f"{left} more to come", "dim"))
-    return made
+        shown.add_row(Text(f"{left} jobs queued", "dim"))
+    return shown
 
 
 def cells(run: Run) -> list[str]:
-    """Loss, validation loss, tokens a second and skipped steps as text."""
+    """Return the loss, validation loss, tokens per second and skipped steps as text."""
     loss = run.losses.get(run.steps, math.nan)
     forms = ((loss, ".4f"), (run.figure("val_loss"), ".4f"), (run.figure("tokens_per_s"), ",.0f"))
     shown = ["-" if math.isnan(value) else format(value, form) for value, form in forms]
@@ -170,7 +169,7 @@ def cells(run: Run) -> list[str]:
 
 
 def line(run: Run) -> str:
-    """The same in one line."""
+    """Return the same in one line."""
     if run.status is Status.failed:
         return f"{run.name}: failed: {run.why}"
     loss, val, speed, skipped = cells(run)

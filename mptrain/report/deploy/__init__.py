@@ -1,1 +1,1 @@
-"""Trained models beside each other as they are deployed."""
+"""Comparison of trained models as they are deployed."""

@@ -19,8 +19,11 @@ FILE = "deploy.json"
 
 @dataclass(frozen=True)
 class LayerError:
-    """SQNR of a layer's output (inf: equal). ``own_db``: given the reference's input, so the error is this layer's
-    alone; ``output_db``: in the deployed model, with what the layers before it did; ``weight_db``: of its weight."""
+    """SQNR of a layer's output (inf: equal).
+
+    ``own_db``: given the reference's input, so only this layer's error; ``output_db``: in the deployed model, with the
+    errors of the layers before it; ``weight_db``: of its weight.
+    """
 
     layer: str
     own_db: float
@@ -43,11 +46,11 @@ class Latency:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A deployed model beside its reference on the same validation samples.
+    """A deployed model vs. its reference on the same validation samples.
 
-    ``unit``: what is predicted, ``tokens`` or ``images``. ``kl_nats``: KL(reference || deployed) of a prediction, mean;
-    ``same_frac``: how often both like the same answer best. ``machine``, ``device``: where the latencies were measured.
-    ``losses``, ``hits``: of each sample, the share of right predictions among the latter.
+    ``unit``: what is predicted, ``tokens`` or ``images``. ``kl_nats``: KL(reference || deployed) of a prediction,
+    mean; ``same_frac``: how often both choose the same answer. ``machine``, ``device``: where the latencies were
+    measured. ``losses``, ``hits``: by sample, ``hits`` as the share of right predictions.
     """
 
     unit: str
@@ -74,11 +77,12 @@ class Evaluation:
 class Deployed:
     """One cell of the matrix: runs trained in one precision, deployed in one format; means over the runs.
 
-    ``metric``: perplexity, or top-1. ``own_delta``: to the same runs deployed in FP32; ``base_delta``: to FP32-trained
-    ones deployed in FP32. Relative to the perplexity, or in accuracy (0.01 is a point). Intervals are over runs (seeds)
-    where there are several, else over validation samples: ``method`` says which. ``mib``: of the stored tensors,
-    ``size_frac``: over those of the FP32 file. ``layers``: how many were quantized. ``worst_db``: of the layer whose
-    output is furthest off, given the right input. ``why``: it could not be deployed so; then all else is unknown.
+    ``metric``: perplexity, or top-1. ``own_delta``: to the same runs deployed in FP32; ``base_delta``: to
+    FP32-trained ones deployed in FP32. Relative to the perplexity, or in accuracy (0.01 is a point). Intervals
+    are over runs (seeds) if there are several, else over validation samples: see ``method``. ``mib``: of the
+    stored tensors, ``size_frac``: over those of the FP32 file. ``layers``: how many were quantized. ``worst_db``:
+    of the layer with the largest error, given the right input. ``why``: the reason if this deployment is
+    impossible; then all else is unknown.
     """
 
     trained: str
@@ -102,9 +106,9 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Trained in x deployed in, as ``deploy.json`` holds it. ``metric``: ``perplexity`` or ``top-1``.
+    """Training precision x deployment format, as in ``deploy.json``. ``metric``: ``perplexity`` or ``top-1``.
 
-    ``batch``: samples of the timed forward; ``machine``, ``device``: where it ran; ``notes``: what to know of it all.
+    ``batch``: samples of the timed forward; ``machine``, ``device``: where it ran; ``notes``: remarks on the whole.
     """
 
     title: str
@@ -130,7 +134,7 @@ class Matrix:
 
 
 def read(path: Path) -> Matrix | None:
-    """The matrix in a ``deploy.json``; None if there is none, or what stands there is not one."""
+    """Read the matrix in a ``deploy.json``; None if the file is missing or not one."""
     values = object_in(path)
     try:
         cells = [_cell(cell) for cell in values.pop("cells")]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from mptrain.report import wording
-from mptrain.report.compare.cells import Cell, Column
-from mptrain.report.compare.markdown import listed as markdown_list
-from mptrain.report.compare.markdown import plain, row
+from mptrain.report.compare.markdown import listed
 from mptrain.report.deploy import cells
 from mptrain.report.deploy.matrix import Matrix
 from mptrain.report.html import render
+from mptrain.report.tables import Cell, Column, markdown_table, plain
 
 TITLE = "Deployed in another format"
 
 
 def section(matrix: Matrix) -> str:
-    """Return a square of trained x deployed, then all that is known of each cell, in HTML."""
+    """Return a square of training precision x deployment format, then all figures of each cell, in HTML."""
     return render(
         "deploy.html",
         title=TITLE,
@@ -31,19 +29,15 @@ def section(matrix: Matrix) -> str:
 
 
 def markdown_parts(matrix: Matrix) -> list[str]:
-    """The same two tables."""
-    columns = cells.columns(matrix)
-    each = [
-        row([plain(cells.name(cell)), *(plain(column.cell(cell).text) for column in columns)]) for cell in matrix.cells
-    ]
-    square = _square(matrix)
-    rows = [row([plain(name), *(plain(column.cell(name).text) for column in square)]) for name in matrix.trained]
+    """Return the same two tables in Markdown."""
+    trained = [([plain(name)], name) for name in matrix.trained]
+    each = [([plain(cells.name(cell))], cell) for cell in matrix.cells]
     return [
         f"#### {TITLE}",
         plain(_explained(matrix)),
-        "\n".join([*_head("trained in", square), *rows]),
-        "\n".join([*_head("trained > deployed", columns), *each]),
-        *([markdown_list(matrix.notes)] if matrix.notes else []),
+        markdown_table(["trained in"], _square(matrix), trained),
+        markdown_table(["trained > deployed"], cells.columns(matrix), each),
+        *([listed(matrix.notes)] if matrix.notes else []),
     ]
 
 
@@ -54,18 +48,13 @@ def _explained(matrix: Matrix) -> str:
     return f"{figure} {cells.overview(matrix)}"
 
 
-def _head(first: str, columns: list[Column[Any]]) -> list[str]:
-    heads = [row([plain(first), *(plain(column.head) for column in columns)])]
-    return [*heads, row(["---", *("---:" if column.numeric else "---" for column in columns)])]
-
-
 def _square(matrix: Matrix) -> list[Column[str]]:
-    """A column for each format deployed in; its rows are the precisions trained in."""
+    """Return a column for each deployment format; its rows are the training precisions."""
     return [Column(name, name, name, _pick(matrix, name)) for name in matrix.deployed]
 
 
 def _pick(matrix: Matrix, deployed: str) -> Callable[[str], Cell]:
-    """Return what a column shows of a cell."""
+    """Return the function that makes a column's cell."""
     columns = {column.key: column for column in cells.columns(matrix)}
 
     def shown(trained: str) -> Cell:

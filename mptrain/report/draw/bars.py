@@ -1,5 +1,7 @@
-"""Horizontal bars as SVG text: intervals of the differences, speed, memory by role. One line a variant, named in full
-in its tooltip."""
+"""Horizontal bars as SVG: intervals of the differences, speed, memory by role.
+
+One line per variant, with its full name in the tooltip.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,13 @@ from mptrain.report import wording
 from mptrain.report.compare.comparison import Interval, Memory, Speed, Variant
 from mptrain.report.draw import axes
 from mptrain.report.draw.axes import Axis, Style
-from mptrain.report.draw.svg import GREY, INK, line, svg, text
+from mptrain.report.draw.svg import GREY, INK, line, pattern, rect, svg, text
 
-WHOLE, SAID, TOP, PITCH, THICK = 800.0, 190.0, 20.0, 24.0, 14.0  # SAID: pixels of the figures right of the bars
+WHOLE, FIGURES, TOP, PITCH, THICK = 800.0, 190.0, 20.0, 24.0, 14.0  # FIGURES: pixels of the texts right of the bars
 SHADE = "#b9b9b9"
-# Lightness, then what is drawn over it: stays apart in grey print. Roles beyond these share the last.
+WITHIN = f"fill='{SHADE}' fill-opacity='.45'"  # the margin
+PIECE = f"stroke='{INK}' stroke-width='.6'"
+# Ground colour and the pattern over it: distinct in grey print. Further roles share the last.
 FILLS = (
     ("#0072b2", ""),
     ("#ffffff", "<path d='M0 6L6 0' stroke='#d55e00' stroke-width='1.6'/>"),
@@ -33,66 +37,66 @@ FILLS = (
 
 
 def intervals_svg(variants: Sequence[Variant], styles: Sequence[Style], key: str, margin: float | None) -> str:
-    """The difference to the baseline of each variant with its 95 % interval, around 0; the ``margin`` shaded.
+    """Draw the difference to the baseline of each variant with its 95 % interval, around 0; the ``margin`` shaded.
 
-    ``key``: the field of :class:`Loss` it comes from. ValueError if no variant has one.
+    ``key``: the field of :class:`Loss` to draw. ValueError if no variant has one.
     """
     unit = "pt" if key == "top1_delta" else "%"
     rows = [(v, s, getattr(v.loss, key)) for v, s in zip(variants, styles, strict=True)]
-    rows = [(v, s, found) for v, s, found in rows if found is not None and math.isfinite(found.mean)]
+    rows = [(v, s, interval) for v, s, interval in rows if interval is not None and math.isfinite(interval.mean)]
     if not rows:
         raise ValueError(f"no variant has a {key}")
-    left = _left([drawn for _, drawn, _ in rows])
-    reach = _reach([found for _, _, found in rows], margin)
+    left = _left([style for _, style, _ in rows])
+    reach = _reach([interval for _, _, interval in rows], margin)
     bottom = TOP + PITCH * len(rows)
-    x = Axis(-reach, reach, left, WHOLE - SAID)
+    x = Axis(-reach, reach, left, WHOLE - FIGURES)
     parts = []
     if margin:
-        place = f"x='{x.at(-100 * margin):.1f}' y='{TOP}' width='{x.at(100 * margin) - x.at(-100 * margin):.1f}'"
-        parts.append(f"<rect {place} height='{bottom - TOP:.1f}' fill='{SHADE}' fill-opacity='.45' class='margin'/>")
+        wide = x.at(100 * margin) - x.at(-100 * margin)
+        parts.append(rect(x.at(-100 * margin), TOP, wide, bottom - TOP, f"{WITHIN} class='margin'"))
     parts += [*_x_axis(x, bottom, unit), line(x.at(0), TOP, x.at(0), bottom, INK, 1.1)]
-    for index, (variant, drawn, found) in enumerate(rows):
-        parts.append(_interval(variant, drawn, found, x, TOP + PITCH * (index + 0.5), unit))
+    for index, (variant, style, interval) in enumerate(rows):
+        parts.append(_interval(variant, style, interval, x, TOP + PITCH * (index + 0.5), unit))
     if margin:
-        parts += _key(left, bottom + 46, f"fill='{SHADE}' fill-opacity='.45'", f"margin: {100 * margin:g} {unit}")
+        parts += _key(left, bottom + 46, WITHIN, f"margin: {100 * margin:g} {unit}")
     return svg(WHOLE, bottom + (56 if margin else 30), parts)
 
 
 def _reach(intervals: Iterable[Interval], margin: float | None) -> float:
-    """Half the axis in percent: all of the intervals, unless some are so wide that the others would be dots."""
-    found = list(intervals)
-    ends = [abs(100 * end) for i in found for end in (i.low, i.high) if math.isfinite(end)]
-    most = 8 * max([100 * (margin or 0), *(abs(100 * i.mean) for i in found)])
+    """Return half the axis in percent: all of the intervals, unless some are so wide that the others would be dots."""
+    known = list(intervals)
+    ends = [abs(100 * end) for i in known for end in (i.low, i.high) if math.isfinite(end)]
+    most = 8 * max([100 * (margin or 0), *(abs(100 * i.mean) for i in known)])
     return 1.08 * (max([*(min(end, most) for end in ends), most / 8, 150 * (margin or 0)]) or 1.0)
 
 
-def _interval(variant: Variant, drawn: Style, found: Interval, x: Axis, y: float, unit: str) -> str:
-    mean = 100 * found.mean
-    parts = [_name(drawn, x, y)]
-    ends = [100 * end for end in (found.low, found.high)]
+def _interval(variant: Variant, style: Style, interval: Interval, x: Axis, y: float, unit: str) -> str:
+    mean = 100 * interval.mean
+    parts = [_name(style, x, y)]
+    ends = [100 * end for end in (interval.low, interval.high)]
     if all(map(math.isfinite, ends)):
         low, high = (min(max(x.at(end), x.start), x.end) for end in ends)
-        parts.append(line(low, y, high, y, drawn.colour, 2.4))
+        parts.append(line(low, y, high, y, style.colour, 2.4))
         for end, place in zip(ends, (low, high), strict=True):
             if x.holds(end):
-                parts.append(line(place, y - 5, place, y + 5, drawn.colour, 2.0))
+                parts.append(line(place, y - 5, place, y + 5, style.colour, 2.0))
             else:
-                parts.append(text(place, y + 4, "◂" if end < 0 else "▸", anchor="middle", fill=drawn.colour))
+                parts.append(text(place, y + 4, "◂" if end < 0 else "▸", anchor="middle", fill=style.colour))
     if x.holds(mean):
-        parts.append(axes.marker(drawn.shape, x.at(mean), y, 4.6, drawn.colour))
-    parts.append(text(x.end + 10, y + 4, wording.delta(found, unit)))
-    return axes.group_of(parts, f"{variant.label}: {wording.delta(found, unit)}, {found.n} seeds", _row(variant))
+        parts.append(axes.marker(style.shape, x.at(mean), y, 4.6, style.colour))
+    parts.append(text(x.end + 10, y + 4, wording.delta(interval, unit)))
+    return axes.group_of(parts, f"{variant.label}: {wording.delta(interval, unit)}, {interval.n} seeds", _row(variant))
 
 
 def speed_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
-    """Ratios to the baseline's speed with the seeds' extremes; no bar where the speed is an emulation's."""
+    """Draw ratios to the baseline's speed with the seeds' extremes; no bar where the speed is an emulation's."""
     left, bottom = _left(styles), TOP + PITCH * len(variants)
     x = _ratios([r for v in variants for r in (v.speed.ratio, v.speed.ratio_high, v.speed.limit)], left)
     parts = [*_x_axis(x, bottom, "x"), line(x.at(1), TOP - 4, x.at(1), bottom, INK, 1.1, "3 2")]
     limits = False
-    for index, (variant, drawn) in enumerate(zip(variants, styles, strict=True)):
+    for index, (variant, style) in enumerate(zip(variants, styles, strict=True)):
         y = TOP + PITCH * (index + 0.5)
-        row = [_name(drawn, x, y), *_speed(variant.speed, variant.emulated, drawn, x, y)]
+        row = [_name(style, x, y), *_speed(variant.speed, variant.emulated, style, x, y)]
         limits = limits or (variant.speed.limit is not None and not variant.emulated)
         parts.append(axes.group_of(row, _speed_tip(variant), _row(variant)))
     if limits:
@@ -101,31 +105,27 @@ def speed_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
     return svg(WHOLE, bottom + (56 if limits else 30), parts)
 
 
-def _speed(speed: Speed, emulated: bool, drawn: Style, x: Axis, y: float) -> list[str]:
+def _speed(speed: Speed, emulated: bool, style: Style, x: Axis, y: float) -> list[str]:
     if emulated:
         return [_instead("emulated", x, y)]
     if speed.ratio is None or not wording.known(speed.ratio):
         return [_instead("not measured", x, y)]
-    place = f"x='{x.start:.1f}' y='{y - THICK / 2:.1f}' width='{x.at(speed.ratio) - x.start:.1f}' height='{THICK}'"
-    parts = [f"<rect class='bar' {place} fill='{drawn.colour}' fill-opacity='.85'/>"]
+    paint = f"class='bar' fill='{style.colour}' fill-opacity='.85'"
+    parts = [rect(x.start, y - THICK / 2, x.at(speed.ratio) - x.start, THICK, paint)]
     if speed.ratio_low is not None and speed.ratio_high is not None and speed.ratio_high > speed.ratio_low:
         low, high = x.at(speed.ratio_low), x.at(speed.ratio_high)
         parts += [line(low, y, high, y, "#ffffff", 3.4), line(low, y, high, y, INK, 1.4)]
         parts += [line(at, y - 4, at, y + 4, INK, 1.4) for at in (low, high)]
     if speed.limit is not None and wording.known(speed.limit):
         parts.append(_limit(x.at(speed.limit), y))
-    return [
-        *parts,
-        text(x.end + 10, y + 4, wording.ratio(speed.ratio) + wording.span(speed.ratio_low, speed.ratio_high)),
-    ]
+    words = wording.ratio(speed.ratio) + wording.span(speed.ratio_low, speed.ratio_high)
+    return [*parts, text(x.end + 10, y + 4, words)]
 
 
-def _instead(said: str, x: Axis, y: float) -> str:
-    """Words in a bar's place, on a white ground."""
-    ground = (
-        f"<rect x='{x.start + 4:.1f}' y='{y - 8:.1f}' width='{axes.text_width(said) + 6:.1f}' height='16' fill='#fff'/>"
-    )
-    return ground + text(x.start + 8, y + 4, said, fill=GREY)
+def _instead(words: str, x: Axis, y: float) -> str:
+    """Draw words in a bar's place, on a white ground."""
+    ground = rect(x.start + 4, y - 8, axes.text_width(words) + 6, 16, "fill='#fff'")
+    return ground + text(x.start + 8, y + 4, words, fill=GREY)
 
 
 def _speed_tip(variant: Variant) -> str:
@@ -140,75 +140,67 @@ def _limit(x: float, y: float) -> str:
 
 
 class Stack(NamedTuple):
-    """One bar of several pieces: as what it is drawn, what stands behind it, and what it consists of."""
+    """One bar of several pieces: its style, its label, the text behind it, and its parts."""
 
     drawn: Style
     label: str
-    said: str
+    figures: str
     memory: Memory
 
 
 def memory_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
-    """Peaks in GiB, by role where they are known, with their ratio. ValueError if no variant has one."""
+    """Draw peaks in GiB, by role where they are known, with their ratio. ValueError if no variant has one."""
     rows = []
-    for variant, drawn in zip(variants, styles, strict=True):
+    for variant, style in zip(variants, styles, strict=True):
         memory = variant.memory
         if memory.peak_gib is not None and math.isfinite(memory.peak_gib):
             ratio = "" if memory.ratio is None else f", {wording.ratio(memory.ratio)}"
-            rows.append(Stack(drawn, variant.label, f"{wording.gib(memory.peak_gib)} GiB{ratio}", memory))
+            rows.append(Stack(style, variant.label, f"{wording.gib(memory.peak_gib)} GiB{ratio}", memory))
     if not rows:
         raise ValueError("no variant has a peak of memory")
     return stacks_svg(rows)
 
 
 def stacks_svg(rows: Sequence[Stack], limit_gib: float = 0.0) -> str:
-    """Peaks in GiB by role; ``limit_gib``: what there is, a line across."""
+    """Draw peaks in GiB by role; ``limit_gib``: the available memory, a line across."""
     left, bottom = _left([row.drawn for row in rows]), TOP + PITCH * len(rows)
     roles = list(dict.fromkeys(role for row in rows for role in row.memory.roles_gib))
-    key = f"{zlib.crc32(repr([(row.label, row.memory) for row in rows]).encode()):08x}"  # ids are the whole page's
+    key = f"{zlib.crc32(repr([(row.label, row.memory) for row in rows]).encode()):08x}"  # ids are unique in a page
     most = max(limit_gib, *(max(r.memory.peak_gib or 0.0, sum(r.memory.roles_gib.values())) for r in rows))
-    x = Axis(0.0, most or 1.0, left, WHOLE - SAID)
+    x = Axis(0.0, most or 1.0, left, WHOLE - FIGURES)
     parts = [_patterns(key), *_x_axis(x, bottom, " GiB")]
     for index, row in enumerate(rows):
         y = TOP + PITCH * (index + 0.5)
-        drawn = [_name(row.drawn, x, y), *_stack(row.memory, roles, key, x, y), text(x.end + 10, y + 4, row.said)]
-        parts.append(axes.group_of(drawn, f"{row.label}: {row.said}", f"data-variant='{escape(row.label)}'"))
+        drawn = [_name(row.drawn, x, y), *_stack(row.memory, roles, key, x, y), text(x.end + 10, y + 4, row.figures)]
+        parts.append(axes.group_of(drawn, f"{row.label}: {row.figures}", f"data-variant='{escape(row.label)}'"))
     if limit_gib:
         parts.append(line(x.at(limit_gib), TOP - 6, x.at(limit_gib), bottom + 4, INK, 1.4, "4 2"))
     place, y = left, bottom + 46
     for index, role in enumerate(roles):
         if place + 50 + axes.text_width(role) > WHOLE:
             place, y = left, y + 18
-        parts += _key(place, y, f"fill='{_fill(index, key)}' stroke='{INK}' stroke-width='.6'", role)
+        parts += _key(place, y, f"fill='{_fill(index, key)}' {PIECE}", role)
         place += 48 + axes.text_width(role)
     return svg(WHOLE, y + 10 if roles else bottom + 30, parts)
 
 
 def _stack(memory: Memory, roles: Sequence[str], key: str, x: Axis, y: float) -> list[str]:
-    """One piece a role; what the roles do not explain of the peak stays empty."""
-    found, start = [], 0.0
+    """Draw one piece per role; what the roles do not explain of the peak stays empty."""
+    parts, start = [], 0.0
     pieces = [(role, memory.roles_gib[role], _fill(roles.index(role), key)) for role in memory.roles_gib]
     rest = (memory.peak_gib or 0.0) - sum(memory.roles_gib.values())
     if rest > 0:
-        pieces.append(("not told apart", rest, "#ffffff" if pieces else SHADE))
+        pieces.append(("not attributed", rest, "#ffffff" if pieces else SHADE))
     for role, size, fill in pieces:
-        place = f"x='{x.at(start):.2f}' y='{y - THICK / 2:.1f}' width='{x.at(start + size) - x.at(start):.2f}'"
-        title = f"<title>{escape(f'{role}: {wording.gib(size)} GiB')}</title>"
-        found.append(
-            f"<rect class='bar' {place} height='{THICK}' fill='{fill}' stroke='{INK}' stroke-width='.6'>{title}</rect>"
-        )
+        wide, paint = x.at(start + size) - x.at(start), f"class='bar' fill='{fill}' {PIECE}"
+        parts.append(rect(x.at(start), y - THICK / 2, wide, THICK, paint, f"{role}: {wording.gib(size)} GiB"))
         start += size
-    return found
+    return parts
 
 
 def _patterns(key: str) -> str:
-    found = []
-    for index, (ground, over) in enumerate(FILLS):
-        fill = f"<rect width='6' height='6' fill='{ground}'/>{over}"
-        found.append(
-            f"<pattern id='role{index}-{key}' width='6' height='6' patternUnits='userSpaceOnUse'>{fill}</pattern>"
-        )
-    return f"<defs>{''.join(found)}</defs>"
+    patterns = [pattern(f"role{i}-{key}", f"fill='{ground}'", over) for i, (ground, over) in enumerate(FILLS)]
+    return f"<defs>{''.join(patterns)}</defs>"
 
 
 def _fill(index: int, key: str) -> str:
@@ -216,11 +208,11 @@ def _fill(index: int, key: str) -> str:
 
 
 def _left(styles: Sequence[Style]) -> float:
-    return 22 + max(axes.text_width(drawn.name) for drawn in styles)
+    return 22 + max(axes.text_width(style.name) for style in styles)
 
 
-def _name(drawn: Style, x: Axis, y: float) -> str:
-    return axes.marked(text(x.start - 10, y + 4, drawn.name, anchor="end"), "name")
+def _name(style: Style, x: Axis, y: float) -> str:
+    return axes.marked(text(x.start - 10, y + 4, style.name, anchor="end"), "name")
 
 
 def _row(variant: Variant) -> str:
@@ -228,22 +220,22 @@ def _row(variant: Variant) -> str:
 
 
 def _ratios(values: Iterable[float | None], left: float) -> Axis:
-    found = [value for value in values if value is not None and math.isfinite(value)]
-    return Axis(0.0, 1.05 * max([1.0, *found]), left, WHOLE - SAID)
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return Axis(0.0, 1.05 * max([1.0, *finite]), left, WHOLE - FIGURES)
 
 
 def _x_axis(x: Axis, bottom: float, unit: str) -> list[str]:
     ticks = x.ticks(5)
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
-    found = [line(x.start, bottom, x.end, bottom, INK, 0.8)]
+    parts = [line(x.start, bottom, x.end, bottom, INK, 0.8)]
     for tick in ticks:
-        found.append(line(x.at(tick), TOP, x.at(tick), bottom, axes.GRID, 0.8))
+        parts.append(line(x.at(tick), TOP, x.at(tick), bottom, axes.GRID, 0.8))
         sign = "+" if x.low < 0 and tick > step / 1e3 else ""
         gap = " " if unit in ("%", "pt") else ""
-        said = f"{sign}{axes.number(tick, step) if abs(tick) > step / 1e3 else '0'}{gap}{unit}"
-        found.append(axes.marked(text(x.at(tick), bottom + 17, said, anchor="middle"), "x-tick"))
-    return found
+        label = f"{sign}{axes.number(tick, step) if abs(tick) > step / 1e3 else '0'}{gap}{unit}"
+        parts.append(axes.marked(text(x.at(tick), bottom + 17, label, anchor="middle"), "x-tick"))
+    return parts
 
 
-def _key(x: float, y: float, paint: str, said: str) -> list[str]:
-    return [f"<rect x='{x:.1f}' y='{y - 10:.1f}' width='22' height='12' {paint}/>", text(x + 28, y, said)]
+def _key(x: float, y: float, paint: str, words: str) -> list[str]:
+    return [rect(x, y - 10, 22, 12, paint), text(x + 28, y, words)]

@@ -1,4 +1,4 @@
-"""Where numerics hurt, as SVG text: layers by variants, the darker the more of a tensor's elements became zero."""
+"""A map of underflow as SVG: layers by variants, darker where more of a tensor's elements became zero."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from mptrain.report import wording
 from mptrain.report.compare.comparison import Variant
 from mptrain.report.draw import axes
 from mptrain.report.draw.axes import Style
-from mptrain.report.draw.svg import BAD, BLUES, GREY, INK, svg, text
+from mptrain.report.draw.svg import BAD, GREY, INK, blue, rect, svg, text
 from mptrain.report.wording import percent
 
-LOWEST, HIGHEST = 1e-6, 1.0
+LOWEST = 1e-6
 PITCH, MOST = 15.0, 40
+EDGE = "stroke='#cccccc' stroke-width='.5'"
 NAME = 34  # characters of a layer and role
 Place = tuple[str, str]  # layer, role
 
 
 class Shown(NamedTuple):
-    """Rows worst first, ``left_out`` of them not among them, and the cells by variant."""
+    """Rows worst first, the number ``left_out``, and the cells by variant."""
 
     places: list[Place]
     left_out: int
@@ -29,7 +30,7 @@ class Shown(NamedTuple):
 
 
 def worst(variants: Sequence[Variant], most: int = MOST) -> Shown:
-    """The (layer, role) that overflowed most in any variant, then those that lost most to zero."""
+    """Sort (layer, role) by the most overflows in any variant, then by the share lost to zero."""
     cells = [{(str(r["layer"]), str(r["role"])): r for r in v.health.layers} for v in variants]
     places = list(dict.fromkeys(place for one in cells for place in one))
 
@@ -42,12 +43,12 @@ def worst(variants: Sequence[Variant], most: int = MOST) -> Shown:
 
 
 def layers_svg(variants: Sequence[Variant], styles: Sequence[Style], most: int = MOST) -> str:
-    """One line a (layer, role), one column a variant that counted its casts; ``▲``: something overflowed.
+    """Draw one line per (layer, role), one column per variant that counted its casts; ``▲``: overflow.
 
-    ValueError if none did.
+    ValueError if no variant did.
     """
-    pairs = [(variant, drawn) for variant, drawn in zip(variants, styles, strict=True) if variant.health.layers]
-    counted, heads = [variant for variant, _ in pairs], [drawn.name for _, drawn in pairs]
+    pairs = [(variant, style) for variant, style in zip(variants, styles, strict=True) if variant.health.layers]
+    counted, heads = [variant for variant, _ in pairs], [style.name for _, style in pairs]
     if not counted:
         raise ValueError("no variant has counted casts")
     shown = worst(counted, most)
@@ -73,24 +74,20 @@ def layers_svg(variants: Sequence[Variant], styles: Sequence[Style], most: int =
 
 
 def shade(part: float) -> str:
-    """White for 0; from light to dark blue over six decades, by the logarithm."""
+    """Return white for 0; from light to dark blue over six decades, by the logarithm."""
     if part <= 0:
         return "#ffffff"
-    depth = 0.12 + 0.88 * min(1.0, max(0.0, 1 - math.log10(part) / math.log10(LOWEST)))
-    at = min(int(depth * (len(BLUES) - 1)), len(BLUES) - 2)
-    far = depth * (len(BLUES) - 1) - at
-    mixed = [round(a + far * (b - a)) for a, b in zip(BLUES[at], BLUES[at + 1], strict=True)]
-    return "#{:02x}{:02x}{:02x}".format(*mixed)
+    return blue(0.12 + 0.88 * min(1.0, max(0.0, 1 - math.log10(part) / math.log10(LOWEST))))
 
 
 def _cell(variant: Variant, place: Place, row: Mapping[str, Any] | None, x: float, y: float, wide: float) -> str:
-    frame = f"x='{x + 0.5:.1f}' y='{y + 0.5:.1f}' width='{wide - 1:.1f}' height='{PITCH - 1:.1f}'"
+    frame = x + 0.5, y + 0.5, wide - 1, PITCH - 1
     where = f"{variant.label}, {' '.join(place)}"
     if row is None:
         dot = text(x + wide / 2, y + 11, "·", anchor="middle", fill=GREY)
-        return axes.group_of([f"<rect {frame} fill='#f6f6f6'/>", dot], f"{where}: not cast")
+        return axes.group_of([rect(*frame, "fill='#f6f6f6'"), dot], f"{where}: not cast")
     part, over = _share(row), _overflow(row)
-    parts = [f"<rect class='cell' {frame} fill='{shade(part)}' stroke='#cccccc' stroke-width='.5'/>"]
+    parts = [rect(*frame, f"class='cell' fill='{shade(part)}' {EDGE}")]
     if over:
         parts.append(
             axes.marker("triangle", x + (10 if wide > 40 else wide / 2), y + PITCH / 2 + 1, 4.4, BAD, fill="#fff")
@@ -98,15 +95,14 @@ def _cell(variant: Variant, place: Place, row: Mapping[str, Any] | None, x: floa
     if wide > 40:
         ink = "#ffffff" if part > 3e-3 else INK
         parts.append(text(x + wide - 5, y + 11, f"{percent(part)} %", size=10, anchor="end", fill=ink))
-    said = f"{where}: {percent(part)} % became zero ({part:.3g}), {over:,} overflows"
-    return axes.group_of(parts, said, f"data-place='{escape(' '.join(place))}'")
+    tip = f"{where}: {percent(part)} % became zero ({part:.3g}), {over:,} overflows"
+    return axes.group_of(parts, tip, f"data-place='{escape(' '.join(place))}'")
 
 
 def _legend(left: float, y: float) -> list[str]:
     parts = []
     for index, power in enumerate(range(-6, 1)):
-        place = f"x='{left + 38 * index:.1f}' y='{y:.1f}' width='38' height='10' stroke='#cccccc' stroke-width='.5'"
-        parts.append(f"<rect {place} fill='{shade(10.0**power)}'/>")
+        parts.append(rect(left + 38 * index, y, 38, 10, f"fill='{shade(10.0**power)}' {EDGE}"))
         name = f"{100 * 10.0**power:g} %" if power > -5 else f"{100 * 10.0**power:.0e} %".replace("e-0", "e-")
         parts.append(text(left + 38 * index + 19, y + 23, name, size=9, anchor="middle"))
     after = left + 38 * 7 + 16

@@ -1,4 +1,4 @@
-"""Curves over training steps as SVG text: losses, and how far they are from the baseline's.
+"""Curves over training steps as SVG: losses, and their differences from the baseline's.
 
 Every curve ends in its label, on the right; a curve that leaves the plot (it diverged) ends in an arrow there.
 """
@@ -13,19 +13,21 @@ from typing import NamedTuple
 from mptrain.report.compare.comparison import Curve
 from mptrain.report.draw import axes
 from mptrain.report.draw.axes import Axis, Style
-from mptrain.report.draw.svg import GREY, INK, line, svg, text
+from mptrain.report.draw.svg import GREY, INK, line, rect, svg, text
 
 LEFT, TOP, HEIGHT, WHOLE = 62.0, 26.0, 290.0, 960.0  # the plot and its labels are WHOLE pixels wide
-PITCH = 15.0  # of the labels
-BAND_REACH = 0.5  # times the span of the curves: what a band may add to a plot on either side
-MOST_SHADED = 6  # curves whose own extremes are shaded: more of them would be mud
-BAND = "#b9b9b9"
+PITCH = 15.0  # distance of the labels
+BAND_REACH = 0.5  # most that a band may add to a plot on either side, in spans of the curves
+MOST_SHADED = 6  # most curves with shaded extremes: more would be illegible
+SHADED = "fill='#b9b9b9' fill-opacity='.55'"  # the band
 Point = tuple[float, float]
 
 
 class Series(NamedTuple):
-    """``outside``: the step from which it is outside the band, None: never. A series that is not ``steady`` (it
-    diverged) has no say in the range of values that is drawn, unless all are like that."""
+    """``outside``: the step from which it is outside the band, None if never.
+
+    A series that is not ``steady`` (it diverged) does not count for the range of the axis, unless all have diverged.
+    """
 
     label: str
     curve: Curve
@@ -35,37 +37,37 @@ class Series(NamedTuple):
 
 
 def lines_svg(series: Sequence[Series], *, name: str, band: Curve | None = None, band_name: str = "band") -> str:
-    """Curves over steps, with the ``band`` shaded; logarithmic if the values span more than a factor of ten.
+    """Draw curves over steps, with the ``band`` shaded; logarithmic if the values span more than a factor of ten.
 
     ValueError if no series has a finite value.
     """
-    drawn = [one for one in series if _finite(one.curve.values)]
-    if not drawn:
+    finite = [one for one in series if _finite(one.curve.values)]
+    if not finite:
         raise ValueError("no curve has a finite value")
-    values = _range_of(drawn, band)
+    values = _range_of(finite, band)
     log = min(values) > 0 and max(values) > 10 * min(values)
-    bottom = TOP + max(HEIGHT, PITCH * (len(drawn) + 1))
+    bottom = TOP + max(HEIGHT, PITCH * (len(finite) + 1))
     y = axes.value_axis(min(values), max(values), bottom, TOP, log=log)
-    return _plot(drawn, y, band, f"{name}{', logarithmic' if log else ''}", band_name, axes.number)
+    return _plot(finite, y, band, f"{name}{', logarithmic' if log else ''}", band_name, axes.number)
 
 
 def difference_svg(series: Sequence[Series], *, name: str, noise: Curve | None = None, band_name: str = "noise") -> str:
-    """Relative differences in percent around 0, with the ``noise`` shaded. ValueError if no value is finite."""
-    drawn = [one._replace(curve=_scaled(one.curve, 100.0)) for one in series if _finite(one.curve.values)]
-    if not drawn:
+    """Draw relative differences in percent around 0, with the ``noise`` shaded. ValueError if no value is finite."""
+    finite = [one._replace(curve=_scaled(one.curve, 100.0)) for one in series if _finite(one.curve.values)]
+    if not finite:
         raise ValueError("no curve has a finite value")
     shaded = _scaled(noise, 100.0) if noise else None
-    values = _middle(drawn, shaded)
-    bottom = TOP + max(HEIGHT, PITCH * (len(drawn) + 1))
+    values = _middle(finite, shaded)
+    bottom = TOP + max(HEIGHT, PITCH * (len(finite) + 1))
     y = axes.value_axis(min(values), max(values), bottom, TOP)
-    return _plot(drawn, y, shaded, name, band_name, _percent, zero=True)
+    return _plot(finite, y, shaded, name, band_name, _percent, zero=True)
 
 
 def tail(curve: Curve, first: int) -> Curve:
-    """The curve from step ``first`` on."""
-    keep = [index for index, step in enumerate(curve.steps) if step >= first]
-    parts = [[column[index] for index in keep] if column else [] for column in (curve.values, curve.low, curve.high)]
-    return Curve([curve.steps[index] for index in keep], *parts)
+    """Return the curve from step ``first`` on."""
+    indices = [index for index, step in enumerate(curve.steps) if step >= first]
+    parts = [[column[index] for index in indices] if column else [] for column in (curve.values, curve.low, curve.high)]
+    return Curve([curve.steps[index] for index in indices], *parts)
 
 
 def _plot(
@@ -84,15 +86,15 @@ def _plot(
     parts = [text(LEFT - 6, 13, name, fill=GREY), *axes.y_grid(y, LEFT, right, form)]
     legend: list[tuple[str, str]] = []
     if band and band.low and _finite(band.low):
-        parts.append(_area(band, x, y, f"fill='{BAND}' fill-opacity='.55' class='band'"))
-        legend.append((f"<rect x='0' y='-9' width='22' height='10' fill='{BAND}' fill-opacity='.55'/>", band_name))
+        parts.append(_area(band, x, y, f"{SHADED} class='band'"))
+        legend.append((rect(0, -9, 22, 10, SHADED), band_name))
     if zero:
         parts.append(line(LEFT, y.at(0.0), right, y.at(0.0), INK, 1.1))
     parts += [_curve(one, index, len(series), x, y) for index, one in reversed(list(enumerate(series)))]
     if any(_outside(one, x, y) for one in series):
         parts += [_outside(one, x, y) for one in series]
         ring = f"<circle cx='11' cy='-4' r='6' fill='none' stroke='{INK}' stroke-width='1.4'/>"
-        legend.append((ring, "outside the band from here on"))
+        legend.append((ring, "leaves the band here"))
     parts += axes.x_grid(x, bottom)
     parts += _end_labels(series, x, y)
     parts += _legend(legend, bottom + 50)
@@ -100,22 +102,21 @@ def _plot(
 
 
 def _curve(one: Series, index: int, count: int, x: Axis, y: Axis) -> str:
-    curve, drawn = one.curve, one.style
+    curve, style = one.curve, one.style
     parts = []
     if curve.low and _finite(curve.low) and count <= MOST_SHADED:
-        parts.append(_area(curve, x, y, f"fill='{drawn.colour}' fill-opacity='.13' class='extremes'"))
+        parts.append(_area(curve, x, y, f"fill='{style.colour}' fill-opacity='.13' class='extremes'"))
     pieces = clipped(_points(curve, x, y), y.end, y.start)
     path = "".join(_path(piece) for piece in pieces)
-    stroke = f"stroke='{drawn.colour}' stroke-width='{drawn.width}' stroke-dasharray='{drawn.dashes or 'none'}'"
-    parts.append(f"<path class='curve' d='{path}' fill='none' {stroke} stroke-linejoin='round'/>")
+    parts.append(axes.curve(path, style))
     inside = [p for p in _points(curve, x, y) if p and y.end <= p[1] <= y.start]
     many = 5 if count <= 6 else 3
     for place in range(many if len(inside) >= 2 * many else 0):
         at = inside[int((place + (index + 0.5) / count) / many * len(inside))]
-        parts.append(axes.marker(drawn.shape, *at, 3.0, drawn.colour))
+        parts.append(axes.marker(style.shape, *at, 3.0, style.colour))
     left_at = _exit(pieces, _points(curve, x, y), y)
     if left_at:
-        parts.append(axes.marker("triangle" if left_at[1] <= y.end else "down", *left_at, 5.0, drawn.colour))
+        parts.append(axes.marker("triangle" if left_at[1] <= y.end else "down", *left_at, 5.0, style.colour))
     return axes.group_of(parts, _tip(one), f"data-series='{escape(one.label)}'")
 
 
@@ -127,7 +128,7 @@ def _tip(one: Series) -> str:
 
 
 def _outside(one: Series, x: Axis, y: Axis) -> str:
-    """A ring where the curve leaves the band for good, empty if it never does."""
+    """Draw a ring where the curve leaves the band for good, empty if it never does."""
     if one.outside is None:
         return ""
     pairs = zip(one.curve.steps, one.curve.values, strict=True)
@@ -140,32 +141,31 @@ def _outside(one: Series, x: Axis, y: Axis) -> str:
 
 
 def _end_labels(series: list[Series], x: Axis, y: Axis) -> list[str]:
-    """Labels in the order of the curves' ends; a line leads to those of curves that reach the plot's right."""
+    """Draw the labels in the order of the curves' ends; a line leads to those of curves that reach the plot's right."""
     right = x.end
     ends = [[p for p in _points(one.curve, x, y) if p][-1] for one in series]
-    wanted = [min(max(end[1], y.end), y.start) for end in ends]
-    places = axes.spread(wanted, PITCH, y.end, y.start)
-    found = []
-    for one, end, at, place in zip(series, ends, wanted, places, strict=True):
+    heights = [min(max(end[1], y.end), y.start) for end in ends]
+    places = axes.spread(heights, PITCH, y.end, y.start)
+    labels = []
+    for one, end, at, place in zip(series, ends, heights, places, strict=True):
         parts = []
         if end[0] > right - 8 and y.end <= end[1] <= y.start:
             parts.append(line(end[0], at, right + 18, place, one.style.colour, 0.7))
-        parts.append(axes.sample(right + 20, place, one.style))
-        parts.append(axes.marked(text(right + 52, place + 4, one.style.name), "end"))
-        found.append(axes.group_of(parts, one.label))
-    return found
+        label = axes.group_of([*parts, *axes.end_label(right, place, one.style)], one.label)
+        labels.append(label)
+    return labels
 
 
 def _legend(entries: list[tuple[str, str]], y: float) -> list[str]:
-    found, x = [], LEFT
-    for drawn, said in entries:
-        found.append(f"<g transform='translate({x:.1f} {y:.1f})'>{drawn}{text(28, 0, said)}</g>")
-        x += 52 + axes.text_width(said)
-    return found
+    parts, x = [], LEFT
+    for symbol, words in entries:
+        parts.append(f"<g transform='translate({x:.1f} {y:.1f})'>{symbol}{text(28, 0, words)}</g>")
+        x += 52 + axes.text_width(words)
+    return parts
 
 
 def clipped(points: Sequence[Point | None], top: float, bottom: float) -> list[list[Point]]:
-    """Pieces of the line that lie within ``top`` and ``bottom`` (pixels), cut where it crosses; None is a gap."""
+    """Return the pieces of the line within ``top`` and ``bottom`` (pixels), cut where it crosses; None is a gap."""
     pieces: list[list[Point]] = [[]]
     before: Point | None = None
     for point in points:
@@ -182,7 +182,7 @@ def clipped(points: Sequence[Point | None], top: float, bottom: float) -> list[l
 
 
 def _within(a: Point, b: Point, top: float, bottom: float) -> tuple[Point, Point] | None:
-    """The part of the segment from ``a`` to ``b`` between two heights, None if there is none."""
+    """Return the part of the segment from ``a`` to ``b`` between two heights, None if there is none."""
     if max(a[1], b[1]) < top or min(a[1], b[1]) > bottom:
         return None
 
@@ -196,7 +196,7 @@ def _within(a: Point, b: Point, top: float, bottom: float) -> tuple[Point, Point
 
 
 def _exit(pieces: list[list[Point]], points: Sequence[Point | None], y: Axis) -> Point | None:
-    """Where the curve leaves the plot for good (where it starts, if it never was inside), None if it ends inside."""
+    """Return where the curve leaves the plot for good (its start, if it was never inside), None if it ends inside."""
     if not pieces:
         first = next(point for point in points if point)
         return (first[0], min(max(first[1], y.end), y.start))
@@ -210,7 +210,7 @@ def _path(piece: list[Point]) -> str:
 
 
 def _area(curve: Curve, x: Axis, y: Axis, attributes: str) -> str:
-    """The band of a curve, held inside the plot; in pieces where an edge is not known."""
+    """Draw the band of a curve, held inside the plot; in pieces where an edge is not known."""
     pieces: list[list[tuple[float, float, float]]] = [[]]
     for step, low, high in zip(curve.steps, curve.low, curve.high, strict=True):
         if math.isfinite(low) and math.isfinite(high) and x.holds(step):
@@ -218,12 +218,12 @@ def _area(curve: Curve, x: Axis, y: Axis, attributes: str) -> str:
             pieces[-1].append((x.at(step), bottom, top))
         elif pieces[-1]:
             pieces.append([])
-    found = []
+    outlines = []
     for piece in filter(None, pieces):
         there = "L".join(f"{px:.1f} {lo:.1f}" for px, lo, _ in piece)
         back = "L".join(f"{px:.1f} {hi:.1f}" for px, _, hi in reversed(piece))
-        found.append(f"M{there}L{back}Z")
-    return f"<path {attributes} d='{''.join(found)}' stroke='none'/>"
+        outlines.append(f"M{there}L{back}Z")
+    return f"<path {attributes} d='{''.join(outlines)}' stroke='none'/>"
 
 
 def _points(curve: Curve, x: Axis, y: Axis) -> list[Point | None]:
@@ -232,7 +232,7 @@ def _points(curve: Curve, x: Axis, y: Axis) -> list[Point | None]:
 
 
 def _at(y: Axis, value: float) -> float:
-    """Pixels; what a logarithmic axis cannot show is far below it."""
+    """Return pixels; values that a logarithmic axis cannot show are far below it."""
     return y.at(value) if not y.log or value > 0 else 10 * y.start
 
 
@@ -245,28 +245,30 @@ def _range_of(series: Sequence[Series], band: Curve | None) -> list[float]:
     values = [value for one in steady for value in _finite([*one.curve.values, *one.curve.low, *one.curve.high])]
     if not band:
         return values
-    floor = 0.0 if min(values) >= 0 else -math.inf  # no seed's loss would be below 0
+    floor = 0.0 if min(values) >= 0 else -math.inf  # a loss is never below 0
     return values + [max(floor, value) for value in _near(values, [*band.low, *band.high])]
 
 
 def _near(values: Sequence[float], band: Sequence[float]) -> list[float]:
-    """Ends of a band, held within ``BAND_REACH`` times the span of the curves: of two seeds it is 30 times as wide."""
+    """Return the ends of a band, held within ``BAND_REACH`` times the span of the curves: with two seeds it is 30
+    times as wide."""
     least, most = min(values), max(values)
     reach = BAND_REACH * (most - least)
     return [min(max(value, least - reach), most + reach) for value in _finite(band)]
 
 
 def _middle(series: Sequence[Series], band: Curve | None) -> list[float]:
-    """0, where the curves end, and all but the 5 % furthest out on either side: the first steps would hide the rest."""
+    """Return 0, the ends of the curves, and all but the 5 % furthest out on either side: the first steps would hide
+    the rest."""
     steady = [one for one in series if one.steady] or series
-    found = [0.0, *(_finite(one.curve.values)[-1] for one in steady)]
+    values = [0.0, *(_finite(one.curve.values)[-1] for one in steady)]
     for one in steady:
-        found += _most(one.curve.values)
-    return found + (_near(found, [*_most(band.low), *_most(band.high)]) if band else [])
+        values += _most(one.curve.values)
+    return values + (_near(values, [*_most(band.low), *_most(band.high)]) if band else [])
 
 
 def _most(values: Sequence[float]) -> list[float]:
-    """All but the 5 % furthest out on either side."""
+    """Return all but the 5 % furthest out on either side."""
     ordered = sorted(_finite(values))
     cut = len(ordered) // 20
     return ordered[cut : len(ordered) - cut]

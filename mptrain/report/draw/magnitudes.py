@@ -1,6 +1,6 @@
-"""Histograms and heat maps as SVG text: no library, no script, no network; for the HTML report and other sinks.
+"""Histograms and heat maps as SVG: no library, no script, no network; for the HTML report and other sinks.
 
-Colours are Okabe and Ito's, told apart by colour-blind readers, and the sequential blue prints as grey; what is lost
+Colours are Okabe and Ito's, distinct for colour-blind readers, and the sequential blue prints as grey; what is lost
 is hatched as well as coloured.
 """
 
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import NamedTuple
 
 from mptrain.formats import Format
 from mptrain.kernels.bins import INF, N_MAGNITUDES, NAN, ZERO, edges
-from mptrain.report.draw.svg import BAD, COLOURS, GREY, INK, blue, line, superscript, svg, text
+from mptrain.report.draw.svg import BAD, COLOURS, GREY, INK, blue, line, rect, superscript, svg, text
 from mptrain.telemetry.histogram import Histogram, Histograms
 
 MOST_OCTAVES = 44  # drawn below the largest magnitude: FP16 normal and subnormal are 40
@@ -21,13 +20,17 @@ LOWEST = -140  # log2 at which the bin that starts at 0 is drawn
 
 
 class Band(NamedTuple):
-    """One line under a histogram: the range of ``format`` at ``scale``, what it is called, and its figures."""
+    """One line under a histogram: the range of ``format`` at ``scale``, its label, and its figures."""
 
     label: str
     format: Format
     scale: float
     figures: Sequence[str] = ()
     used: bool = False
+
+    @property
+    def colour(self) -> str:
+        return COLOURS.get(self.format.name, INK)
 
 
 class Box(NamedTuple):
@@ -41,7 +44,7 @@ class Box(NamedTuple):
     high: float
 
     def x(self, log2: float) -> float:
-        """Pixels, held inside the plot."""
+        """Return pixels, held inside the plot."""
         part = (log2 - self.low) / (self.high - self.low)
         return self.left + self.width * min(1.0, max(0.0, part))
 
@@ -51,9 +54,11 @@ class Box(NamedTuple):
 
 
 def histogram_svg(histogram: Histogram, bands: Sequence[Band], heads: Sequence[str] = ()) -> str:
-    """The magnitudes of one tensor over the ranges of the formats in ``bands``; x: log2, y: square root of density.
+    """Draw the magnitudes of one tensor over the ranges of the formats in ``bands``; x: log2, y: square root of
+    density.
 
-    What the bands marked ``used`` would flush or saturate is hatched. ``heads`` name the figures beside the bands.
+    Values that the bands marked ``used`` would flush or saturate are hatched. ``heads`` name the figures next to
+    the bands.
     """
     low, high = window(histogram, bands)
     plot = Box(150, 16, 420, 130, low, high)
@@ -70,7 +75,8 @@ def histogram_svg(histogram: Histogram, bands: Sequence[Band], heads: Sequence[s
 
 
 def window(histogram: Histogram, bands: Sequence[Band]) -> tuple[float, float]:
-    """log2 magnitudes to draw: all of the tensor's, and the ends of the narrow formats, in at most 46 octaves."""
+    """Return the log2 magnitudes to draw: all of the tensor's, and the ends of the narrow formats, in at most 46
+    octaves."""
     start, amax = histogram.span
     if not amax:
         return -12.0, 4.0
@@ -83,7 +89,7 @@ def window(histogram: Histogram, bands: Sequence[Band]) -> tuple[float, float]:
 
 
 def lower(band: Band) -> float:
-    """log2 of the magnitude up to which everything is flushed."""
+    """Return log2 of the magnitude up to which everything is flushed."""
     return math.log2(band.format.value.underflow_at / band.scale)
 
 
@@ -94,7 +100,7 @@ def upper(band: Band) -> float:
 def heat_map_svg(
     labels: Sequence[str], histograms: Histograms, marks: Sequence[tuple[float, float] | None] = ()
 ) -> str:
-    """One line a tensor, one column a power of two, the darker the larger its share of the elements (square root).
+    """Draw one line per tensor, one column per power of two, darker for a larger share of the elements (square root).
 
     The column apart is zeros; a label in orange has Inf or NaN. ``marks``: for each row the log2 magnitudes at which
     a format's range starts and ends, drawn as orange bars. ValueError if there is no row.
@@ -104,7 +110,7 @@ def heat_map_svg(
     octaves, whole = histograms.octaves(), histograms.elements.clamp(min=1)
     used = octaves.sum(0).nonzero().flatten()
     first, last = (int(used[0]), int(used[-1])) if len(used) else (127, 128)
-    first = max(first, last - 63)  # 2^-63 of the largest is below what any format but BF16 and FP32 holds beside it
+    first = max(first, last - 63)  # only BF16 and FP32 hold 2^-63 of the largest as well
     columns, height = last - first + 1, 15 if len(labels) <= 60 else 10
     left = 60 + (6.4 if height == 15 else 5.8) * max(map(len, labels))
     plot = Box(left, 6, min(18.0, 760 / columns) * columns, height * len(labels), first - 127.0, last - 126.0)
@@ -133,8 +139,7 @@ def _cells(plot: Box, y: float, height: float, row: list[float], label: str) -> 
 
 
 def _cell(x: float, y: float, width: float, height: float, share: float, tip: str) -> str:
-    place = f"x='{x:.1f}' y='{y:.1f}' width='{width:.1f}' height='{height:.1f}'"
-    return f"<rect {place} fill='{blue(share)}'><title>{escape(tip)}</title></rect>"
+    return rect(x, y, width, height, f"fill='{blue(math.sqrt(share / 0.5))}'", tip)
 
 
 def _marks(plot: Box, y: float, height: float, ends: tuple[float, float] | None) -> list[str]:
@@ -143,7 +148,7 @@ def _marks(plot: Box, y: float, height: float, ends: tuple[float, float] | None)
 
 
 def _density(histogram: Histogram, plot: Box) -> list[str]:
-    """The outline of the histogram: share of elements per octave, on a square-root axis with its ticks."""
+    """Draw the outline of the histogram: share of elements per octave, on a square-root axis with its ticks."""
     counts = histogram.counts[:N_MAGNITUDES]
     used = counts.nonzero().flatten().tolist()
     if not used:
@@ -165,74 +170,66 @@ def _density(histogram: Histogram, plot: Box) -> list[str]:
 
 
 def _y_ticks(plot: Box, top: float, y: Callable[[float], float]) -> list[str]:
-    found = [_outline(plot)]
+    parts = [_outline(plot)]
     ticks = [tick for tick in (0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6) if 0.01 * top < tick <= top]
     for tick in ticks:
-        found.append(line(plot.left, y(tick), plot.left + plot.width, y(tick), "#dddddd", 0.7))
-        found.append(
+        parts.append(line(plot.left, y(tick), plot.left + plot.width, y(tick), "#dddddd", 0.7))
+        parts.append(
             text(plot.left - 6, y(tick) + 4, f"{tick:.3g}".lstrip("0") if tick < 1 else f"{tick}", anchor="end")
         )
     place = f"{plot.left - 44:.0f} {plot.top + plot.height / 2:.0f}"
     name = text(0, 0, "share per octave", anchor="middle", fill=GREY)
-    return [*found, f"<g transform='translate({place}) rotate(-90)'>{name}</g>"]
+    return [*parts, f"<g transform='translate({place}) rotate(-90)'>{name}</g>"]
 
 
 def _x_axis(plot: Box, y: float) -> list[str]:
-    """Powers of two under a plot, every 1, 2, 4 or 8 octaves."""
+    """Draw powers of two under a plot, every 1, 2, 4 or 8 octaves."""
     step = next(s for s in (1, 2, 4, 8, 16, 32) if (plot.high - plot.low) / s <= max(2.0, plot.width / 34))
-    found = []
-    exponent = math.ceil(plot.low / step) * step
-    while exponent <= plot.high:
+    parts = []
+    for exponent in range(math.ceil(plot.low / step) * step, math.floor(plot.high) + 1, step):
         x = plot.x(exponent)
-        found.append(line(x, y, x, y + 4, INK, 0.8))
-        found.append(text(x, y + 18, f"2{superscript(exponent)}", size=12, anchor="middle"))
-        exponent += step
-    return found
+        parts.append(line(x, y, x, y + 4, INK, 0.8))
+        parts.append(text(x, y + 18, f"2{superscript(exponent)}", size=12, anchor="middle"))
+    return parts
 
 
 def _lost(plot: Box, band: Band) -> list[str]:
-    """Hatched regions outside the range of the format in use, with a line at either end."""
-    found = []
+    """Draw hatched regions outside the range of the format in use, with a line at either end."""
+    parts = []
     for start, end, at in ((plot.low, lower(band), lower(band)), (upper(band), plot.high, upper(band))):
         left, right = plot.x(start), plot.x(end)
         if right > left:
-            place = f"x='{left:.1f}' y='{plot.top}' width='{right - left:.1f}' height='{plot.height}'"
-            found.append(f"<rect {place} fill='url(#hatch)'/>")
+            parts.append(rect(left, plot.top, right - left, plot.height, "fill='url(#hatch)'"))
         if plot.low < at < plot.high:
-            found.append(
-                line(plot.x(at), plot.top - 4, plot.x(at), plot.bottom, COLOURS.get(band.format.name, INK), 1.6)
-            )
-    return found
+            parts.append(line(plot.x(at), plot.top - 4, plot.x(at), plot.bottom, band.colour, 1.6))
+    return parts
 
 
 def _guide(plot: Box, band: Band) -> list[str]:
-    """A thin dashed line through the histogram where a format starts to flush."""
+    """Draw a thin dashed line through the histogram where a format starts to flush."""
     at = lower(band)
     if not plot.low < at < plot.high:
         return []
-    return [line(plot.x(at), plot.top, plot.x(at), plot.bottom, COLOURS.get(band.format.name, INK), 1.1, "4 3")]
+    return [line(plot.x(at), plot.top, plot.x(at), plot.bottom, band.colour, 1.1, "4 3")]
 
 
 def _band(plot: Box, band: Band, y: float) -> list[str]:
-    """A bar over the format's range: dark where numbers are normal, light where they are subnormal."""
-    spec, colour = band.format.value, COLOURS.get(band.format.name, INK)
+    """Draw a bar over the format's range: dark where numbers are normal, light where they are subnormal."""
+    spec = band.format.value
     start, end = lower(band), upper(band)
     normal = start if spec.integer else math.log2(spec.min_normal / band.scale)
     thick = "bold" if band.used else "normal"
-    found = [text(plot.left - 8, y + 10, band.label, anchor="end", weight=thick)]
+    parts = [text(plot.left - 8, y + 10, band.label, anchor="end", weight=thick)]
     for a, b, opacity in ((start, normal, 0.35), (normal, end, 0.9)):
         left, right = plot.x(a), plot.x(b)
         if right > left:
-            place = f"x='{left:.1f}' y='{y + 1:.1f}' width='{right - left:.1f}' height='11'"
-            found.append(f"<rect {place} fill='{colour}' fill-opacity='{opacity}'/>")
+            parts.append(rect(left, y + 1, right - left, 11, f"fill='{band.colour}' fill-opacity='{opacity}'"))
     for at, arrow, shift in ((start, "◂", 4.0), (end, "▸", -4.0)):
         if not plot.low <= at <= plot.high:
-            edge = plot.x(at)
-            found.append(text(edge + shift, y + 10, arrow, anchor="middle", fill="#ffffff"))
-    found += [text(590 + 88 * i, y + 10, value, weight=thick) for i, value in enumerate(band.figures)]
-    return found
+            parts.append(text(plot.x(at) + shift, y + 10, arrow, anchor="middle", fill="#ffffff"))
+    parts += [text(590 + 88 * i, y + 10, value, weight=thick) for i, value in enumerate(band.figures)]
+    return parts
 
 
 def _outline(plot: Box) -> str:
-    place = f"x='{plot.left:.1f}' y='{plot.top}' width='{plot.width:.1f}' height='{plot.height:.1f}'"
-    return f"<rect {place} fill='none' stroke='#bbbbbb' stroke-width='.7'/>"
+    return rect(plot.left, plot.top, plot.width, plot.height, "fill='none' stroke='#bbbbbb' stroke-width='.7'")

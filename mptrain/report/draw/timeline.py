@@ -1,4 +1,4 @@
-"""The loss scale over training and, on the same steps, what happened to it: a lane a variant, a shape an event."""
+"""The loss scale over training with its events on the same axis: a lane per variant, a shape per kind of event."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mptrain.report.draw.axes import Axis, Style
 from mptrain.report.draw.svg import GREY, line, superscript, svg, text
 
 LEFT, TOP, SCALES, PITCH, WHOLE = 62.0, 26.0, 150.0, 15.0, 960.0
-ROW = 11.0  # a lane's row, one a kind of event
-NEAR = 7.0  # pixels within which events of a kind become one mark
+ROW = 11.0  # height of a lane's row, one per kind of event
+NEAR = 7.0  # pixels within which events of a kind merge into one mark
 
 
 class Kind(NamedTuple):
@@ -34,21 +34,21 @@ OTHER = Kind("circle", "#777777", "other event")
 
 
 def timeline_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
-    """Scales (log2) over lanes of events. ValueError if no variant has a scale or an event."""
+    """Draw scales (log2) over lanes of events. ValueError if no variant has a scale or an event."""
     pairs = list(zip(variants, styles, strict=True))
     scaled = [(v, s, v.health.scale) for v, s in pairs if v.health.scale and _logs(v.health.scale)]
-    lanes = [(variant, drawn) for variant, drawn in pairs if variant.health.events]
+    lanes = [(variant, style) for variant, style in pairs if variant.health.events]
     if not scaled and not lanes:
         raise ValueError("no variant has a loss scale or an event")
     steps = [step for _, _, scale in scaled for step in scale.steps]
     steps += [int(event["step"]) for variant, _ in lanes for event in variant.health.events]
-    names = [drawn.name for v, drawn, _ in scaled] + [drawn.name for _, drawn in lanes]
+    names = [style.name for v, style, _ in scaled] + [style.name for _, style in lanes]
     x = axes.step_axis(steps, LEFT, WHOLE - 58 - max(map(axes.text_width, names)))
     parts, top = _scales(scaled, x) if scaled else ([], TOP - 6)
-    for variant, drawn in lanes:
+    for variant, style in lanes:
         kinds = [kind for kind in [*KINDS, ""] if _of_kind(variant, kind)]
         height = ROW * len(kinds) + 6
-        parts += _lane(variant, drawn.name, kinds, x, top)
+        parts += _lane(variant, style.name, kinds, x, top)
         top += height
     parts += axes.x_grid(x, top)
     happened = [kind for kind in [*KINDS, ""] if any(_of_kind(variant, kind) for variant, _ in lanes)]
@@ -57,7 +57,7 @@ def timeline_svg(variants: Sequence[Variant], styles: Sequence[Style]) -> str:
 
 
 def _scales(scaled: Sequence[tuple[Variant, Style, Curve]], x: Axis) -> tuple[list[str], float]:
-    """The upper panel, and the height at which the lanes may start."""
+    """Return the upper panel, and the height at which the lanes may start."""
     powers = [power for _, _, scale in scaled for power in _logs(scale)]
     low, high = math.floor(min(powers)), math.ceil(max(powers))
     bottom = TOP + max(SCALES, PITCH * (len(scaled) + 1))
@@ -69,31 +69,25 @@ def _scales(scaled: Sequence[tuple[Variant, Style, Curve]], x: Axis) -> tuple[li
         tick = text(LEFT - 6, y.at(power) + 4, f"2{superscript(power)}", anchor="end")
         parts.append(axes.marked(tick, "y-tick"))
     parts.append(line(LEFT, bottom, x.end, bottom, axes.GRID, 0.8))
-    wanted = [y.at(_logs(scale)[-1]) for _, _, scale in scaled]
-    places = axes.spread(wanted, PITCH, TOP, bottom)
-    for (variant, drawn, scale), place in zip(scaled, places, strict=True):
-        stroke = f"stroke='{drawn.colour}' stroke-width='{drawn.width}' stroke-dasharray='{drawn.dashes or 'none'}'"
-        path = f"<path class='curve' d='{_stairs(scale, x, y)}' fill='none' {stroke}/>"
-        said = [
-            path,
-            axes.sample(x.end + 20, place, drawn),
-            axes.marked(text(x.end + 52, place + 4, drawn.name), "end"),
-        ]
-        parts.append(axes.group_of(said, f"loss scale of {variant.label}", f"data-series='{escape(variant.label)}'"))
+    heights = [y.at(_logs(scale)[-1]) for _, _, scale in scaled]
+    places = axes.spread(heights, PITCH, TOP, bottom)
+    for (variant, style, scale), place in zip(scaled, places, strict=True):
+        shapes = [axes.curve(_stairs(scale, x, y), style), *axes.end_label(x.end, place, style)]
+        parts.append(axes.group_of(shapes, f"loss scale of {variant.label}", f"data-series='{escape(variant.label)}'"))
     return parts, bottom + 12
 
 
 def _stairs(scale: Curve, x: Axis, y: Axis) -> str:
-    """A scale holds until the step that changes it; gaps where it is not known."""
-    found, open_ = [], False
+    """Return the path of a scale, which holds until the step that changes it; gaps where it is unknown."""
+    path, open_ = [], False
     for step, value in zip(scale.steps, scale.values, strict=True):
         if not math.isfinite(value) or value <= 0:
             open_ = False
             continue
         at = y.at(math.log2(value))
-        found.append(f"H{x.at(step):.1f}V{at:.2f}" if open_ else f"M{x.at(step):.1f} {at:.2f}h1")
+        path.append(f"H{x.at(step):.1f}V{at:.2f}" if open_ else f"M{x.at(step):.1f} {at:.2f}h1")
         open_ = True
-    return "".join(found)
+    return "".join(path)
 
 
 def _lane(variant: Variant, name: str, kinds: Sequence[str], x: Axis, top: float) -> list[str]:
@@ -111,21 +105,21 @@ def _lane(variant: Variant, name: str, kinds: Sequence[str], x: Axis, top: float
 
 
 def _of_kind(variant: Variant, kind: str) -> list[dict[str, Any]]:
-    """List events in the order of steps; an empty ``kind``: those that have no mark of their own."""
+    """List events in the order of steps; an empty ``kind``: those without a mark of their own."""
     events = [e for e in variant.health.events if (e["event"] if e["event"] in KINDS else "") == kind]
     return sorted(events, key=lambda event: int(event["step"]))
 
 
 def bunched(events: Iterable[dict[str, Any]], x: Axis) -> list[list[dict[str, Any]]]:
-    """Runs of events so near each other that their marks would be one blot."""
-    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    """Group events so near each other that their marks would overlap."""
+    bunches: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
-        found[int((x.at(int(event["step"])) - x.start) / NEAR)].append(event)
-    return list(found.values())
+        bunches[int((x.at(int(event["step"])) - x.start) / NEAR)].append(event)
+    return list(bunches.values())
 
 
 def _tip(variant: Variant, events: Sequence[dict[str, Any]]) -> str:
-    """Tell the first few events."""
+    """Describe the first few events."""
     lines = [f"{variant.label}: {len(events)} events"] if len(events) > 1 else [variant.label]
     for event in events[:4]:
         where = " ".join(str(event[key]) for key in ("reason", "layer", "role") if event.get(key))
@@ -137,12 +131,12 @@ def _tip(variant: Variant, events: Sequence[dict[str, Any]]) -> str:
 
 
 def _legend(kinds: Sequence[str], y: float) -> list[str]:
-    found, left = [], LEFT
+    parts, left = [], LEFT
     for name in kinds:
         kind = KINDS.get(name, OTHER)
-        found += [axes.marker(kind.shape, left + 6, y - 4, 4.0, kind.colour), text(left + 16, y, kind.words)]
+        parts += [axes.marker(kind.shape, left + 6, y - 4, 4.0, kind.colour), text(left + 16, y, kind.words)]
         left += 40 + axes.text_width(kind.words)
-    return found
+    return parts
 
 
 def _logs(scale: Curve) -> list[float]:

@@ -1,20 +1,20 @@
-"""``mptrain formats`` for the terminal: what each format can hold, and what it makes of a given number."""
+"""``mptrain formats`` in the terminal: the range of each format, and how it represents a given number."""
 
 from __future__ import annotations
 
 import math
 import re
 
-from rich import box
 from rich.table import Table
 
 from mptrain.formats import Format, FormatSpec
+from mptrain.report.tables import table_of
 
 POWER = re.compile(r"([+-]?)(\d+(?:\.\d+)?)\^([+-]?\d+)")
 
 
 def parse_number(text: str) -> float:
-    """``1e-3``, ``0x1p-10``, ``2^-10``, ``inf``, ``nan``. ValueError for what is not a number."""
+    """Parse ``1e-3``, ``0x1p-10``, ``2^-10``, ``inf``, ``nan``. ValueError for other texts."""
     word = text.strip().lower()
     power = POWER.fullmatch(word)
     try:
@@ -27,28 +27,22 @@ def parse_number(text: str) -> float:
 
 
 def overview() -> Table:
-    """Every format: bits, range, resolution, and which special values it has."""
-    heads = ("format", "bits", "exponent", "mantissa", "max", "min normal", "smallest", "step at 1", "Inf", "NaN")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for head in heads:
-        table.add_column(head, no_wrap=True, justify="left" if head == "format" else "right")
+    """Return a table of every format: bits, range, resolution, and its special values."""
+    heads = ("bits", "exponent", "mantissa", "max", "min normal", "smallest", "step at 1", "Inf", "NaN")
+    table = table_of(["format"], heads)
     for fmt in Format:
         spec = fmt.value
         numbers = [f"{number:.6g}" for number in (spec.max, spec.min_normal, spec.min_subnormal, spec.eps)]
         special = ["yes" if has else "no" for has in (spec.has_inf, spec.has_nan)]
-        table.add_row(
-            str(fmt), *(str(n) for n in (spec.bits, exponent_bits(spec), spec.mantissa_bits)), *numbers, *special
-        )
+        bits = [str(count) for count in (spec.bits, exponent_bits(spec), spec.mantissa_bits)]
+        table.add_row(str(fmt), *bits, *numbers, *special)
     return table
 
 
 def fate(value: float) -> Table:
-    """One line a format: what ``value`` becomes, the relative error, and what happened to it."""
+    """Return a table with a line per format: ``value`` rounded, the relative error, and a note."""
     title = f"{value!r} = {value.hex()}" if math.isfinite(value) else repr(value)
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    table.add_column("format")
-    for head in ("becomes", "relative error"):
-        table.add_column(head, justify="right", no_wrap=True)
+    table = table_of(["format"], ("becomes", "relative error"), title=title, title_style="bold", padding=(0, 1))
     table.add_column("")
     for fmt in Format:
         if fmt is not Format.e8m0:  # powers of two without sign or zero: the scales of other formats' blocks
@@ -57,7 +51,7 @@ def fate(value: float) -> Table:
 
 
 def becomes(value: float, fmt: Format) -> tuple[str, str, str]:
-    """(rounded value, relative error, note) of one number in one format, as texts."""
+    """Return (rounded value, relative error, note) of one number in one format, as texts."""
     spec = fmt.value
     if math.isnan(value):
         return ("nan", "-", "NaN") if spec.has_nan else ("-", "-", "has no NaN")
@@ -79,7 +73,8 @@ def becomes(value: float, fmt: Format) -> tuple[str, str, str]:
 
 
 def rounded_to(value: float, spec: FormatSpec) -> float:
-    """Round a finite number as :func:`mptrain.formats.round_to` does, without torch, whose import takes two seconds."""
+    """Round a finite number as :func:`mptrain.formats.round_to` does, without torch, whose import takes two
+    seconds."""
     if spec.integer:
         rounded = float(round(value))
     else:
@@ -90,5 +85,5 @@ def rounded_to(value: float, spec: FormatSpec) -> float:
 
 
 def exponent_bits(spec: FormatSpec) -> int:
-    """Count the bits that sign and mantissa leave; E8M0 has no sign."""
+    """Count the bits besides sign and mantissa; E8M0 has no sign."""
     return 0 if spec.integer else spec.bits - spec.mantissa_bits - (0 if spec is Format.e8m0.value else 1)

@@ -9,7 +9,7 @@ from mptrain.formats import Format
 from mptrain.report.draw.magnitudes import Band, heat_map_svg, histogram_svg, lower, upper
 from mptrain.report.draw.svg import BAD, superscript
 from mptrain.report.html import render
-from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judged, Row, Tensors
+from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judgement, Row, Tensors
 from mptrain.report.inspect.terminal import share_text
 from mptrain.report.wording import percent, scale_text
 from mptrain.telemetry.histogram import Histogram, Histograms
@@ -51,12 +51,12 @@ def _heat_map(tensors: Tensors, histograms: Histograms, rows: list[Row], role: s
 
 
 def _tensor(row: Row, histogram: Histogram, *, opened: bool) -> dict[str, Any]:
-    drawn = histogram_svg(histogram, bands_of(row), HEADS)
-    return {"layer": row.layer, "role": row.role, "figures": _figures(row), "opened": opened, "drawn": drawn}
+    svg = histogram_svg(histogram, bands_of(row), HEADS)
+    return {"layer": row.layer, "role": row.role, "figures": _figures(row), "opened": opened, "drawn": svg}
 
 
 def _figures(row: Row) -> list[tuple[str, bool]]:
-    """Return the figures of a summary line, and which of them are bad: said in words, so that no colour decides."""
+    """Return the figures of a summary line, and whether each is bad: in words as well as by colour."""
     words = []
     used = row.used
     bad = row.inf + row.nan
@@ -78,7 +78,7 @@ def _figures(row: Row) -> list[tuple[str, bool]]:
 
 
 def bands_of(row: Row) -> list[Band]:
-    """The cast of the run first, then every judged format at its scale."""
+    """Return the cast of the run first, then every judged format at its scale."""
     bands = []
     used = row.used
     if used and used.scale and used.headroom_bits is not None and used.format in FORMATS:
@@ -95,7 +95,7 @@ def bands_of(row: Row) -> list[Band]:
     return bands
 
 
-def _cells(judged: Judged) -> list[str]:
+def _cells(judged: Judgement) -> list[str]:
     shares = [share_text(share) for share in (judged.saturated, judged.flushed, judged.subnormal)]
     return [*shares, _room(judged.headroom_bits)]
 

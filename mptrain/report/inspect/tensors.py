@@ -1,7 +1,7 @@
-"""The figures of ``mptrain inspect``: what each format makes of every tensor of a sampled step, or of a checkpoint.
+"""The figures of ``mptrain inspect``: every tensor of a sampled step, or of a checkpoint, in each format.
 
-Each row is one tensor (layer, role). Formats are judged at their best power-of-two scale, but for those with FP32's
-range (BF16, TF32, FP32): nobody scales them, so they are judged as they are used, at 1.
+Each row is one tensor (layer, role). Formats are judged at their best power-of-two scale, except those with
+FP32's range (BF16, TF32, FP32): these are used unscaled, so they are judged at 1.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mptrain.checkpoint import checkpoints
 from mptrain.formats import Format
+from mptrain.runs.read import natural
 from mptrain.telemetry import record
 from mptrain.telemetry.histogram import JUDGED, Histogram, Histograms, Share
 from mptrain.tools.settings import did_you_mean
@@ -30,7 +31,7 @@ BLOCKS = (32, 128)
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judgement:
     """A format at a scale: shares of all elements, and bits left below its maximum."""
 
     scale: float
@@ -46,8 +47,8 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Used:
-    """The cast of the run: counts are exact; None where the record does not say."""
+class Cast:
+    """The cast of the run: counts are exact; None where the record has no count."""
 
     format: str
     scale: float | None = None
@@ -70,8 +71,8 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """The coordinates that an update asked to move and that did not, by what holds the weights."""
+class LostUpdates:
+    """Coordinates that an update asked to move and that did not, by the storage of the weights."""
 
     asked: float
     bf16: float
@@ -82,21 +83,21 @@ class Lost:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor. What the record does not hold is None or empty."""
+    """One tensor. Figures that the record does not hold are None or empty."""
 
     index: int  # among the rows of Tensors
     layer: str
     role: str
-    used: Used | None = None
+    used: Cast | None = None
     amax: float | None = None
     elements: int | None = None
     zeros: int = 0
     inf: int = 0
     nan: int = 0
     percentiles: dict[str, float] = field(default_factory=dict)
-    formats: dict[str, Judged] = field(default_factory=dict)
+    formats: dict[str, Judgement] = field(default_factory=dict)
     spread: dict[str, Spread] = field(default_factory=dict)
-    lost: Lost | None = None
+    lost: LostUpdates | None = None
 
     @property
     def severity(self) -> tuple[float, ...]:
@@ -113,7 +114,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors that are inspected: names, and the tables of a record (or the histograms of a file's tensors)."""
+    """The inspected tensors: names, and the tables of a record (or the histograms of a file's tensors)."""
 
     title: str
     rows: list[tuple[str, str, str]]
@@ -127,9 +128,9 @@ class Tensors:
 
 
 def load(path: Path, step: int | None = None) -> Tensors:
-    """A run's folder (the record of ``step``, default the last), a checkpoint or a .safetensors file.
+    """Read a run's folder (the record of ``step``, default the last), a checkpoint or a .safetensors file.
 
-    ValueError for all else.
+    ValueError for other paths.
     """
     ours = checkpoints.is_ours(path)
     if path.is_dir() and not ours:
@@ -144,20 +145,20 @@ def load(path: Path, step: int | None = None) -> Tensors:
 def _of_run(folder: Path, step: int | None) -> Tensors:
     path = folder / record.FILE
     if not path.exists():
-        kept = [path for path in folder.rglob("step-*") if checkpoints.is_ours(path)]
-        files = sorted(kept or folder.rglob("*.safetensors"))
+        saved = [path for path in folder.rglob("step-*") if checkpoints.is_ours(path)]
+        files = sorted(saved or folder.rglob("*.safetensors"))
         other = f"; for its weights: mptrain inspect {files[-1]}" if files else ""
         what = (
             "this run sampled no histograms" if (folder / "config.json").exists() else "it is not the folder of a run"
         )
         raise ValueError(f"no {record.FILE} in {folder}: {what}{other}")
-    found = record.read_step(path, step)
-    about = "".join(f", {name} {value}" for name, value in found.about.items() if isinstance(value, int | float | str))
-    return Tensors(f"{folder}, step {found.step}{about}", found.rows, found.tables)
+    sample = record.read_step(path, step)
+    about = "".join(f", {name} {value}" for name, value in sample.about.items() if isinstance(value, int | float | str))
+    return Tensors(f"{folder}, step {sample.step}{about}", sample.rows, sample.tables)
 
 
 def _of_file(path: Path) -> Tensors:
-    found: list[tuple[tuple[str, str], Histogram]] = []
+    histograms: list[tuple[tuple[str, str], Histogram]] = []
     dtypes, skipped = Counter[str](), Counter[str]()
     ours = checkpoints.is_ours(path)
     for name, dtype, tensor in checkpoints.float_tensors(path):
@@ -165,27 +166,23 @@ def _of_file(path: Path) -> Tensors:
         if tensor is None or place is None or not tensor.numel():
             skipped[dtype] += 1
             continue
-        found.append((place, Histogram.of(tensor)))
+        histograms.append((place, Histogram.of(tensor)))
         dtypes[dtype] += 1
-    if not found:
+    if not histograms:
         raise ValueError(f"{path} holds no floating-point weights ({sum(skipped.values())} other tensors)")
-    found.sort(key=lambda one: _natural(one[0][0]))  # files are in alphabetical order, layer 10 before layer 2
+    histograms.sort(key=lambda one: natural(one[0][0]))  # alphabetically, layer 10 would come before layer 2
     notes = [f"other tensors, left out: {_listed(skipped)}"] if skipped else []
-    amax = torch.tensor([histogram.amax for _, histogram in found])
-    tables = {"histogram": torch.stack([histogram.counts for _, histogram in found]), "amax": amax}
-    return Tensors(f"{path}: {_listed(dtypes)}", [(*place, "") for place, _ in found], tables, notes)
+    amax = torch.tensor([histogram.amax for _, histogram in histograms])
+    tables = {"histogram": torch.stack([histogram.counts for _, histogram in histograms]), "amax": amax}
+    return Tensors(f"{path}: {_listed(dtypes)}", [(*place, "") for place, _ in histograms], tables, notes)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _listed(found: Counter[str]) -> str:
-    return ", ".join(f"{n} {dtype}" for dtype, n in found.most_common())
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{n} {dtype}" for dtype, n in counts.most_common())
 
 
 def place_of(name: str, ours: bool) -> tuple[str, str] | None:
-    """(layer, role) of a tensor in a file; of a checkpoint of mptrain, None for all but weights and moments."""
+    """Return (layer, role) of a tensor in a file; of a checkpoint of mptrain, None for all but weights and moments."""
     if ours:
         part, _, name = name.partition("/")
         if part == "optimizer":
@@ -198,45 +195,45 @@ def place_of(name: str, ours: bool) -> tuple[str, str] | None:
 
 
 def select(tensors: Tensors, role: str = "", layer: str = "") -> Tensors:
-    """The rows of one role, and of layers in whose name the regex is found. ValueError if there are none."""
-    keep = list(range(len(tensors.rows)))
+    """Return the rows of one role, and of layers whose name matches the regex. ValueError if there are none."""
+    indices = list(range(len(tensors.rows)))
     if role:
         roles = sorted({row[1] for row in tensors.rows})
         if role not in roles:
             raise ValueError(f"role {role!r} is not recorded{did_you_mean(role, roles)}")
-        keep = [index for index in keep if tensors.rows[index][1] == role]
+        indices = [index for index in indices if tensors.rows[index][1] == role]
     if layer:
         try:
             pattern = re.compile(layer)
         except re.error as error:
             raise ValueError(f"--layer {layer!r} is not a regular expression: {error}") from error
-        layers = sorted({tensors.rows[index][0] for index in keep})
-        keep = [index for index in keep if pattern.search(tensors.rows[index][0])]
-        if not keep:
+        layers = sorted({tensors.rows[index][0] for index in indices})
+        indices = [index for index in indices if pattern.search(tensors.rows[index][0])]
+        if not indices:
             some = dict.fromkeys([*difflib.get_close_matches(layer, layers, n=3, cutoff=0.5), *layers[:10]])
             raise ValueError(f"no layer matches {layer!r}{did_you_mean(layer, list(some))}")
-    tables = {name: table[torch.tensor(keep, dtype=torch.int64)] for name, table in tensors.tables.items()}
-    return Tensors(tensors.title, [tensors.rows[index] for index in keep], tables, tensors.notes)
+    tables = {name: table[torch.tensor(indices, dtype=torch.int64)] for name, table in tensors.tables.items()}
+    return Tensors(tensors.title, [tensors.rows[index] for index in indices], tables, tensors.notes)
 
 
 def format_named(name: str) -> Format:
-    """ValueError with the nearest for a name that is not one of :data:`FORMATS`."""
+    """Return the format of this name. ValueError with the nearest one if it is not in :data:`FORMATS`."""
     if name not in FORMATS:
         raise ValueError(f"format {name!r} is unknown{did_you_mean(name, [*FORMATS])}")
     return FORMATS[name]
 
 
 def figures(tensors: Tensors, formats: tuple[Format, ...] = JUDGED) -> list[Row]:
-    """Every row judged in ``formats``, worst first."""
+    """Judge every row in ``formats``; return them worst first."""
     histograms = tensors.histograms
     judged = _judged(histograms, formats) if histograms else [{} for _ in tensors.rows]
     cast = _judged_as_cast(tensors, histograms) if histograms else {}
-    found = [_row(tensors, histograms, index, judged[index], cast.get(index)) for index in range(len(tensors.rows))]
-    return sorted(found, key=lambda row: row.severity, reverse=True)
+    rows = [_row(tensors, histograms, index, judged[index], cast.get(index)) for index in range(len(tensors.rows))]
+    return sorted(rows, key=lambda row: row.severity, reverse=True)
 
 
-def _judged(histograms: Histograms, formats: tuple[Format, ...]) -> list[dict[str, Judged]]:
-    rows: list[dict[str, Judged]] = [{} for _ in histograms.counts]
+def _judged(histograms: Histograms, formats: tuple[Format, ...]) -> list[dict[str, Judgement]]:
+    rows: list[dict[str, Judgement]] = [{} for _ in histograms.counts]
     for fmt in formats:
         unscaled = torch.ones(len(rows), dtype=torch.float64)
         scale = unscaled if fmt in UNSCALED else histograms.best_scale(fmt)
@@ -245,30 +242,30 @@ def _judged(histograms: Histograms, formats: tuple[Format, ...]) -> list[dict[st
     return rows
 
 
-def _judged_as_cast(tensors: Tensors, histograms: Histograms) -> dict[int, Judged]:
-    """Row index -> the format of the run's cast, judged at the scale in use."""
-    found: dict[int, Judged] = {}
+def _judged_as_cast(tensors: Tensors, histograms: Histograms) -> dict[int, Judgement]:
+    """Map row indices to the format of the run's cast, judged at the scale in use."""
+    judged: dict[int, Judgement] = {}
     if "scale" not in tensors.tables:
-        return found
+        return judged
     scale = tensors.tables["scale"].double()
     usable = (scale.isfinite() & (scale > 0)).tolist()
     for name in {row[2] for row in tensors.rows} & FORMATS.keys():
-        keep = [index for index, row in enumerate(tensors.rows) if row[2] == name and usable[index]]
-        some = Histograms(histograms.counts[keep], histograms.amax[keep])
-        found |= zip(keep, _at_scale(some, FORMATS[name], scale[keep]), strict=True)
-    return found
+        indices = [index for index, row in enumerate(tensors.rows) if row[2] == name and usable[index]]
+        some = Histograms(histograms.counts[indices], histograms.amax[indices])
+        judged |= zip(indices, _at_scale(some, FORMATS[name], scale[indices]), strict=True)
+    return judged
 
 
-def _at_scale(histograms: Histograms, fmt: Format, scale: Tensor) -> list[Judged]:
+def _at_scale(histograms: Histograms, fmt: Format, scale: Tensor) -> list[Judgement]:
     verdict = histograms.judge(fmt, scale)
     headroom = histograms.headroom_bits(fmt, scale).tolist()
     shares = [list(zip(*(part.tolist() for part in kind), strict=True)) for kind in verdict[1:]]
     places = zip(scale.tolist(), *shares, headroom, strict=True)
-    return [Judged(s, Share(*sat), Share(*flu), Share(*sub), room) for s, sat, flu, sub, room in places]
+    return [Judgement(s, Share(*sat), Share(*flu), Share(*sub), room) for s, sat, flu, sub, room in places]
 
 
 def _row(
-    tensors: Tensors, histograms: Histograms | None, index: int, formats: dict[str, Judged], cast: Judged | None
+    tensors: Tensors, histograms: Histograms | None, index: int, formats: dict[str, Judgement], cast: Judgement | None
 ) -> Row:
     layer, role, fmt = tensors.rows[index]
     recorded = {name: table[index] for name, table in tensors.tables.items()}
@@ -277,24 +274,26 @@ def _row(
     if one:
         seen = {"amax": one.amax, "elements": one.elements, "zeros": one.zeros, "inf": one.inf, "nan": one.nan}
         seen["percentiles"] = {f"{q:g}": one.percentile(q) for q in PERCENTILES}
-    lost = Lost(*recorded["lost"].tolist()) if "lost" in recorded and role == "update" else None
+    lost = LostUpdates(*recorded["lost"].tolist()) if "lost" in recorded and role == "update" else None
     used = _used(fmt, recorded, cast) if fmt else None
     return Row(index, layer, role, used, formats=formats, spread=_spread(recorded, seen["amax"]), lost=lost, **seen)
 
 
-def _used(name: str, recorded: dict[str, Tensor], cast: Judged | None) -> Used:
-    scale = float(recorded.get("scale", math.nan))  # NaN: the tensor had many
-    found: dict[str, Any] = {"scale": scale} if math.isfinite(scale) else {}
+def _used(name: str, recorded: dict[str, Tensor], cast: Judgement | None) -> Cast:
+    scale = float(recorded.get("scale", math.nan))  # NaN: the tensor had several scales
+    figures: dict[str, Any] = {"scale": scale} if math.isfinite(scale) else {}
     if cast:
-        found |= {"subnormal": cast.subnormal, "headroom_bits": cast.headroom_bits}
+        figures |= {"subnormal": cast.subnormal, "headroom_bits": cast.headroom_bits}
     if "counts" in recorded:
-        found |= dict(zip(("elements", "saturated", "flushed", "inf", "nan"), recorded["counts"].tolist(), strict=True))
+        figures |= dict(
+            zip(("elements", "saturated", "flushed", "inf", "nan"), recorded["counts"].tolist(), strict=True)
+        )
     if "errors" in recorded:
         signal, noise = recorded["errors"].tolist()
-        found["sqnr_db"] = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+        figures["sqnr_db"] = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
         if signal > 0 and noise == 0:
-            found["sqnr_db"] = math.inf
-    return Used(name, **found)
+            figures["sqnr_db"] = math.inf
+    return Cast(name, **figures)
 
 
 def _spread(recorded: dict[str, Tensor], amax: float | None) -> dict[str, Spread]:
@@ -302,19 +301,19 @@ def _spread(recorded: dict[str, Tensor], amax: float | None) -> dict[str, Spread
     if "blocks" not in recorded or not amax or not math.isfinite(amax):
         return {}
     top = math.frexp(amax)[1] + 126
-    found = {}
+    spreads = {}
     for size, counts in zip(BLOCKS, recorded["blocks"], strict=True):
         below = counts[1:255].cumsum(0)
         if below[-1]:
             median, first = (
                 top - 1 - int(torch.searchsorted(below, max(1, math.ceil(q * int(below[-1]))))) for q in (0.5, 0.01)
             )
-            found[str(size)] = Spread(median, first)
-    return found
+            spreads[str(size)] = Spread(median, first)
+    return spreads
 
 
 def plain(value: Any) -> Any:
-    """Rows as JSON can hold them: dataclasses and shares as dicts."""
+    """Return rows as JSON can hold them: dataclasses and shares as dicts."""
     if isinstance(value, Share):
         return value._asdict()
     if hasattr(value, "__dataclass_fields__"):

@@ -1,28 +1,29 @@
-"""``mptrain inspect`` for the terminal: tables of figures, worst rows first, readable at 100 columns."""
+"""``mptrain inspect`` in the terminal: tables of figures, worst rows first, readable at 100 columns."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mptrain.formats import Format
-from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judged, Row, Tensors
-from mptrain.report.wording import LAYER_WIDTH, percent, scale_text, short
+from mptrain.report.inspect.tensors import FORMATS, UNSCALED, Judgement, Row, Tensors
+from mptrain.report.tables import table_of
+from mptrain.report.wording import LAYER_WIDTH, percent, put, scale_text, short
 from mptrain.telemetry.histogram import Share
 
-SHOWN = 20  # rows of a table without --all: what a terminal holds beside the other tables
+SHOWN = 20  # rows of a table without --all: what a terminal holds with the other tables
 BAD, DOUBTFUL = 1e-2, 1e-4  # shares of elements lost from which a cell is red, yellow
 COARSE = 0.25  # share of subnormals from which a cell is yellow: a quarter of the elements keeps fewer bits
 
 
 def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Format | None, every: bool) -> None:
-    """All that the record holds of ``rows``; ``only``: one format with all its figures; ``every``: no row left out."""
+    """Print all figures of ``rows``; ``only``: one format with all its figures; ``every``: no row left out."""
     console.print(tensors.title, style="bold", highlight=False, soft_wrap=True)
-    width = LAYER_WIDTH if console.width >= 97 else max(9, LAYER_WIDTH - (93 - console.width))  # figures stay whole
+    width = LAYER_WIDTH if console.width >= 97 else max(9, LAYER_WIDTH - (93 - console.width))  # figures are never cut
     shown = rows if every else rows[:SHOWN]
     judged = any(row.formats for row in rows)
     if judged:
@@ -40,37 +41,36 @@ def print_tables(console: Console, tensors: Tensors, rows: list[Row], only: Form
         console.print(lost_updates(lost if every else lost[:SHOWN], width))
     notes = list(tensors.notes)
     if len(rows) > len(shown):
-        notes.append(f"{len(rows) - len(shown)} more of {len(rows)} rows, less bad than these: --all shows every one")
+        notes.append(f"{len(rows) - len(shown)} more of {len(rows)} rows, not shown; use --all")
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
 
 
 def all_formats(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """One line a tensor, one compact cell a format."""
+    """Return a table with a line per tensor and a compact cell per format."""
     names = [*dict.fromkeys(name for row in rows for name in row.formats)]
-    table = _table("saturated/flushed/subnormal, % of elements", *(name for name in names))
-    for row in rows:
-        table.add_row(*_place(row, width), *(compact(row.formats[name], name) for name in names))
-    return table
+    title = "saturated/flushed/subnormal, % of elements"
+    return _table(title, names, rows, width, lambda row: [compact(row.formats[name], name) for name in names])
 
 
 def one_format(rows: list[Row], fmt: Format, width: int = LAYER_WIDTH) -> Table:
-    """One line a tensor with everything known about it in one format; ranges where the bins only bound a share."""
+    """Return a table with all figures of each tensor in one format; ranges where the bins only bound a share."""
     title = f"{fmt} {'unscaled' if fmt in UNSCALED else 'at its best power-of-two scale'}"
-    table = _table(title, "scale", "saturated", "flushed", "subnormal", "room", "amax", "median")
-    for row in rows:
+    heads = ("scale", "saturated", "flushed", "subnormal", "room", "amax", "median")
+
+    def cells(row: Row) -> list[str | Text]:
         judged = row.formats[fmt.name]
         shares = [Text(share_text(share), style) for share, style in _styled(judged)]
         room = "-" if math.isinf(judged.headroom_bits) else f"{round(judged.headroom_bits, 1) + 0.0:.1f}b"
-        sizes = [_power(row.amax), _power(row.percentiles.get("50"))]
-        table.add_row(*_place(row, width), scale_text(judged.scale), *shares, room, *sizes)
-    return table
+        return [scale_text(judged.scale), *shares, room, _power(row.amax), _power(row.percentiles.get("50"))]
+
+    return _table(title, heads, rows, width, cells)
 
 
 def as_cast(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """Tell what the run's own casts did, by exact counts."""
-    table = _table("as cast in the run", "format", "scale", "saturated", "flushed", "inf+nan", "subnorm", "SQNR")
-    for row in rows:
+    """Return a table of the run's own casts, by exact counts."""
+
+    def cells(row: Row) -> list[str | Text]:
         used = row.used
         assert used is not None
         whole = max(1, used.elements or 0)
@@ -79,52 +79,53 @@ def as_cast(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
             Text("-" if count is None else f"{count:,}", _style((count or 0) / whole))
             for count in (used.saturated, used.flushed)
         ]
-        table.add_row(
-            *_place(row, width),
+        return [
             _brief(used.format),
             "-" if used.scale is None else scale_text(used.scale),
             *counts,
             Text("-" if bad is None else f"{bad:,}", "bold red" if bad else ""),
             "-" if used.subnormal is None else share_text(used.subnormal),
             "-" if used.sqnr_db is None else "exact" if math.isinf(used.sqnr_db) else f"{used.sqnr_db:.0f} dB",
-        )
-    return table
+        ]
+
+    heads = ("format", "scale", "saturated", "flushed", "inf+nan", "subnorm", "SQNR")
+    return _table("as cast in the run", heads, rows, width, cells)
 
 
 def amaxes(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """Show the rest of a record that holds neither histograms nor casts."""
-    table = _table("tensors", "amax")
-    for row in rows:
-        table.add_row(*_place(row, width), _power(row.amax))
-    return table
+    """Return a table for a record that holds neither histograms nor casts."""
+    return _table("tensors", ["amax"], rows, width, lambda row: [_power(row.amax)])
 
 
 def spreads(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """How far below the tensor's amax its blocks lie: bits that one scale a block would win back."""
+    """Return how far the blocks' amaxes lie below the tensor's: bits that one scale per block would win back."""
     sizes = [*dict.fromkeys(size for row in rows for size in row.spread)]
     heads = [f"{what} of {size}" for size in sizes for what in ("median", "1st %ile")]
-    table = _table("bits from the tensor's amax down to that of its blocks", *heads)
-    for row in rows:
-        cells = [str(value) for size in sizes for value in (row.spread[size].median, row.spread[size].first)]
-        table.add_row(*_place(row, width), *cells)
-    return table
+    title = "bits from the tensor's amax down to that of its blocks"
+    return _table(
+        title,
+        heads,
+        rows,
+        width,
+        lambda row: [str(bits) for size in sizes for bits in (row.spread[size].median, row.spread[size].first)],
+    )
 
 
 def lost_updates(rows: list[Row], width: int = LAYER_WIDTH) -> Table:
-    """Coordinates that an optimizer step asked to move and that stayed, by what holds the weights."""
-    title = "updates lost, % of the coordinates asked to move"
-    table = _table(title, "asked", "BF16", "FP32", "BF16 stochastic", "BF16+16 bits")
-    for row in rows:
+    """Return the coordinates that a step asked to move and that stayed, by the storage of the weights."""
+
+    def cells(row: Row) -> list[str | Text]:
         lost = row.lost
         assert lost is not None
         parts = [value / max(1.0, lost.asked) for value in (lost.bf16, lost.fp32, lost.stochastic, lost.remainder)]
-        cells = [Text(f"{percent(part)} %", _style(part)) for part in parts]
-        table.add_row(*_place(row, width), f"{lost.asked:,.0f}", *cells)
-    return table
+        return [f"{lost.asked:,.0f}", *(Text(f"{percent(part)} %", _style(part)) for part in parts)]
+
+    heads = ("asked", "BF16", "FP32", "BF16 stochastic", "BF16+16 bits")
+    return _table("updates lost, % of the coordinates asked to move", heads, rows, width, cells)
 
 
-def compact(judged: Judged, name: str) -> Text:
-    """``saturated/flushed/subnormal`` in percent (integers have no subnormals), ``.`` if all are 0."""
+def compact(judged: Judgement, name: str) -> Text:
+    """Write ``saturated/flushed/subnormal`` in percent (integers have no subnormals), ``·`` if all are 0."""
     shares = [share.estimate for share in (judged.saturated, judged.flushed, judged.subnormal)]
     shares = shares[:2] if FORMATS[name].value.integer else shares
     if not any(shares):
@@ -134,17 +135,19 @@ def compact(judged: Judged, name: str) -> Text:
 
 
 def share_text(share: Share) -> str:
-    """Write it in percent; ``low-high`` where the bins only bound it."""
+    """Write a share in percent; ``low-high`` where the bins only bound it."""
     low, high = percent(share.low), percent(share.high)
     return f"{low}%" if low == high else f"{low}-{high}%"
 
 
-def _table(title: str, *heads: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("layer", overflow="ellipsis")  # may be cut; of the figures, none
-    table.add_column("role", overflow="ellipsis")
-    for head in heads:
-        table.add_column(_brief(head), justify="right", no_wrap=True)
+def _table(
+    title: str, heads: Sequence[str], rows: list[Row], width: int, cells: Callable[[Row], Iterable[str | Text]]
+) -> Table:
+    table = table_of(["layer", "role"], map(_brief, heads), title=title, title_style="bold")
+    for column in table.columns[:2]:  # only these may be cut, not the figures
+        column.no_wrap = False
+    for row in rows:
+        table.add_row(*_place(row, width), *cells(row))
     return table
 
 
@@ -153,7 +156,7 @@ def _stayed(row: Row) -> float:
 
 
 def _brief(name: str) -> str:
-    """The part of a format's name that tells it from others: 100 columns hold no more."""
+    """Return the part of a format's name that distinguishes it: 100 columns hold no more."""
     return name.removeprefix("fp8_").removeprefix("fp4_")
 
 
@@ -162,7 +165,7 @@ def _place(row: Row, width: int) -> tuple[Text, str]:
     return Text(short(row.layer, width), "bold red" if bad else ""), row.role if width == LAYER_WIDTH else row.role[:7]
 
 
-def _styled(judged: Judged) -> list[tuple[Share, str]]:
+def _styled(judged: Judgement) -> list[tuple[Share, str]]:
     sub = "yellow" if judged.subnormal.estimate >= COARSE else ""
     kinds = [(share, _style(share.high)) for share in (judged.saturated, judged.flushed)]
     return [*kinds, (judged.subnormal, sub)]
@@ -173,7 +176,7 @@ def _style(lost: float, subnormal: float = 0.0) -> str:
 
 
 def _power(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.2g}"
+    return put("{:.2g}", value)
 
 
 def _legend(only: Format | None) -> str:
