@@ -179,7 +179,7 @@ def fp8_share(runner: Runner, flops: float) -> float:
 
 
 def mfu(rate: float, flops: float, share: float, compute: str, tflops: Mapping[str, float]) -> float | None:
-    """Return ideal over real time at ``rate`` tokens/s, each FLOP at its format's peak in ``tflops``; None if unknown."""
+    """Return ideal over real time at ``rate`` tokens/s, by the peak of each format in ``tflops``; None if unknown."""
     ideal = weighted_rate(tflops, {"fp8": share, compute: 1 - share} if share else {compute: 1.0})
     return rate * flops / (ideal * 1e12) if ideal else None
 
