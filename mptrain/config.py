@@ -151,14 +151,14 @@ def plain(composed: DictConfig) -> dict[str, Any]:
 
 def typed_paths(overrides: list[str]) -> list[tuple[str, bool]]:
     """List of each override its dotted setting (of ``precision=fp8`` the whole group) and whether it deletes."""
-    found = OverridesParser.create().parse_overrides(overrides)
-    return [(one.key_or_group.replace("/", "."), one.is_delete()) for one in found if one.package is None]
+    overrides_read = OverridesParser.create().parse_overrides(overrides)
+    return [(one.key_or_group.replace("/", "."), one.is_delete()) for one in overrides_read if one.package is None]
 
 
 def readable(words: list[str]) -> list[str]:
     """Command-line words as Hydra's grammar reads them: a value that it cannot read is quoted, ``~`` is the home."""
     parser = OverridesParser.create()
-    made = []
+    quoted_words = []
     for word in words:
         key, equals, value = word.partition("=")
         if equals and re.fullmatch(r"[+~]{0,2}[\w./@-]+", key) and not _reads(parser, word):
@@ -166,8 +166,8 @@ def readable(words: list[str]) -> list[str]:
             escaped = value.replace("\\", "\\\\").replace('"', '\\"')
             quoted = f'{key}="{escaped}"'
             word = quoted if _reads(parser, quoted) else word
-        made.append(word)
-    return made
+        quoted_words.append(word)
+    return quoted_words
 
 
 def _reads(parser: OverridesParser, word: str) -> bool:

@@ -3,9 +3,14 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
-from pages import browser  # noqa: F401 - a fixture
+# Each worker of xdist, and what it starts, gets its share of the cores, before torch counts them: threads of workers
+# that share cores wait for one another at the end of every operation.
+SHARE = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(SHARE))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from pages import browser  # noqa: E402, F401 - a fixture
 
 
 @pytest.fixture

@@ -125,8 +125,8 @@ def _planned(prepared: Prepared, console: Console) -> TrainingPlan | None:
 
 def _describe(run: Run, earlier: Earlier | None) -> None:
     """Write ``run.json``; of a resumed run also what is different from the attempt before."""
-    found = about(run.prepared, run.trainer)
+    facts = about(run.prepared, run.trainer)
     if earlier is not None:
-        resumed = earlier.resumed(run.prepared.config, found)
+        resumed = earlier.resumed(run.prepared.config, facts)
         tell_resumed(run.folder, earlier, resumed, run.sinks, run.console)
-    describe(run.folder, found)
+    describe(run.folder, facts)

@@ -51,9 +51,9 @@ def locate(prepared: Prepared, asked: Path | None, console: Console) -> Earlier 
 
 def _newest(config: RunConfig, ranks: Ranks, console: Console) -> Path | None:
     """Find the newest whole checkpoint of the run; those that are damaged are named."""
-    found = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep, ranks)
-    path = found.newest()
-    for fault in found.passed_over:
+    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep, ranks)
+    path = checkpoints.newest()
+    for fault in checkpoints.passed_over:
         console.print(f"passed over: {fault}", highlight=False, soft_wrap=True)
     return path
 

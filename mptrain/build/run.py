@@ -154,9 +154,9 @@ class Run:
         """This run's side, its speed over the steps that the other side ran."""
         losses = baseline.read_losses(self.folder)
         speed = self.trainer.throughput.tokens_per_s(first=self.fp32.steps)
-        found = self._validation()
+        metrics = self._validation()
         memory = self.trainer.memory.peak_gib
-        return Figures("this run", losses, speed, memory, found["val_loss"], found["val_top1_frac"])
+        return Figures("this run", losses, speed, memory, metrics["val_loss"], metrics["val_top1_frac"])
 
 
 def about(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:

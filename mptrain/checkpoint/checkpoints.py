@@ -131,7 +131,7 @@ class Checkpoints:
         hold.
         """
         bytes_of = [0] * self._ranks.size
-        found = {}
+        dealt = {}
         for name, tensor in tensors.items():
             if hasattr(tensor, "placements"):
                 mine = self._ranks.counts(tensor)
@@ -140,8 +140,8 @@ class Checkpoints:
                 bytes_of[writer] += tensor.nbytes + 1
                 mine = writer == self._ranks.rank
             if mine:
-                found[name] = tensor
-        return found
+                dealt[name] = tensor
+        return dealt
 
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         before, self._copies = self._copies, {}
@@ -190,9 +190,9 @@ class Checkpoints:
 
     def _existing(self) -> list[Path]:
         """List them by step. One that was about to be replaced when its process was killed stands for itself."""
-        found = {_step(path): path for path in self.folder.glob(f"{storage.OLD}step-*") if NAME.fullmatch(path.name)}
-        found |= {_step(path): path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)}
-        return [found[step] for step in sorted(found)]
+        by_step = {_step(path): path for path in self.folder.glob(f"{storage.OLD}step-*") if NAME.fullmatch(path.name)}
+        by_step |= {_step(path): path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)}
+        return [by_step[step] for step in sorted(by_step)]
 
 
 def _step(path: Path) -> int:

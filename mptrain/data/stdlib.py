@@ -45,7 +45,7 @@ class Config:
 
 
 def build(config: Config) -> TokenDataset:
-    """Return the corpus, from the cache if it holds exactly these files. ValueError if there are no source files."""
+    """Build the corpus, or read it from the cache if the files are unchanged. ValueError without source files."""
     root = Path(config.root or sysconfig.get_path("stdlib"))
     files = sources(root)
     if not files:

@@ -97,9 +97,9 @@ class World(Ranks):
         return bool((mesh.mesh == 0).any()) and all(mesh.get_local_rank(dim) == 0 for dim in replicated)
 
     def gather(self, value: T) -> list[T]:
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def share(self, value: T) -> T:
         held = [value]

@@ -114,17 +114,17 @@ class Compression:
         rank); ``comm/sqnr_db``: of the mean gradient, over the sampled steps, if there were any; NaN where it was
         exact. Reads the device only for the last.
         """
-        found = {}
+        figures = {}
         if self._steps:
-            found["comm/bytes_per_step"] = self._bytes / self._steps
+            figures["comm/bytes_per_step"] = self._bytes / self._steps
         if self._uncompressed:
-            found["comm/bytes_frac"] = self._bytes / self._uncompressed
+            figures["comm/bytes_frac"] = self._bytes / self._uncompressed
         if self._squares is not None:
             signal, error = self._squares.tolist()
-            found["comm/sqnr_db"] = 10.0 * math.log10(signal / error) if signal and error else math.nan
+            figures["comm/sqnr_db"] = 10.0 * math.log10(signal / error) if signal and error else math.nan
         self._bytes = self._uncompressed = 0.0
         self._steps, self._squares = 0, None
-        return found
+        return figures
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank needs to continue the same; other ranks hold other residuals."""

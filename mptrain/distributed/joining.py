@@ -67,10 +67,10 @@ def meet(store: Any, rank: int, size: int, timeout_s: float) -> Any:
 
     def all_here() -> bool:
         for other in [rank for rank in missing if store.check([f"hello/{rank}"])]:
-            found = store.get(f"hello/{other}").decode()  # perhaps a dead one's: it will not answer
-            if found not in called:
-                store.set(f"call/{found}", name)
-                called.add(found)
+            greeting = store.get(f"hello/{other}").decode()  # perhaps a dead one's: it will not answer
+            if greeting not in called:
+                store.set(f"call/{greeting}", name)
+                called.add(greeting)
             if store.check([f"{name}/{other}"]):
                 missing.discard(other)
         return not missing

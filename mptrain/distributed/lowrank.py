@@ -79,8 +79,8 @@ class LowRank:
         """Tiny random numbers in the place of zeros: the same on all ranks and at any step."""
         held = self._seeds.get(index)
         if held is None or held.numel() != like.numel():
-            made = torch.randn(like.numel(), generator=torch.Generator().manual_seed(index)) * TINY
-            held = self._seeds[index] = made.to(like)
+            noise = torch.randn(like.numel(), generator=torch.Generator().manual_seed(index)) * TINY
+            held = self._seeds[index] = noise.to(like)
         return held
 
     def state_dict(self) -> dict[str, Any]:

@@ -81,11 +81,11 @@ def sharded_as(model: nn.Module, optimizer: Any) -> Callable[[str, list[int]], T
         owners[f"optimizer/state/{index}"] = parameter
 
     def find(name: str, shape: list[int]) -> Tensor | None:
-        found = known.get(name, average.get(name))
-        if found is None:
+        tensor = known.get(name, average.get(name))
+        if tensor is None:
             owner = owners.get(name.rpartition("/")[0])
-            found = owner if owner is not None and list(owner.shape) == shape and shape else None
-        return found if found is not None and hasattr(found, "placements") else None
+            tensor = owner if owner is not None and list(owner.shape) == shape and shape else None
+        return tensor if tensor is not None and hasattr(tensor, "placements") else None
 
     return find
 

@@ -96,11 +96,11 @@ class Watchdog:
         return f"{', '.join(told)} {what}; it was at step {place['step']}, {place['doing']}"
 
     def _beats(self) -> dict[int, dict[str, Any]]:
-        found = {}
+        beats = {}
         for rank in range(self._ranks.size):
             try:
                 if self._store.check([str(rank)]):
-                    found[rank] = json.loads(self._store.get(str(rank)))
+                    beats[rank] = json.loads(self._store.get(str(rank)))
             except RuntimeError:  # the store is gone
                 return {}
-        return found
+        return beats

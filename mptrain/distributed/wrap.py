@@ -43,7 +43,7 @@ def split_products(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) 
     Returns layer -> how. ValueError if a size does not divide.
     """
     parts = mesh.size()
-    found: dict[str, str] = {}
+    cuts: dict[str, str] = {}
     styles: dict[str, ParallelStyle] = {}
     for name, layer in model.named_modules():
         how = next((how for glob, how in plan.items() if fnmatch.fnmatchcase(name, glob)), None)
@@ -52,12 +52,12 @@ def split_products(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) 
         size = layer.out_features if how == COLUMNS else layer.in_features
         if size % parts:
             raise ValueError(f"dist.tp={parts} does not divide the {size} {how} of {name}: choose a divisor")
-        found[name] = how
+        cuts[name] = how
         styles[name] = ColwiseParallel() if how == COLUMNS else _Rows()
-    if not found:
+    if not cuts:
         raise ValueError(f"dist.tp={parts}: this model has no plan for tensor parallelism (gpt and llama have)")
     parallelize_module(model, mesh, styles)
-    return found
+    return cuts
 
 
 def shard(

@@ -108,7 +108,7 @@ def operands(
     carrier: torch.dtype,
     statistics: Statistics = UNWANTED,
 ) -> tuple[Tensor, Tensor]:
-    """A matrix and its transpose as operands of two GEMMs: the values of :func:`quantize`, whose codes nobody keeps.
+    """Cast a matrix for two GEMMs and return it with its transpose: the values of :func:`quantize`, without codes.
 
     The transpose is a view, but for the C kernels in BF16: oneDNN transposes a left operand itself, slowly (2048 x 1536
     by 384: 13.0 ms against 7.0 for one that is contiguous), where this pass has it in the cache. oneDNN may then add up

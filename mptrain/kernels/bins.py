@@ -31,6 +31,6 @@ def edges() -> Tensor:
 def indices(x: Tensor) -> Tensor:
     """Each element's bin (int64, flat), for FP32, BF16 and FP16."""
     bits = x.float().view(torch.int32).flatten() & MAGNITUDE
-    found = (bits - 1) >> SHIFT
-    found.masked_fill_(bits == 0, ZERO).masked_fill_(bits == INFINITE, INF).masked_fill_(bits > INFINITE, NAN)
-    return found.long()
+    index = (bits - 1) >> SHIFT
+    index.masked_fill_(bits == 0, ZERO).masked_fill_(bits == INFINITE, INF).masked_fill_(bits > INFINITE, NAN)
+    return index.long()

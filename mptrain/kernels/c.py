@@ -194,7 +194,7 @@ def _obtain(command: list[str], flags: tuple[str, ...], linked: tuple[str, ...])
 
 
 def _folders() -> Iterator[Path]:
-    """The user's cache, then a folder in the temporary directory that nobody else can write to."""
+    """Yield the user's cache, then a private folder in the temporary directory."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     with contextlib.suppress(RuntimeError):  # no home directory
         root = Path(os.environ.get("MPTRAIN_CACHE") or Path(home).expanduser() / "mptrain")
@@ -203,9 +203,9 @@ def _folders() -> Iterator[Path]:
     shared = Path(tempfile.gettempdir()) / f"mptrain-{user}"
     with contextlib.suppress(OSError):
         shared.mkdir(mode=0o700, exist_ok=True)
-        found = shared.lstat()
+        status = shared.lstat()
         # Another user could have planted code to load: only a real folder of our own, closed to others, will do.
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & 0o022:
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o022:
             yield shared
     yield Path(tempfile.mkdtemp(prefix="mptrain-"))
 

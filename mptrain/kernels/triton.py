@@ -225,9 +225,9 @@ def _bins(raw, mask):
 
 
 @triton.jit
-def _add_bins(histogram_ptr, found):
+def _add_bins(histogram_ptr, bins):
     index = tl.arange(0, 2048)
-    tl.atomic_add(histogram_ptr + index, found, mask=(found != 0) & (index < 2043), sem="relaxed")
+    tl.atomic_add(histogram_ptr + index, bins, mask=(bins != 0) & (index < 2043), sem="relaxed")
 
 
 @triton.jit
@@ -253,7 +253,7 @@ def _quantize(
     BLOCK: tl.constexpr,
 ):
     if histogram_ptr is not None:
-        found = tl.zeros((2048,), tl.int64)
+        bins = tl.zeros((2048,), tl.int64)
     for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), programs):
         index = tl.full((), block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = index < n
@@ -282,6 +282,6 @@ def _quantize(
         if amax_ptr is not None:
             tl.atomic_max(amax_ptr, tl.max(tl.where(raw > 0x7F800000, 0x7FC00000, raw), 0), sem="relaxed")
         if histogram_ptr is not None:
-            found += _bins(raw, mask)
+            bins += _bins(raw, mask)
     if histogram_ptr is not None:
-        _add_bins(histogram_ptr, found)
+        _add_bins(histogram_ptr, bins)

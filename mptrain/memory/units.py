@@ -19,10 +19,10 @@ def parse_bytes(text: str, setting: str = "the size") -> int:
     ValueError, which names ``setting``, for a bare number (80 what?), an unknown unit (``Gb`` is gigabits), a negative
     size or one over an EiB.
     """
-    found = SIZE.fullmatch(str(text).strip())
-    if found is None:
+    match = SIZE.fullmatch(str(text).strip())
+    if match is None:
         raise ValueError(f"{setting}={text} is not a size: write a number and its unit, e.g. 80GiB or 80GB")
-    number, unit = found.groups()
+    number, unit = match.groups()
     if not unit:
         raise ValueError(f"{setting}={text} has no unit: write {number}GiB (2^30 bytes) or {number}GB (10^9 bytes)")
     if unit not in UNITS:

@@ -58,10 +58,10 @@ def class_of(settings: Mapping[str, Any], where: str) -> Any:
 
 def config_of(settings: Mapping[str, Any], where: str) -> Any:
     """transformers' configuration of the settings in a config.json. ValueError if they do not describe one."""
-    made = class_of(settings, where)
+    config_class = class_of(settings, where)
     try:
         with silent():
-            return made.from_dict(dict(settings))
+            return config_class.from_dict(dict(settings))
     except Exception as error:  # whatever a field of a wrong type runs into
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{where} does not describe a {settings['model_type']}: {said}") from error

@@ -66,7 +66,7 @@ class BlockSizes(Protocol):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; one product makes query, key and value. ``causal``: nobody sees what comes later.
+    """Multi-head self-attention; one product makes query, key and value. ``causal``: a position sees only earlier ones.
 
     The product's rows go head by head, each head's query, key and value (Megatron's order; GPT-2's is all queries, all
     keys, all values): so any contiguous block of ``3 head_dim`` rows per head holds whole heads, and tensor parallelism

@@ -49,10 +49,10 @@ class Config(BaseConfig):
             if getattr(self, name) < least:
                 works = f"try model.{name}={getattr(type(self), name)}"
                 raise ValueError(f"hf: {name}={getattr(self, name)} must be at least {least}; {works}")
-        made = _described(self.config, self.vocab_size, self.n_layer)
-        object.__setattr__(self, "vocab_size", made.vocab_size if self.vocab_size else 0)
-        object.__setattr__(self, "n_layer", made.num_hidden_layers)
-        room = getattr(made, "max_position_embeddings", None) or self.block_size
+        described = _described(self.config, self.vocab_size, self.n_layer)
+        object.__setattr__(self, "vocab_size", described.vocab_size if self.vocab_size else 0)
+        object.__setattr__(self, "n_layer", described.num_hidden_layers)
+        room = getattr(described, "max_position_embeddings", None) or self.block_size
         if self.block_size > room:
             raise ValueError(f"hf: block_size={self.block_size}: {self.config} has {room} positions; try "
                              f"model.block_size={room}")  # fmt: skip
@@ -67,12 +67,12 @@ def _described(path: str, vocab_size: int, n_layer: int) -> Any:
     """transformers' configuration of the file, with this vocabulary and depth where they are above 0."""
     where = f"model.config={path}"
     settings = _read(path)
-    made = _huggingface.class_of(settings, where)
-    if made.sub_configs:
+    config_class = _huggingface.class_of(settings, where)
+    if config_class.sub_configs:
         raise ValueError(
             f"{where}: a {settings['model_type']} is made of several models: only a single one can be built"
         )
-    keys = {name: made.attribute_map.get(name, name) for name in ("num_hidden_layers", "vocab_size")}
+    keys = {name: config_class.attribute_map.get(name, name) for name in ("num_hidden_layers", "vocab_size")}
     whole = _huggingface.config_of(settings, where)
     _require_causal(whole, where)
     for name in keys:
@@ -179,14 +179,14 @@ class HuggingFace(nn.Module):
     @property
     def embed(self) -> nn.Module:
         """The embedding of the tokens."""
-        found: nn.Module = self.net.get_input_embeddings()
-        return found
+        embedding: nn.Module = self.net.get_input_embeddings()
+        return embedding
 
     @property
     def head(self) -> nn.Module:
         """The product that makes the logits."""
-        found: nn.Module = self.net.get_output_embeddings()
-        return found
+        product: nn.Module = self.net.get_output_embeddings()
+        return product
 
     @property
     def recompute(self) -> Callable[..., Any] | None:

@@ -80,10 +80,10 @@ class Agreement:
         parts = [norms] if len(sizes) == 1 else torch.split(norms, sizes)
         if self.ranks.size == 1:
             totals = [torch.linalg.vector_norm(part) for part in parts]
-            found = [not_finite(norm) for norm in totals]
+            skips = [not_finite(norm) for norm in totals]
             for rank_bad in (own, lost):
-                found = found if rank_bad is None else [one | rank_bad for one in found]
-            return together(totals, found), found, None
+                skips = skips if rank_bad is None else [one | rank_bad for one in skips]
+            return together(totals, skips), skips, None
         asked = torch.tensor(float(stop), dtype=torch.float64).to(norms.device, non_blocking=True)
         squares = norms.double().square()  # in FP64 no square of a finite norm overflows
         if self._sharded:  # each element once, however many ranks hold it
@@ -98,8 +98,8 @@ class Agreement:
             totals = [one.sqrt().float() for one in told[:n]]
         else:
             totals = [torch.linalg.vector_norm(part) for part in parts]
-        found = [(told[n + i] > 0) | nothing | not_finite(norm) for i, norm in enumerate(totals)]
-        return together(totals, found), found, told[-1].float()
+        skips = [(told[n + i] > 0) | nothing | not_finite(norm) for i, norm in enumerate(totals)]
+        return together(totals, skips), skips, told[-1].float()
 
     def _counts(self, parameters: list[nn.Parameter], device: torch.device) -> Tensor:
         """Which parameters count here, bool [parameters]; kept, for copying it to a device takes longer than a step's

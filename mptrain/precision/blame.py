@@ -113,8 +113,8 @@ def explanation(evidence: Evidence, names: Names, counters: Counters, ranks: Ran
 
     def explain() -> Blame:
         own = _of_rank(evidence, names, counters, ranks.rank)
-        found = [one for one in ranks.gather(own) if one.kind] or [own]
-        return min(found, key=lambda one: (one.micro_batch if one.micro_batch >= 0 else math.inf, one.rank))
+        blames = [one for one in ranks.gather(own) if one.kind] or [own]
+        return min(blames, key=lambda one: (one.micro_batch if one.micro_batch >= 0 else math.inf, one.rank))
 
     return explain
 

@@ -148,15 +148,15 @@ def other_matrices(model: nn.Module, seen: Callable[[str], bool]) -> dict[str, s
 
     ``seen(name)``: is it in the report already?
     """
-    found: dict[str, str] = {}
+    matrices: dict[str, str] = {}
     for name, module in model.named_modules():
         sizes = [tuple(p.shape) for p in module._parameters.values() if p is not None and p.ndim >= 2]
         if not sizes or seen(name or "(root)") or isinstance(module, (nn.Linear, *NO_PRODUCT)) or is_conv1d(module):
             continue
         shown = " and ".join("x".join(map(str, size)) for size in sizes[:2])
         reason = next((why for kinds, why in OTHERS if isinstance(module, kinds)), "")
-        found[name or "(root)"] = reason or f"{type(module).__name__} multiplies by its own {shown}: no nn.Linear"
-    return found
+        matrices[name or "(root)"] = reason or f"{type(module).__name__} multiplies by its own {shown}: no nn.Linear"
+    return matrices
 
 
 def _pass_by(module: nn.Module, args: Any, out: Any) -> None:

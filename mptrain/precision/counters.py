@@ -189,8 +189,8 @@ class Counters:
 
     def first_fault(self, fault: Tensor) -> Fault | None:
         """The non-finite value that came first: by micro-batch, forward in the model's order, backward from its end."""
-        found = [(index, code) for index, code in enumerate(fault.tolist()) if code]
-        if not found:
+        faults = [(index, code) for index, code in enumerate(fault.tolist()) if code]
+        if not faults:
             return None
 
         def when(item: tuple[int, int]) -> tuple[int, ...]:
@@ -200,7 +200,7 @@ class Counters:
                 return micro, 1, -place, BACKWARD.index(role)
             return micro, 0, place, FORWARD_RANK.get(role, 3)
 
-        index, code = min(found, key=when)
+        index, code = min(faults, key=when)
         layer, role = self.slots[index]
         phase = "backward" if role in BACKWARD else "forward"
         micro = -1 if role == "grad_weight" else (code - 1) // 2  # they add up over the micro-batches

@@ -192,8 +192,8 @@ class Precision:
         own = self._fault[: self.counters.decisive].any() if self.counters.decisive else None
         sizes = [len(those) for those in each]
         lost = all_bad(self._losses)
-        (norm, healthy, found_inf), found, stops = self._agreement.reached(norms, sizes, parameters, own, lost, stop)
-        skips = [bool(one) if one.is_cpu else None for one in found]  # a CPU reads for nothing
+        (norm, healthy, found_inf), bad, stops = self._agreement.reached(norms, sizes, parameters, own, lost, stop)
+        skips = [bool(one) if one.is_cpu else None for one in bad]  # a CPU reads for nothing
         blame = nothing if skips.count(False) == len(skips) else self._witness(parameters, held, norms, skips)
         self.unreduced.clear()
         divisor = scale if scaled else None
@@ -204,7 +204,7 @@ class Precision:
             excess = gradients.excess(healthy, clip)
             if excess is not None:
                 divisor = excess if divisor is None else divisor * excess
-        for optimizer, those, one, skip in zip(optimizers, each, found, skips, strict=True):
+        for optimizer, those, one, skip in zip(optimizers, each, bad, skips, strict=True):
             skipped = self._update(optimizer, those, divisor, one, skip)
             if scaled:
                 self._carried.note(those, one, skipped)

@@ -22,7 +22,7 @@ REPEATS = 5  # timed forwards
 
 
 class Judge:
-    """Evaluates against the original FP32 model, on ``batches`` of the run's validation data; with 0 it does nothing.
+    """Compare with the original FP32 model, on ``batches`` of the run's validation data; 0: compare nothing.
 
     ValueError if there is no data to judge by.
     """

@@ -256,7 +256,7 @@ def _metric(figures: Sequence[Figure]) -> Interval:
 
 
 def _delta(figures: Sequence[Figure], others: Sequence[Figure]) -> Interval | None:
-    """Return the difference of the runs that have one of the same seed among the others; None if there is no such pair.
+    """Return the mean difference of the runs paired by seed with ``others``; None without a pair.
 
     The perplexity's is relative.
     """

@@ -35,10 +35,7 @@ def located(source: Path) -> tuple[Path, Path]:
 
 
 def weights(path: Path, average: bool) -> dict[str, Tensor]:
-    """Return the model's state in a checkpoint, or its running average. ValueError if there is no average.
-
-    ValueError if there is no average.
-    """
+    """Return the model's state in a checkpoint, or its running average. ValueError if there is no average."""
     state = checkpoints.load(path, torch.device("cpu"))
     if average and "average" not in state:
         raise ValueError(f"{path} has no running average (the run had optim.ema_decay=0): leave --average out")

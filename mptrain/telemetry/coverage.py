@@ -126,8 +126,8 @@ class Audit:
             weights[key] += row.flops
             layers[key].add(row.layer)
         worst = sorted(weights, key=lambda key: -weights[key])
-        found = [self._sentence(form, layers[kind, form], weights[kind, form]) for kind, form in worst]
-        return [*self._nothing_quantized(), *found]
+        sentences = [self._sentence(form, layers[kind, form], weights[kind, form]) for kind, form in worst]
+        return [*self._nothing_quantized(), *sentences]
 
     def _sentence(self, form: str, layers: set[str], flops: int) -> str:
         name = (min(layers) or "(model)") if len(layers) == 1 else f"{kind_of(min(layers))} ({len(layers)} layers)"

@@ -56,14 +56,14 @@ class Drill:
         if role not in ROLES:
             raise ValueError(f"debug.inject: no role {role!r}{did_you_mean(role, list(ROLES))}")
         try:
-            made = cls(int(step), layer, role, float(value), int(rank[0]) if rank else None)
+            drill = cls(int(step), layer, role, float(value), int(rank[0]) if rank else None)
         except ValueError:
             raise ValueError(
                 f"debug.inject={text}: step (and rank) must be a whole number and value inf, nan or 1e30"
             ) from None
-        if made.step < 1:
+        if drill.step < 1:
             raise ValueError(f"debug.inject={text}: steps count from 1")
-        return made
+        return drill
 
     def check(self, model: nn.Module) -> None:
         """ValueError if the model has no such layer with a weight."""

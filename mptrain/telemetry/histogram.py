@@ -287,9 +287,9 @@ def _count_codes(chunk: Tensor) -> tuple[Tensor, float]:
     codes = chunk.view(torch.int16) & 0x7FFF if wide else chunk.view(torch.uint8)
     n = 2**15 if wide else 2**8
     every = torch.arange(n, dtype=torch.int16 if wide else torch.uint8).view(chunk.dtype).float().abs()
-    found = torch.bincount(codes, minlength=n)
+    counts = torch.bincount(codes, minlength=n)
     bits = every.view(torch.int32)
     bins = torch.where(bits == 0, ZERO, torch.where(bits > INF_BITS, NAN, (bits - 1) >> SHIFT))
     bins = torch.where(bits == INF_BITS, INF, bins)
-    largest = torch.where((found > 0) & every.isfinite(), every, 0).max()
-    return torch.zeros(N_BINS, dtype=torch.int64).index_add_(0, bins.long(), found), float(largest)
+    largest = torch.where((counts > 0) & every.isfinite(), every, 0).max()
+    return torch.zeros(N_BINS, dtype=torch.int64).index_add_(0, bins.long(), counts), float(largest)

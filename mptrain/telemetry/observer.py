@@ -65,17 +65,17 @@ class Observer:
 
     def _parameter_rows(self) -> list[tuple[nn.Parameter, dict[str, int]]]:
         """Each trained parameter with its rows; the parameters of one row share it."""
-        made: dict[str, dict[str, int]] = {}
+        slots: dict[str, dict[str, int]] = {}
         found = []
         for parameter, name in parameter_names(self._model).items():
             owner, _, _ = name.rpartition(".")
             beside = self._model.get_submodule(owner).parameters(recurse=False)
             row = name if parameter.ndim < 2 and any(p.ndim >= 2 for p in beside) else owner
-            if row not in made:
+            if row not in slots:
                 layer = self._layers.get(row, {})
-                made[row] = {"weight": layer["weight"]} if layer else self._add(row, ("weight",))
-                made[row] |= self._add(row, PARAMETER_ROLES[1:])
-            found.append((parameter, made[row]))
+                slots[row] = {"weight": layer["weight"]} if layer else self._add(row, ("weight",))
+                slots[row] |= self._add(row, PARAMETER_ROLES[1:])
+            found.append((parameter, slots[row]))
         return found
 
     def attach(self) -> None:

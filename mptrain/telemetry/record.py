@@ -70,8 +70,8 @@ def read(path: Path) -> list[Record]:
     ValueError if the file is missing or holds no whole record.
     """
     kept = _places(path)
-    found = [_unpack(head, payload) for head, payload in kept.values()]
-    return [record for record in found if record]
+    records = [_unpack(head, payload) for head, payload in kept.values()]
+    return [record for record in records if record]
 
 
 def read_step(path: Path, step: int | None = None) -> Record:
@@ -173,9 +173,9 @@ class _Reader:
     def take(self, dtype: torch.dtype, n: int) -> Tensor:
         if n == 0:
             return torch.empty(0, dtype=dtype)
-        found = torch.frombuffer(self.raw, dtype=torch.uint8, count=n * dtype.itemsize, offset=self.at)
+        values = torch.frombuffer(self.raw, dtype=torch.uint8, count=n * dtype.itemsize, offset=self.at)
         self.at += n * dtype.itemsize
-        return found.reshape(dtype.itemsize, n).t().clone(memory_format=torch.contiguous_format).view(dtype).reshape(n)
+        return values.reshape(dtype.itemsize, n).t().clone(memory_format=torch.contiguous_format).view(dtype).reshape(n)
 
     def table(self, dtype: torch.dtype, shape: list[int], stored: list[tuple[str, int]] | None) -> Tensor:
         if stored is None:
@@ -211,8 +211,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _listed(found: list[int], most: int = 12) -> str:
-    if len(found) <= most:
-        return ", ".join(map(str, found))
+def _listed(numbers: list[int], most: int = 12) -> str:
+    if len(numbers) <= most:
+        return ", ".join(map(str, numbers))
     half = most // 2
-    return f"{', '.join(map(str, found[:half]))}, ... {', '.join(map(str, found[-half:]))} ({len(found)} steps)"
+    return f"{', '.join(map(str, numbers[:half]))}, ... {', '.join(map(str, numbers[-half:]))} ({len(numbers)} steps)"

@@ -64,9 +64,9 @@ STATISTICS: dict[str, Statistic] = {}
 
 def statistic(finish: Callable[[Tensor], Figures]) -> Statistic:
     """Register a statistic under the name of its ``finish``."""
-    made = Statistic(finish)
-    STATISTICS[made.name] = made
-    return made
+    registered = Statistic(finish)
+    STATISTICS[registered.name] = registered
+    return registered
 
 
 @statistic

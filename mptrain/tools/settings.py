@@ -28,19 +28,19 @@ def from_plain(kind: Any, values: Mapping[str, Any], where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping of settings, not {values!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    made: dict[str, Any] = {}
+    converted: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
             raise ValueError(f"unknown setting {_inside(where, key)}{did_you_mean(str(key), sorted(fields))}")
         default = _default(fields[key])
         if default is dataclasses.MISSING and fields[key].type in ("str", str):
             default = ""
-        made[key] = _convert(default, value, _inside(where, key))
-    missing = [name for name, f in fields.items() if name not in made and _default(f) is dataclasses.MISSING]
+        converted[key] = _convert(default, value, _inside(where, key))
+    missing = [name for name, f in fields.items() if name not in converted and _default(f) is dataclasses.MISSING]
     if missing:
         name = _inside(where, missing[0])
         raise ValueError(f"{name} has no value: set {name}=...")
-    return kind(**made)
+    return kind(**converted)
 
 
 def _inside(where: str, key: str) -> str:

@@ -52,12 +52,12 @@ class Validation:
             index = turn + rank
             batch = batches[min(index, len(batches) - 1)]
             with self._precision.evaluating(policy_on=policy_on):
-                found = measure(**to_device(batch, self._precision.device))
-            names = list(found)
+                measured = measure(**to_device(batch, self._precision.device))
+            names = list(measured)
             if table is None:
                 table = torch.zeros(len(batches), len(names), device=self._precision.device)
             if index < len(batches) and self._share.first_part:
-                table[index] = torch.stack([value.float() for value in found.values()])
+                table[index] = torch.stack([value.float() for value in measured.values()])
         assert table is not None, "no validation batch"
         means = self._ranks.sum(table).mean(0)
         return {f"val/{name}{suffix}": float(mean) for name, mean in zip(names, means, strict=True)}

@@ -122,10 +122,10 @@ class Architecture:
 
     def by_group(self) -> dict[str, int]:
         """Parameters of each group of ``GROUPS`` that has any."""
-        found = dict.fromkeys(GROUPS, 0)
+        sizes = dict.fromkeys(GROUPS, 0)
         for part in self.parts():
-            found[part.group] += part.elements
-        return {group: count for group, count in found.items() if count}
+            sizes[part.group] += part.elements
+        return {group: count for group, count in sizes.items() if count}
 
     def parts(self) -> Iterator[Part]:
         """Every tensor, by the name that its module has in mptrain's own models."""

@@ -40,8 +40,8 @@ def model(name: str) -> Model:
             f"--model={name} is neither a file or folder nor in the catalogue{did_you_mean(name.lower(), known)}"
         )
     values = yaml.safe_load((HERE / f"{name.lower()}.yaml").read_text(encoding="utf-8"))
-    made = huggingface.from_config({"_name_or_path": name.lower(), **values["config"]}, f"{name.lower()}.yaml")
-    return Model(name.lower(), values["source"], str(values["parameters"]), values.get("activated", ""), made)
+    architecture = huggingface.from_config({"_name_or_path": name.lower(), **values["config"]}, f"{name.lower()}.yaml")
+    return Model(name.lower(), values["source"], str(values["parameters"]), values.get("activated", ""), architecture)
 
 
 def model_names() -> list[str]:
@@ -50,16 +50,16 @@ def model_names() -> list[str]:
 
 def models() -> list[Model]:
     """All of them, the smallest of each family first."""
-    found = [model(name) for name in model_names()]
-    return sorted(found, key=lambda one: (one.name.rpartition("-")[0] or one.name, one.architecture.parameters))
+    known = [model(name) for name in model_names()]
+    return sorted(known, key=lambda one: (one.name.rpartition("-")[0] or one.name, one.architecture.parameters))
 
 
 def parse_count(text: str, setting: str = "--parameters") -> int:
     """``1e9``, ``7B``, ``124439808``, ``1.5B`` as a whole number of parameters, exactly."""
-    found = COUNT.fullmatch(text.strip())
-    if found is None:
+    match = COUNT.fullmatch(text.strip())
+    if match is None:
         raise ValueError(f"{setting}={text} is not a count: write 1e9, 7B or 124439808")
-    whole, fraction, exponent, letter = found.groups(default="")
+    whole, fraction, exponent, letter = match.groups(default="")
     zeros = int(exponent or 0) + POWERS[letter] - len(fraction)
     count = int(whole + fraction) * 10**zeros if zeros >= 0 else 0
     if not 1 <= count <= MOST_PARAMETERS:

@@ -42,10 +42,10 @@ def from_config(values: Mapping[str, Any], where: str) -> Architecture:
         raise ValueError(f"{where} has no model_type: it is not the config.json of a model")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type {kind!r} is not supported{did_you_mean(str(kind), sorted(FAMILIES))}")
-    made = FAMILIES[kind](_Reader(values, where))
-    if made.parameters > MOST_PARAMETERS:
-        raise ValueError(f"{where} has {made.parameters:,} parameters: sizes that cannot be meant")
-    return made
+    architecture = FAMILIES[kind](_Reader(values, where))
+    if architecture.parameters > MOST_PARAMETERS:
+        raise ValueError(f"{where} has {architecture.parameters:,} parameters: sizes that cannot be meant")
+    return architecture
 
 
 class _Reader:
@@ -156,17 +156,17 @@ def _mixtral(of: _Reader) -> Architecture:
     return replace(_windowed(of, _llama(of), all_layers=True), experts=experts)
 
 
-def _windowed(of: _Reader, made: Architecture, *, all_layers: bool = False) -> Architecture:
+def _windowed(of: _Reader, architecture: Architecture, *, all_layers: bool = False) -> Architecture:
     """Return the same with what a sliding window spares of the cache; ``all_layers``: wherever there is a window."""
     window, kinds = of.size("sliding_window", 0), of.values.get("layer_types")
     if not window or not (all_layers or of.flag("use_sliding_window")):
-        return made
+        return architecture
     if all_layers:
-        return replace(made, window=window, windowed=made.layers)
+        return replace(architecture, window=window, windowed=architecture.layers)
     if isinstance(kinds, list):
-        return replace(made, window=window, windowed=min(made.layers, kinds.count("sliding_attention")))
-    full = min(made.layers, of.size("max_window_layers", least=0))
-    return replace(made, window=window, windowed=made.layers - full)
+        return replace(architecture, window=window, windowed=min(architecture.layers, kinds.count("sliding_attention")))
+    full = min(architecture.layers, of.size("max_window_layers", least=0))
+    return replace(architecture, window=window, windowed=architecture.layers - full)
 
 
 def _deepseek(of: _Reader) -> Architecture:

@@ -85,45 +85,45 @@ def row_of(subject: Subject, name: str, request: Request, target: Target, conven
 def why_nowhere(rows: list[Row], target: Target) -> str:
     """Why nothing fits, and what to change."""
     best = min(rows, key=lambda row: row.plan.total)
-    made, request = best.plan, best.plan.request
+    plan, request = best.plan, best.plan.request
     number = str(target.gpus) if target.gpus else f"any number up to {best.tried}"
     what = (
         f"--batch={request.batch} of {request.tokens:,} tokens"
-        if "kv_cache" in made.roles
-        else f"--parameters {made.model.split()[0]}"
+        if "kv_cache" in plan.roles
+        else f"--parameters {plan.model.split()[0]}"
     )
     lower = f"lower --batch to {best.largest}, or " if best.largest > 0 else ""
     other = "--gpus, " if target.gpus else "--gpu, "
     return (
-        f"{what} does not fit {number} x {target.name} ({gib(target.memory)} each): {made.format} takes "
-        f"{gib(made.per_gpu(best.tried))} on each; {lower}change {other}--format, --kv-format, --overhead or the tokens"
+        f"{what} does not fit {number} x {target.name} ({gib(target.memory)} each): {plan.format} takes "
+        f"{gib(plan.per_gpu(best.tried))} on each; {lower}change {other}--format, --kv-format, --overhead or the tokens"
     )
 
 
 def as_json(subject: Subject, target: Target, rows: list[Row]) -> dict[str, Any]:
     """All of it; sizes are bytes."""
     model = subject.architecture
-    found: dict[str, Any] = {"model": subject.name, "source": subject.source, "parameters": subject.stated}
+    report: dict[str, Any] = {"model": subject.name, "source": subject.source, "parameters": subject.stated}
     if model:
-        found |= {"parameters": model.parameters, "activated": model.activated, "groups": model.by_group()}
-        found |= {"architecture": asdict(model), "attention": model.attention}
+        report |= {"parameters": model.parameters, "activated": model.activated, "groups": model.by_group()}
+        report |= {"architecture": asdict(model), "attention": model.attention}
     if target.memory:
-        found["gpu"] = asdict(target)
-    found["request"] = asdict(rows[0].plan.request)
-    found["plans"] = [_row_json(row, model) for row in rows]
-    return found
+        report["gpu"] = asdict(target)
+    report["request"] = asdict(rows[0].plan.request)
+    report["plans"] = [_row_json(row, model) for row in rows]
+    return report
 
 
 def _row_json(row: Row, model: Architecture | None) -> dict[str, Any]:
-    made = row.plan
-    found: dict[str, Any] = {"format": made.format, "roles": made.roles, "total": made.total}
+    plan = row.plan
+    report: dict[str, Any] = {"format": plan.format, "roles": plan.roles, "total": plan.total}
     if model:
-        tokens = made.request.tokens
-        found |= {"kv_format": made.kv_format, "kv_bytes_per_sequence": kv_bytes(model, tokens, made.kv_format)}
+        tokens = plan.request.tokens
+        report |= {"kv_format": plan.kv_format, "kv_bytes_per_sequence": kv_bytes(model, tokens, plan.kv_format)}
     if row.gpus:
-        found |= {"gpus": row.gpus, "gpus_by_bytes": row.by_bytes, "per_gpu": row.per_gpu}
+        report |= {"gpus": row.gpus, "gpus_by_bytes": row.by_bytes, "per_gpu": row.per_gpu}
     if row.largest >= 0:
-        found["largest_batch"] = row.largest
+        report["largest_batch"] = row.largest
     if row.article:
-        found["article"] = {**asdict(row.article), "total_gb_and_gib_mixed": f"{row.article.total:.2f}"}
-    return found
+        report["article"] = {**asdict(row.article), "total_gb_and_gib_mixed": f"{row.article.total:.2f}"}
+    return report

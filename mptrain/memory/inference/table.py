@@ -32,15 +32,15 @@ def print_plan(console: Console, subject: Subject, target: Target, rows: list[Ro
 
 
 def print_catalogue(console: Console, models: list[Model], gpus: list[Gpu]) -> None:
-    made = [one.architecture for one in models]
+    architectures = [one.architecture for one in models]
     print_columns(
         console,
         {
             "--model": [one.name for one in models],
-            "parameters": [f"{one.parameters:,}" for one in made],
-            "of a token": [f"{one.activated:,}" for one in made],
-            "attention": [one.attention for one in made],
-            "KV B/token": [f"{kv_bytes(one, 1, 'bf16'):,}" for one in made],
+            "parameters": [f"{one.parameters:,}" for one in architectures],
+            "of a token": [f"{one.activated:,}" for one in architectures],
+            "attention": [one.attention for one in architectures],
+            "KV B/token": [f"{kv_bytes(one, 1, 'bf16'):,}" for one in architectures],
             "source": [one.source for one in models],
         },
     )
@@ -98,14 +98,14 @@ def _heading(subject: Subject, rows: list[Row]) -> list[str]:
 
 def _columns(target: Target, rows: list[Row]) -> Columns:
     plans = [row.plan for row in rows]
-    columns: Columns = {"format": [made.format for made in plans]}
-    columns["weights"] = [in_gib(made.weights.total) for made in plans]
-    columns[SCALES] = [in_gib(made.weights.scales) if made.weights.scales else "-" for made in plans]
+    columns: Columns = {"format": [plan.format for plan in plans]}
+    columns["weights"] = [in_gib(plan.weights.total) for plan in plans]
+    columns[SCALES] = [in_gib(plan.weights.scales) if plan.weights.scales else "-" for plan in plans]
     for role, head in (("kv_cache", "KV cache"), ("activations", "activations"), ("overhead", "overhead")):
         if role in plans[0].roles:
-            columns[head] = [in_gib(made.roles[role]) for made in plans]
-    columns["total"] = [in_gib(made.total) for made in plans]
-    columns["bytes"] = [f"{made.total:,}" for made in plans]
+            columns[head] = [in_gib(plan.roles[role]) for plan in plans]
+    columns["total"] = [in_gib(plan.total) for plan in plans]
+    columns["bytes"] = [f"{plan.total:,}" for plan in plans]
     if target.memory:
         columns["GPUs"] = [str(row.gpus) if row.gpus else "none" for row in rows]
         columns["per GPU"] = [in_gib(row.per_gpu) if row.gpus else "-" for row in rows]
@@ -116,23 +116,23 @@ def _columns(target: Target, rows: list[Row]) -> Columns:
 
 def _print_article(console: Console, rows: list[Row]) -> None:
     """The article's sums, in its units, and what is to be known about them."""
-    made = [(row.plan, row.article) for row in rows if row.article]
-    if not made:
+    articles = [(row.plan, row.article) for row in rows if row.article]
+    if not articles:
         return
     console.print(Text("by the planning article's convention", "bold"))
-    columns: Columns = {"format": [plan.format for plan, _ in made]}
-    columns["weights\nGB"] = [in_gb(one.weights) for _, one in made]
-    if any(one.activated for _, one in made):
-        columns["activated\nGB"] = [in_gb(one.activated) for _, one in made]
-    columns["KV cache\nGiB"] = [in_gib(one.kv_cache) for _, one in made]
-    columns['sum, its\n"GB"'] = [f"{one.total:,.2f}" for _, one in made]
-    columns["in one\nunit, GB"] = [in_gb(one.bytes) for _, one in made]
-    columns["the same\nin GiB"] = [in_gib(one.bytes) for _, one in made]
+    columns: Columns = {"format": [plan.format for plan, _ in articles]}
+    columns["weights\nGB"] = [in_gb(one.weights) for _, one in articles]
+    if any(one.activated for _, one in articles):
+        columns["activated\nGB"] = [in_gb(one.activated) for _, one in articles]
+    columns["KV cache\nGiB"] = [in_gib(one.kv_cache) for _, one in articles]
+    columns['sum, its\n"GB"'] = [f"{one.total:,.2f}" for _, one in articles]
+    columns["in one\nunit, GB"] = [in_gb(one.bytes) for _, one in articles]
+    columns["the same\nin GiB"] = [in_gib(one.bytes) for _, one in articles]
     print_columns(console, columns)
     notes = ["the article adds GB (10^9) and GiB (2^30) as one unit"]
-    if made[0][1].activated:
+    if articles[0][1].activated:
         notes.append("the activated parameters are among the weights already")
-    plan, one = made[0]
+    plan, one = articles[0]
     if (own := plan.roles["kv_cache"]) != one.kv_cache:
         less = f"{one.kv_cache / own:.1f}x less"
         notes.append(
@@ -169,14 +169,14 @@ def _notes(subject: Subject, target: Target, rows: list[Row]) -> list[str]:
 
 
 def _target_note(target: Target, rows: list[Row]) -> str:
-    made = rows[0].plan
+    plan = rows[0].plan
     note = f"{target.name}: {gib(target.memory)} each, by tensor parallelism"
-    if made.heads:
-        whole = "activations" if made.kv_heads else "activations and the latents"
-        note += f" (a divisor of {made.heads} heads; {whole} whole on each)"
+    if plan.heads:
+        whole = "activations" if plan.kv_heads else "activations and the latents"
+        note += f" (a divisor of {plan.heads} heads; {whole} whole on each)"
     other = [f"{row.plan.format} {row.by_bytes}" for row in rows if row.by_bytes and row.by_bytes != row.gpus]
     if other and not target.gpus:
         note += f"; the bytes alone: {', '.join(other)}"
-    if target.gpus and made.heads and made.heads % target.gpus:
+    if target.gpus and plan.heads and plan.heads % target.gpus:
         note += f"; {target.gpus} does not divide them"
     return note

@@ -84,10 +84,10 @@ def weight_format(name: str, group_size: int = 0) -> WeightFormat:
     """The format of that name; ``group_size`` (0: the format's own) replaces INT4's and INT8's groups along a row."""
     if name not in FORMATS:
         raise ValueError(f"--format={name} is unknown{did_you_mean(name, [*FORMATS])}")
-    found = FORMATS[name]
-    if group_size and found.element.value.integer:
-        return replace(found, block=(1, group_size), scale=Format.fp16)
-    return found
+    known = FORMATS[name]
+    if group_size and known.element.value.integer:
+        return replace(known, block=(1, group_size), scale=Format.fp16)
+    return known
 
 
 def pattern(keep: str) -> re.Pattern[str]:

@@ -39,10 +39,10 @@ def largest(total: Callable[[int], int], capacity: int, *, step: int = 1, most: 
     at = 2 * step
     while bad - good > step:
         at = min(max(at, good + step), bad - step)
-        found = total(at)
-        slope = max(1e-9, (found - low) / (at - step))
-        if found <= capacity:
-            good, size = at, found
+        needed = total(at)
+        slope = max(1e-9, (needed - low) / (at - step))
+        if needed <= capacity:
+            good, size = at, needed
         else:
             bad = at
         looks += 1
@@ -68,9 +68,9 @@ def largest_sequence(job: Job, capacity: int, step: int = 64) -> int:
 
 def remedies(job: Job, now: TrainingPlan) -> list[Remedy]:
     """List what would take less memory than ``now``, most bytes saved first."""
-    found = [Remedy(settings, cost, plan(changed, check=False), 0) for settings, cost, changed in _changes(job)]
-    found = [replace(one, saved=now.total - one.plan.total) for one in found]
-    return sorted((one for one in found if one.saved > 0), key=lambda one: -one.saved)
+    changes = [Remedy(settings, cost, plan(changed, check=False), 0) for settings, cost, changed in _changes(job)]
+    changes = [replace(one, saved=now.total - one.plan.total) for one in changes]
+    return sorted((one for one in changes if one.saved > 0), key=lambda one: -one.saved)
 
 
 def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:

@@ -30,9 +30,9 @@ class Grade:
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics that a run logs."""
-        found = {"memory/planned_gib": sum(self.planned_gib.values()), "memory/plan_error_frac": self.off_frac}
+        figures = {"memory/planned_gib": sum(self.planned_gib.values()), "memory/plan_error_frac": self.off_frac}
         roles = {f"memory/plan_error_{role.replace(' ', '_')}_frac": share for role, share in self.by_role().items()}
-        return found | roles
+        return figures | roles
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for summary.json."""

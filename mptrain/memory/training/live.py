@@ -197,7 +197,7 @@ def buckets_of(model: nn.Module, config: DistConfig, device: torch.device | None
 
 def by_role(peak: Bytes) -> dict[str, int]:
     """Bytes of every role, in the order of :data:`ROLES`."""
-    found = dict.fromkeys(ROLES, 0)
+    sizes = dict.fromkeys(ROLES, 0)
     for (role, _), size in peak.items():
-        found[role] += size
-    return found
+        sizes[role] += size
+    return sizes

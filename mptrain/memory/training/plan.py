@@ -81,7 +81,7 @@ def plan(job: Job, *, check: bool = True) -> TrainingPlan:
     samples, length = job.batch_size, max(1, job.config.block_size)
     require(samples * length <= MOST_TOKENS, "trainer.batch_size", f"{samples} x {length}", "at most 2^36 tokens")
     try:
-        found = peaks(job, check=check)
+        windows = peaks(job, check=check)
     except (DynamicOutputShapeException, DataDependentOutputException) as error:
         raise ValueError(
             f"the memory of this model depends on values, in {error.func}: it cannot be planned"
@@ -90,9 +90,9 @@ def plan(job: Job, *, check: bool = True) -> TrainingPlan:
         if "overflow" not in str(error):
             raise
         raise ValueError(f"the sizes of this model.kind are beyond 2^63 bytes: {str(error).splitlines()[0]}") from error
-    totals = {window: sum(peak.values()) for window, peak in found.items()}
+    totals = {window: sum(peak.values()) for window, peak in windows.items()}
     window = max(totals, key=lambda name: totals[name])
-    roles = {role: size for role, size in by_role(found[window]).items() if size}
+    roles = {role: size for role, size in by_role(windows[window]).items() if size}
     live = sum(roles.values())
     assumed = {"CUDA context": CONTEXT_BYTES, "fragmentation": round(FRAGMENTATION_FRAC * live)} if job.gpu else {}
     backend = backend_on_gpu(job.policy) if job.gpu else resolve(job.policy, CPU).name
@@ -102,8 +102,8 @@ def plan(job: Job, *, check: bool = True) -> TrainingPlan:
         window,
         roles,
         totals,
-        _operations(found[window]),
-        _attention(found),
+        _operations(windows[window]),
+        _attention(windows),
         job.batch_size,
         job.accumulate,
         assumed,
@@ -118,12 +118,12 @@ def _operations(peak: Bytes) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
-def _attention(found: Peaks) -> str:
+def _attention(windows: Peaks) -> str:
     """Whether the fused kernel ran, which stores no scores. The forward's peak holds what attention saved."""
-    made = {name for peak in found.values() for role, name in peak if role == "activations"}
-    if any("scaled_dot_product" in name for name in made):
+    operators = {name for peak in windows.values() for role, name in peak if role == "activations"}
+    if any("scaled_dot_product" in name for name in operators):
         return "fused"
-    return "unfused, scores stored" if "_softmax" in made or "_safe_softmax" in made else ""
+    return "unfused, scores stored" if "_softmax" in operators or "_safe_softmax" in operators else ""
 
 
 def rank_job(model: Architecture, model_config: Any, config: Any, layout: Layout, *, gpu: bool) -> Job:

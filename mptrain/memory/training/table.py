@@ -51,8 +51,8 @@ def print_fit(
     mine = plans[0]
     fits = "fits" if mine.total <= capacity else f"does not fit, by {told(mine.total - capacity)}"
     console.print(Text(f"{mine.precision}, {told(mine.total)}, {fits} in {told(capacity)}", "bold"))
-    found = [f"{name} {size:,}" if size else f"{name} none" for name, size in batches.items()]
-    console.print(Text(f"largest trainer.batch_size of a rank: {', '.join(found)}"))
+    sizes = [f"{name} {size:,}" if size else f"{name} none" for name, size in batches.items()]
+    console.print(Text(f"largest trainer.batch_size of a rank: {', '.join(sizes)}"))
     if sequence:
         console.print(Text(f"longest model.block_size at batch {mine.batch_size}: {sequence:,} ({mine.precision})"))
 

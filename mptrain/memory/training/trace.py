@@ -77,20 +77,20 @@ def _at(job: Job, depth: int) -> Peaks:
 def _carried_on(first: Peaks, second: Peaks, depth: int) -> Peaks:
     """Every byte at ``depth`` blocks, on the line through the first two depths."""
     start, step = DEPTHS[0], DEPTHS[1] - DEPTHS[0]
-    found: Peaks = {}
+    carried: Peaks = {}
     for window in first:
         a, b = first[window], second.get(window, Counter())
         sizes = {key: a[key] + (b[key] - a[key]) * (depth - start) // step for key in a.keys() | b.keys()}
-        found[window] = Counter({key: size for key, size in sizes.items() if size})
-    return found
+        carried[window] = Counter({key: size for key, size in sizes.items() if size})
+    return carried
 
 
 def trace(job: Job) -> Peaks:
     """The same without a short cut. Traces are kept: FP32 and TF32 are one step on a GPU."""
     policy = stand_in(job.policy) if job.gpu else job.policy
     resolve(policy, CPU)
-    found = _traced(replace(job, policy=replace(policy, name="")))
-    return {window: with_transposed(peak, job.policy) if job.gpu else peak for window, peak in found.items()}
+    traced = _traced(replace(job, policy=replace(policy, name="")))
+    return {window: with_transposed(peak, job.policy) if job.gpu else peak for window, peak in traced.items()}
 
 
 @functools.lru_cache(maxsize=256)

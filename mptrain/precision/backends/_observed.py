@@ -53,9 +53,9 @@ class Booking:
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Serve a copy of the model: it runs where the original does, and enters nothing in its books."""
-        made = copy.copy(self)
-        made.copied = True
-        return made
+        copied = copy.copy(self)
+        copied.copied = True
+        return copied
 
     def operands(self, x: Tensor, weight: Tensor) -> None:
         """Before the output GEMM: ``x`` [..., K] and ``weight`` [N, K] as the kernel gets them."""
@@ -99,10 +99,10 @@ class Booking:
 
 
 def book_tiles(books: Counters, slot: int, x: Tensor, tile: tiles.Tile, made: tiles.Cast) -> None:
-    """Book what a sampled step made of ``x`` [M, N], its counts apart, in row ``slot``.
+    """Record how a sampled step cast ``x`` [M, N] in row ``slot``; counts are recorded elsewhere.
 
-    The row's scale is NaN: no single number stands for the cast, and nobody shall judge it by one. Errors are those of
-    the values, not of the scaled ones, in which tiles of small numbers would weigh as much as the largest.
+    The row's scale is NaN, because each tile has its own. Errors are of the values, not of the scaled ones: there a
+    tile of small numbers would weigh as much as the largest.
     """
     books.scale[slot] = math.nan
     if "histogram" in books.sums:

@@ -81,18 +81,18 @@ class Backend:
         )
         slots = {name: counters.add(name) for name in chosen}
         counters.allocate(self._device)
-        made = _linear_class()
+        linear_class = _linear_class()
         config = _torchao_config(self._policy.quantization, emulate=self.emulated)
 
         def make(name: str, layer: nn.Linear) -> nn.Module:
-            new: nn.Module = made.from_float(layer, config=config)
+            new: nn.Module = linear_class.from_float(layer, config=config)
             new.booking = Booking(self._policy.quantization, slots[name], counters)  # type: ignore[assignment]
             return new
 
         swap(model, chosen, make)
         for name, old in chosen.items():  # some of torchao's conversions are silent no-ops: never believe one
             new = model.get_submodule(name)
-            assert isinstance(new, made), f"{name} was not converted"
+            assert isinstance(new, linear_class), f"{name} was not converted"
             assert new.weight is old.weight, f"{name}: the weight was copied"
             assert new.bias is old.bias, f"{name}: the bias was copied"
         return ConversionReport(tuple(chosen), kept)

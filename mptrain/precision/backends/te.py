@@ -80,10 +80,10 @@ class Backend:
         counters.allocate(self._device)
         if config.scaling is Scaling.delayed:
             self._table = FixedTable(config, counters, self._device, self._agree)
-        made = _linear_class()
+        linear_class = _linear_class()
 
         def make(name: str, layer: nn.Linear) -> nn.Module:
-            new: nn.Module = made.sharing(layer, Operands(config, slots[name], counters, self._table))
+            new: nn.Module = linear_class.sharing(layer, Operands(config, slots[name], counters, self._table))
             return new
 
         swap(model, chosen, make)
@@ -274,14 +274,16 @@ def _linear_class() -> Any:
         @classmethod
         def sharing(cls, layer: nn.Linear, booking: Operands) -> Any:
             has_bias = layer.bias is not None
-            made = cls(layer.in_features, layer.out_features, bias=has_bias, params_dtype=torch.float32, device="meta")
-            made.weight = layer.weight
+            linear = cls(
+                layer.in_features, layer.out_features, bias=has_bias, params_dtype=torch.float32, device="meta"
+            )
+            linear.weight = layer.weight
             if has_bias:
-                made.bias = layer.bias
+                linear.bias = layer.bias
             # Registered already, says this entry: TE keeps the layer out of its own scale updates.
-            made.fp8_meta[FP8GlobalStateManager.get_buffer_info()] = []
-            made.booking = booking
-            return made
+            linear.fp8_meta[FP8GlobalStateManager.get_buffer_info()] = []
+            linear.booking = booking
+            return linear
 
         def set_meta_tensor(self, fwd: bool, recipe: Any) -> None:
             super().set_meta_tensor(fwd, recipe)

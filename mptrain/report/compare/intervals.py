@@ -154,9 +154,9 @@ def seeds_needed(interval: Interval, margin: float) -> int | None:
 
 
 def next_look(interval: Interval, margin: float, last: int) -> int | None:
-    """Return the look after ``interval``'s at which the verdict falls with a probability of :data:`POWER`, or the last.
+    """Return the number of seeds at which a verdict is expected with probability :data:`POWER`, or the last look.
 
-    None if there is no further look.
+    None if ``interval`` is of the last look already.
     """
     later = [n for n in LOOKS[last] if n > interval.n]
     distance, (spread,) = _distance(interval, margin), _spreads(interval)

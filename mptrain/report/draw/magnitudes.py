@@ -102,8 +102,8 @@ def heat_map_svg(
 ) -> str:
     """Draw one line per tensor, one column per power of two, darker for a larger share of the elements (square root).
 
-    The column apart is zeros; a label in orange has Inf or NaN. ``marks``: for each row the log2 magnitudes at which
-    a format's range starts and ends, drawn as orange bars. ValueError if there is no row.
+    The separate column counts zeros; a label in orange has Inf or NaN. ``marks``: for each row the log2 magnitudes at
+    which a format's range starts and ends, drawn as orange bars. ValueError if there is no row.
     """
     if not labels:
         raise ValueError("a heat map needs at least one row")

@@ -213,16 +213,16 @@ def _uncast(op: Any) -> Callable[..., Any]:
 
 def _kernels() -> dict[str, Callable[..., Any]]:
     own = {name.removeprefix("aten::") for name in registered("AutocastCPU")}
-    found = {name: _recurrent(_overload(name)) for name in RECURRENT}
+    kernels = {name: _recurrent(_overload(name)) for name in RECURRENT}
     for name in (*HALF, *FLOAT):
         if name not in own:  # what is in both lists the CPU's kernel does, in C++
-            found[name] = _kernel(_overload(name), _to(torch.float16 if name in HALF else torch.float32))
+            kernels[name] = _kernel(_overload(name), _to(torch.float16 if name in HALF else torch.float32))
     others = dict.fromkeys(FLOAT_RESULT, _float_result) | dict.fromkeys(NORMS, _norm)
     others |= dict.fromkeys(PROMOTE, _promoted) | dict.fromkeys(BANNED, _refused)
-    found |= {name: _kernel(_overload(name), policy) for name, policy in others.items()}
-    known = {*found, *HALF, *FLOAT}
+    kernels |= {name: _kernel(_overload(name), policy) for name, policy in others.items()}
+    known = {*kernels, *HALF, *FLOAT}
     left = {name for name in own if name.startswith(("fft_", "stft"))}  # a GPU's Half ones are complex32: no CPU's are
-    return found | {name: _uncast(_overload(name)) for name in own - known - left}
+    return kernels | {name: _uncast(_overload(name)) for name in own - known - left}
 
 
 def registered(key: str) -> list[str]:

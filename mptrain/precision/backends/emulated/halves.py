@@ -112,5 +112,5 @@ def _widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                     x.resize_(wide[id(x)].shape).copy_(wide[id(x)])
                     written[id(wide[id(x)])] = x
     many = isinstance(out, list | tuple)
-    found = [written.get(id(x), _narrow(x)) for x in (out if many else [out])]
-    return type(out)(found) if many else found[0]
+    outputs = [written.get(id(x), _narrow(x)) for x in (out if many else [out])]
+    return type(out)(outputs) if many else outputs[0]

@@ -43,9 +43,9 @@ class Operands(ABC):
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Serve a copy of the model: it runs where the original does, at its scales, and books nothing."""
-        made = copy.copy(self)
-        made.copied = True
-        return made
+        copied = copy.copy(self)
+        copied.copied = True
+        return copied
 
     @abstractmethod
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -231,6 +231,6 @@ def _emulated(kind: Any, transposed: bool) -> Any:
     while name in globals():
         number += 1
         name = f"Emulated{kind.__name__}{number}"
-    made = type(name, (Emulated, kind), {"__module__": __name__, "transposed": transposed})
-    globals()[name] = made
-    return made
+    emulated = type(name, (Emulated, kind), {"__module__": __name__, "transposed": transposed})
+    globals()[name] = emulated
+    return emulated

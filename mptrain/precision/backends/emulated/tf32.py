@@ -43,8 +43,8 @@ def _convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if mask[2] and args[0].dtype is torch.float32:
         mask[2] = False
         grad_bias = args[0].sum([d for d in range(args[0].ndim) if d != 1])
-    found = func(*_rounded(args[:-1], (0, 1, 2)), mask, **kwargs)
-    return found if grad_bias is None else (*found[:2], grad_bias)
+    gradients = func(*_rounded(args[:-1], (0, 1, 2)), mask, **kwargs)
+    return gradients if grad_bias is None else (*gradients[:2], grad_bias)
 
 
 def _rounded(args: tuple[Any, ...], operands: tuple[int, ...]) -> list[Any]:
