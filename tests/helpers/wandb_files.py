@@ -1,7 +1,10 @@
 """What an offline W&B run holds, read from its file without W&B."""
 
 import json
+import time
 from types import SimpleNamespace
+
+LIMIT_S = 60
 
 
 def records(content):
@@ -20,15 +23,24 @@ def records(content):
             whole = b""
 
 
-def read(folder):
-    """``logged`` (key -> values in order), ``final`` (the summary), ``alerts``, ``group`` and ``job_type``."""
+def _whole(folder):
+    """The parsed records up to ``exit``, the last one: W&B's own process writes the file and may be behind."""
     from wandb.proto import wandb_internal_pb2
 
     (file,) = folder.glob("wandb/**/*.wandb")
+    began = time.monotonic()
+    while True:
+        parsed = [wandb_internal_pb2.Record.FromString(data) for data in records(file.read_bytes())]
+        if any(record.HasField("exit") for record in parsed):
+            return parsed
+        assert time.monotonic() - began < LIMIT_S, f"{file} has no end"
+        time.sleep(0.05)
+
+
+def read(folder):
+    """``logged`` (key -> values in order), ``final`` (the summary), ``alerts``, ``group`` and ``job_type``."""
     found = SimpleNamespace(logged={}, final={}, alerts=[], group="", job_type="")
-    for data in records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in _whole(folder):
         for item in record.history.item:
             found.logged.setdefault("/".join(item.nested_key) or item.key, []).append(json.loads(item.value_json))
         if record.HasField("alert"):
