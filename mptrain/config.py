@@ -44,6 +44,8 @@ class LoggerConfig:
         for name in self.also.split():
             if name not in known:
                 raise ValueError(f"logger.also={name} is not in mptrain/loggers{did_you_mean(name, known)}")
+            if name == "wandb" and not self.wandb:
+                raise ValueError("logger.also=wandb does not open W&B: set logger.wandb=true")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def command_line(one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """What a command sets for its whole process is put back after the test."""
+    """Restore after the test the state that a command sets for its whole process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before = torch.backends.mkldnn.matmul.fp32_precision
     monkeypatch.setenv("WANDB_MODE", "disabled")

@@ -74,7 +74,7 @@ class Watchdog:
         os._exit(HUNG)
 
     def blame(self, *, hangs: bool = False) -> str:
-        """Which rank is gone, in words; with ``hangs``, if none is, which is least far. Empty if nobody is to blame."""
+        """Name the rank that is gone; with ``hangs``, if none is, the one that is least far. Empty if unknown."""
         before = self._beats()
         time.sleep(STILL_S)
         after = self._beats()

@@ -11,5 +11,5 @@ from mptrain.optim._config import OptimConfig
 
 
 def build(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
-    """Build SGD on ``groups``. Its weight decay is added to the gradient: times lr it is AdamW's."""
+    """Build SGD on ``groups``. Unlike AdamW's, its weight decay is added to the gradient, before the momentum."""
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.beta1, fused=True)

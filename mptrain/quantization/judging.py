@@ -22,7 +22,7 @@ REPEATS = 5  # timed forwards
 
 
 class Judge:
-    """Compare with the original FP32 model, on ``batches`` of the run's validation data; 0: compare nothing.
+    """Compare models with the original FP32 one on ``batches`` validation batches of the run; 0: do nothing.
 
     ValueError if there is no data to judge by.
     """

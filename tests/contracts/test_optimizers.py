@@ -90,7 +90,7 @@ class TestEveryOptimizer:
         assert all(torch.equal(a, b) for a, b in zip(weights(net), weights(other), strict=True))
 
     def test_matrices_decay_and_vectors_do_not(self, kind):
-        """With gradients of zero decay alone moves a weight: by the share lr * weight_decay a step."""
+        """With gradients of zero, decay alone moves a weight: in the first step by the share lr * weight_decay."""
         net = model()
         before = weights(net)
         optimizer = build_optimizer(OptimConfig(kind=kind, lr=0.1, weight_decay=0.5), net)
@@ -101,7 +101,7 @@ class TestEveryOptimizer:
             torch.testing.assert_close(new.detach(), old * 0.95 if old.ndim == 2 else old, rtol=1e-6, atol=0.0)
 
     def test_its_memory_is_planned_to_the_byte(self, kind):
-        """What a plan counts as moments is what the state of a real optimizer holds."""
+        """The plan's moments are the bytes of a real optimizer's state."""
         gpt, config = models.load("gpt"), OptimConfig(kind=kind)
         sizes = gpt.Config(vocab_size=256, block_size=16, n_layer=2, n_embd=64)
         planned = plan(Job(gpt, sizes, PrecisionPolicy.named("bf16"), config, batch_size=2))

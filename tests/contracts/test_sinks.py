@@ -79,6 +79,8 @@ def test_a_new_file_is_a_new_sink(tmp_path, monkeypatch, start):
     LoggerConfig(also="plain_text")
     with pytest.raises(ValueError, match=r"logger\.also=plain_txt is not in .*: did you mean 'plain_text'"):
         LoggerConfig(also="plain_txt")
+    with pytest.raises(ValueError, match=r"set logger\.wandb=true"):
+        LoggerConfig(also="wandb", wandb=False)
     for also, names in (("", ["ConsoleSink", "JsonLines"]), ("plain_text", ["ConsoleSink", "JsonLines", "Lines"])):
         sinks = Sinks([])
         open_sinks(sinks, start(also=also))

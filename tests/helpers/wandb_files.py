@@ -1,4 +1,4 @@
-"""What an offline W&B run holds, read from its file without W&B."""
+"""Read an offline W&B run from its file, without W&B."""
 
 import json
 import time
